@@ -1,0 +1,61 @@
+# Every target installs what it needs first: into the active virtual or conda environment when there is one, otherwise into .venv.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+SCALE ?= mini
+JOBS ?= 2
+# An active environment counts only if it has a Python; conda's "base" does not count, our pins have no place there.
+CONDA_ACTIVE := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
+ACTIVE := $(firstword $(foreach d,$(VIRTUAL_ENV) $(CONDA_ACTIVE),$(if $(wildcard $(d)/bin/python),$(d))))
+VENV := $(or $(ACTIVE),$(CURDIR)/.venv)
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.questlib-installed
+export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
+
+.PHONY: help install test lint format notebooks readme reproduce-table2 reproduce-table3
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  SCALE=smoke|mini|paper chooses the size of a reproduction (now: $(SCALE))"
+
+install: $(STAMP)  ## make .venv (or use the active environment) and install the pinned packages
+
+$(VENV)/bin/python:
+	@python=""; for p in python3 python3.13 python3.12 python3.11; do \
+	  if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python="$$p"; break; fi; done; \
+	if [ -z "$$python" ]; then echo "Python 3.11 or newer is needed; none of python3, python3.11 .. python3.13 is one" >&2; exit 1; fi; \
+	echo "making $(VENV)"; "$$python" -m venv "$(VENV)"
+
+# An environment of the user's own is left alone when the package is in it already.
+$(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
+	@if [ -n "$(ACTIVE)" ] && (cd / && "$(PY)" -c 'import questlib, reproduce, pytest, nbval, xdist') 2>/dev/null; then \
+	  echo "questlib is installed in $(VENV)"; \
+	else "$(PY)" -m pip install -c constraints.txt -e '.[dev]'; fi
+	@touch "$@"
+
+lint: $(STAMP)  ## ruff: errors, imports, format
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+
+format: $(STAMP)  ## ruff: repair imports and format
+	"$(PY)" -m ruff check --fix .
+	"$(PY)" -m ruff format .
+
+test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
+	@mkdir -p runs; date +%s > runs/test-start
+	"$(PY)" -m pytest -n $(JOBS) tests
+	"$(PY)" -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
+	@echo "{\"seconds\": $$(( $$(date +%s) - $$(cat runs/test-start) ))}" > runs/test-time.json
+
+notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
+	"$(PY)" -m reproduce notebooks
+
+readme: $(STAMP)  ## write the README's generated blocks again from results/mini
+	"$(PY)" -m reproduce readme
+
+reproduce-table2: $(STAMP)  ## table 2: time-embedding settings (SCALE=mini by default)
+	"$(PY)" -m reproduce table2 --scale $(SCALE)
+
+reproduce-table3: $(STAMP)  ## table 3, Bedrooms: the methods at W8A8, W4A8, W4A4 (SCALE=mini by default)
+	"$(PY)" -m reproduce table3 --scale $(SCALE)
