@@ -1,0 +1,122 @@
+"""Checkpoints: model.safetensors (packed integer weights, scales) and config.json. Loading gives bit-identical outputs.
+
+Per quantized layer NAME:
+  NAME.codes          uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a byte, the first in the low nibble; uint8 [n] otherwise.
+                      n = O * I * kh * kw, in the layer's own order (row-major)
+  NAME.wq.scale, NAME.wq.zero_point    float32, uint8 [O, P]; NAME.wq.index (only for split inputs)
+  *.scale float32 [G, P], *.zero_point, *.ratio uint8 [G, C] of each activation quantizer, where G is the number of step groups
+All else (biases, norms, layers left in full precision) is stored as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from questlib.config import QuantConfig
+from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.model import act_quantizers, freeze, insert, quant_layers, step_groups
+
+FORMAT = 1
+SMALL = ("zero_point", "ratio")  # integers below 256: stored as bytes, float32 in the model
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 codes of any shape -> uint8 [n]; up to 4 bits two consecutive codes share a byte, the first in the low nibble."""
+    flat = codes.flatten()
+    if bits > 4:
+        return flat.contiguous()
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
+    """Inverse of `pack`. CheckpointError when the number of bytes does not fit `shape`, or a code exceeds `bits`."""
+    n = shape.numel()
+    expected = n if bits > 4 else (n + 1) // 2
+    if packed.dtype != torch.uint8 or packed.numel() != expected:
+        raise CheckpointError(f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, found {packed.numel()}")
+    codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
+    if n and int(codes.max()) >= 2**bits:
+        raise CheckpointError(f"packed weight: code {int(codes.max())} exceeds {bits} bits")
+    return codes.reshape(shape)
+
+
+def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
+    """Write a quantized UNet; returns the size of model.safetensors in bytes, as it is on disk. Files are replaced atomically."""
+    step_groups(unet)
+    out = Path(out_dir)
+    state = dict(unet.state_dict())
+    for name, layer in quant_layers(unet).items():
+        if layer.wq is not None:
+            del state[f"{name}.weight"]
+            state[f"{name}.codes"] = pack(layer.wq.codes(layer.weight.detach()), layer.wq.bits)
+    for name in list(state):
+        last = name.rsplit(".", 1)[-1]
+        if last in SMALL:
+            state[name] = state[name].to(torch.uint8)
+        elif last == "index":
+            del state[name]  # follows from the model's structure and the config
+    config = {"format": FORMAT, "class": type(unet).__name__, "unet": dict(unet.config), "quant": unet.quest_config.to_dict()}
+    config["timesteps"] = unet.quest_steps.timesteps.flip(0).tolist()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tmp = out / f"tmp{os.getpid()}"
+        save_file({k: v.detach().contiguous() for k, v in state.items()}, tmp)
+        os.replace(tmp, out / "model.safetensors")
+        tmp.write_text(json.dumps(config, indent=1, default=str))
+        os.replace(tmp, out / "config.json")
+    except OSError as error:
+        raise QuestError(f"save: cannot write to {out}: {error.strerror}") from error
+    return (out / "model.safetensors").stat().st_size
+
+
+def from_pretrained(path: str | Path, engine: str = "fake") -> nn.Module:
+    """Load what `save_pretrained` wrote: a frozen quantized UNet whose outputs equal the saved one's bit for bit.
+
+    engine: "fake" (simulated quantization) is the one that exists. CheckpointError for damaged files, missing or unexpected tensors.
+    """
+    if engine != "fake":
+        raise ConfigError(f"engine: expected 'fake', found {engine!r}")
+    path = Path(path)
+    try:
+        config = json.loads((path / "config.json").read_text())
+        state = load_file(path / "model.safetensors")
+    except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    if config.get("format") != FORMAT or config.get("class") not in ("UNet2DModel", "UNet2DConditionModel"):
+        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}")
+    quant = QuantConfig.from_dict(config["quant"])
+    unet = getattr(diffusers, config["class"]).from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
+    # ranges are overwritten below: skip the search
+    unet = insert(unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"]))
+    unet.quest_config = quant
+    packed = {n: state.pop(f"{n}.codes", None) for n, layer in quant_layers(unet).items() if layer.wq is not None}
+    missing = [f"{n}.codes" for n, v in packed.items() if v is None]
+    own = unet.state_dict()
+    derived = {f"{n}.weight" for n in packed} | {k for k in own if k.rsplit(".", 1)[-1] == "index"}
+    missing += sorted(set(own) - set(state) - derived)
+    unexpected = sorted(set(state) - set(own))
+    wrong = [f"{k} {list(v.shape)} (expected {list(own[k].shape)})" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    if missing or unexpected or wrong:
+        found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)) if names)  # fmt: skip
+        raise CheckpointError(f"checkpoint {path} does not fit {config['class']}: {found}")
+    unet.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(bad[:5])}")
+    for name, layer in quant_layers(unet).items():
+        if layer.wq is not None:
+            layer.weight.data.copy_(layer.wq.decode(unpack(packed[name], layer.wq.bits, layer.weight.shape)))
+    uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
+    if uncalibrated:
+        raise CheckpointError(f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}")
+    return freeze(unet)

@@ -1,0 +1,148 @@
+"""QuantConfig: everything that decides how a model is quantized and finetuned, and the presets of the paper's rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from questlib.errors import ConfigError
+
+OFF = 16  # a bit-width of 16 switches a quantizer off
+
+CHOICES = {
+    "act_granularity": ("tensor", "channel", "carrier"),
+    "act_range": ("minmax", "mse", "percentile"),
+    "weight_range": ("minmax", "mse"),
+    "te": ("ptq", "fp", "finetune"),
+    "te_layers": ("all", "projections"),
+    "cma_layers": ("attention", "qkv", "feed_forward", "none"),
+    "tla_order": ("joint", "sequential"),
+}
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """Frozen; unknown keys and values out of range raise ConfigError. Section numbers are the paper's (arXiv 2402.03666v6)."""
+
+    preset_name: str = "custom"
+    weight_bits: int = 4  # 2..8, 16 = off
+    act_bits: int = 4  # 2..8, 16 = off
+    softmax_bits: int | None = None  # None: act_bits. Unsigned, zero point 0
+    first_last_act_bits: int | None = None  # conv_in and conv_out inputs; None: act_bits
+    te_act_bits: int | None = None  # inputs of the time-embedding layers; None: act_bits
+    # ranges (Sec. 3.1)
+    act_granularity: str = "tensor"  # tensor | channel (free, fake only) | carrier (base * m_k * 2^e: runs in integers)
+    act_range: str = "mse"
+    act_symmetric: bool = False
+    act_ema: float | None = None  # running min-max over calibration batches (release: 0.95)
+    step_groups: int = 1  # sets of activation scales over the sampler's steps, at most one a step (paper: one)
+    weight_range: str = "mse"
+    split_skip: bool = True  # separate scales for the two halves of a UNet concatenation (Q-Diffusion)
+    calib_batch: int = 64  # samples of each step group used for ranges
+    # AdaRound block reconstruction (Q-Diffusion / BRECQ)
+    adaround: bool = False
+    adaround_iters: int = 20000  # per block
+    adaround_lr: float = 1e-3
+    recon_samples: int = 256  # calibration inputs kept for a block
+    act_recon: bool = False  # Q-Diffusion's second stage: activation scales, block by block
+    act_iters: int = 5000
+    act_lr: float = 4e-4
+    # QuEST finetuning (Sec. 3.3)
+    te: str = "finetune"  # Table 2: ptq (quantized, not finetuned) | fp (left in full precision) | finetune
+    te_layers: str = "all"
+    cma_layers: str = "attention"
+    tla_iters: int = 0
+    cma_iters: int = 0
+    local_loss: bool = True  # L_TLA and L_CMA; the release has L_CMA off on LSUN and ImageNet
+    cma_local_loss: bool = True
+    normalize_local: bool = False  # divide each layer's local loss by its full-precision power
+    global_weight: float = 2.0  # total loss: L_TLA + L_CMA + 2 L_G
+    tla_order: str = "joint"  # joint: all steps in one expectation (paper); sequential: one step after another (release)
+    lr_weight: float = 1e-5
+    lr_scale: float = 1e-4
+    lr_scale_tla: float | None = None  # None: lr_scale (release: 1e-5)
+    lr_relative: bool = False  # learning rates are fractions of each scale / of each weight's quantization step
+    lr_decay: bool = False  # cosine to zero over each stage (paper: constant)
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "te_act_bits"):
+            bits = getattr(self, key)
+            if bits is None and key not in ("weight_bits", "act_bits"):
+                continue
+            if not isinstance(bits, int) or not (2 <= bits <= 8 or bits == OFF):
+                raise ConfigError(f"{key}: expected 2..8, or {OFF} for off, found {bits!r}")
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, found {getattr(self, key)!r}")
+        for key in ("step_groups", "calib_batch", "batch_size", "recon_samples"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: expected at least 1, found {getattr(self, key)}")
+        for key in ("adaround_iters", "act_iters", "tla_iters", "cma_iters"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key}: expected 0 or more, found {getattr(self, key)}")
+
+    @classmethod
+    def preset(cls, name: str, weight_bits: int = 4, act_bits: int = 4, **overrides) -> QuantConfig:
+        """A row of the tables by name, with overrides by keyword. ConfigError for an unknown preset or key."""
+        if name not in PRESETS:
+            raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+        values = PRESETS[name] | (PRESETS_A4.get(name, {}) if act_bits <= 4 else {})
+        return cls.from_dict({"preset_name": name, "weight_bits": weight_bits, "act_bits": act_bits} | values | overrides)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> QuantConfig:
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown key {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes) -> QuantConfig:
+        return self.from_dict(self.to_dict() | changes)
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def weight_key(self) -> str:
+        """Hash of what decides the rounded weights alone, so that presets and act bits share one AdaRound run."""
+        keys = ("weight_bits", "weight_range", "split_skip", "adaround", "adaround_iters", "adaround_lr", "recon_samples", "batch_size", "seed")
+        values = {k: getattr(self, k) for k in keys} | {"te_fp": self.te == "fp"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def finetunes(self) -> bool:
+        return self.tla_iters + self.cma_iters > 0
+
+
+_Q_DIFFUSION = dict(act_range="mse", adaround=True, act_recon=True, softmax_bits=8, first_last_act_bits=8, te="ptq", cma_layers="none")
+PRESETS: dict[str, dict] = {
+    # naive post-training quantization: the ranges are what was seen
+    "minmax": dict(act_range="minmax", weight_range="minmax", split_skip=False, te="ptq", cma_layers="none", first_last_act_bits=8, softmax_bits=8),
+    # Li et al., ICCV 2023: split shortcuts, AdaRound by blocks, then activation scales by blocks; one set over time
+    "q-diffusion": _Q_DIFFUSION,
+    # the paper's text: everything at the stated bits, one set of scales, local and global losses, 2.2k iterations
+    "quest-paper": dict(act_range="mse", adaround=True, tla_iters=1100, cma_iters=1100, lr_weight=1e-5, lr_scale=1e-4),
+    # the official release's settings (facts read off it, see shared/paper/method.md): per step group, TE projections only,
+    # qkv only, no L_CMA, symmetric running min-max at A8, free per-channel scales at A4
+    "quest-release": dict(
+        act_range="minmax", act_symmetric=True, act_ema=0.95, step_groups=20, adaround=True, softmax_bits=8, first_last_act_bits=8,
+        te_layers="projections", cma_layers="qkv", cma_local_loss=False, global_weight=1.0, tla_order="sequential",
+        tla_iters=16000, cma_iters=6400, lr_weight=1e-5, lr_scale=1e-4, lr_scale_tla=1e-5,
+    ),
+    # ours: integer-executable granularity, TE layers and all attention layers, both losses, step groups
+    "quest": dict(
+        act_range="mse", adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8, normalize_local=True,
+        tla_iters=1100, cma_iters=1100, lr_relative=True, lr_decay=True, lr_weight=2e-2, lr_scale=2e-3,
+    ),
+}  # fmt: skip
+PRESETS_A4: dict[str, dict] = {  # what changes at 4-bit activations
+    "quest-release": dict(act_granularity="channel", act_ema=None, act_range="mse"),
+    "quest": dict(act_granularity="carrier"),
+}

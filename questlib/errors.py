@@ -1,0 +1,25 @@
+"""Typed errors. Each message is one line that says what was expected and what was found."""
+
+
+class QuestError(Exception):
+    """Base of all errors that a user can cause; the command line prints it and exits with code 2."""
+
+
+class ConfigError(QuestError, ValueError):
+    """An unknown preset, key or scale, or a value outside its range."""
+
+
+class NotCalibratedError(QuestError, RuntimeError):
+    """A quantized model was run although its activation scales were never set."""
+
+
+class CheckpointError(QuestError, ValueError):
+    """A checkpoint is damaged, incomplete, or belongs to another model."""
+
+
+class MetricError(QuestError, ValueError):
+    """A metric cannot be computed on what it was given (too few samples, wrong size)."""
+
+
+class TimestepWarning(UserWarning):
+    """A timestep lies far from every calibrated step group."""

@@ -1,0 +1,230 @@
+"""QuEST's selective, network-wise finetuning (paper, Sec. 3.3): one loop, two progressive stages.
+
+Stage TLA trains the time-embedding layers on L_TLA + w L_G, stage CMA the attention-related layers on L_CMA + w L_G; all activation
+scales are trained along. Only the selected layers' weights have gradients; every other weight stays at its quantized value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from tqdm import tqdm
+
+from questlib.calibrate import Calibration
+from questlib.config import OFF, QuantConfig
+from questlib.errors import CheckpointError, QuestError
+from questlib.layers import QuantLayer
+from questlib.model import TIME_ROLES, act_quantizers, freeze, quant_layers, step_groups
+
+CMA_ROLES = {
+    "attention": ("qkv", "attn_out", "feed_forward"),  # the paper: all attention-related layers
+    "qkv": ("qkv",),  # the release on LSUN
+    "feed_forward": ("feed_forward",),  # the release on Stable Diffusion
+    "none": (),
+}
+SAVE_EVERY = 100
+
+
+@dataclass
+class Stage:
+    name: str  # "tla" | "cma"
+    iters: int
+    layers: dict[str, QuantLayer]  # whose weights are trained and whose outputs the local loss compares
+    local: bool
+    lr_scale: float
+
+
+def stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
+    """The stages that `config` asks for, with the layers of this UNet that each selects."""
+    layers = quant_layers(unet)
+    te_roles = {"all": TIME_ROLES, "projections": ("time_proj",)}[config.te_layers]
+    found = []
+    if config.te == "finetune" and config.tla_iters:
+        te = {n: m for n, m in layers.items() if m.role in te_roles}
+        lr = config.lr_scale if config.lr_scale_tla is None else config.lr_scale_tla
+        found.append(Stage("tla", config.tla_iters, te, config.local_loss, lr))
+    if config.cma_iters and config.cma_layers != "none":
+        cma = {n: m for n, m in layers.items() if m.role in CMA_ROLES[config.cma_layers]}
+        found.append(Stage("cma", config.cma_iters, cma, config.local_loss and config.cma_local_loss, config.lr_scale))
+    return found
+
+
+@contextmanager
+def recorded(unet: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside the block, the dict holds the last output of each named layer, with its gradient history."""
+    outputs: dict[str, torch.Tensor] = {}
+    handles = [unet.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: outputs.__setitem__(n, out)) for n in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def run_time_layers(unet: nn.Module, t: torch.Tensor) -> None:
+    """Run only the layers that map t to the embedding and its projections, for t int64 [T] (paper, Property 1: they see t alone)."""
+    steps = getattr(unet, "quest_steps", None)
+    if steps is not None:
+        steps.current = steps.lookup(t)
+    emb = unet.time_embedding(unet.time_proj(t).to(unet.dtype))  # [T, 4 * width]
+    for block in unet.modules():
+        if isinstance(block, ResnetBlock2D):
+            block.time_emb_proj(emb if block.skip_time_act else block.nonlinearity(emb))
+
+
+def local_loss(student: dict, teacher: dict, normalize: bool) -> torch.Tensor:
+    """sum over layers of the mean squared difference (Eq. of L_TLA and L_CMA); normalize: relative to the teacher's power."""
+    total = 0.0
+    for name, target in teacher.items():
+        error = (student[name] - target).pow(2).mean()
+        total = total + (error / target.pow(2).mean().clamp_min(1e-8) if normalize else error)
+    return total
+
+
+def losses(
+    student: nn.Module, teacher: nn.Module, stage: Stage, config: QuantConfig, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
+    te_t: torch.Tensor, te_targets: dict[str, torch.Tensor],
+) -> tuple[torch.Tensor | float, torch.Tensor]:  # fmt: skip
+    """(local, global) loss of one batch: x, eps [B, C, h, w], t [B]; te_t [T] and te_targets for the time-embedding layers."""
+    local: torch.Tensor | float = 0.0
+    names = list(stage.layers)
+    if stage.name == "tla":
+        if stage.local:
+            with recorded(student, names) as own:
+                run_time_layers(student, te_t)
+            local = local_loss(own, te_targets, config.normalize_local)
+        out = student(x, t).sample
+    elif stage.local:
+        with torch.no_grad(), recorded(teacher, names) as target:
+            teacher(x, t)
+        with recorded(student, names) as own:
+            out = student(x, t).sample
+        local = local_loss(own, target, config.normalize_local)
+    else:
+        out = student(x, t).sample
+    return local, (out - eps).pow(2).mean()
+
+
+def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
+    """Adam's parameter groups: the stage's weights, then every activation scale; gradients are switched on for just these."""
+    unet.requires_grad_(False)
+    groups = []
+    for layer in stage.layers.values():
+        layer.thaw()
+        layer.weight.requires_grad_(True)
+        unit = layer.wq.scale.mean().item() if config.lr_relative and layer.wq is not None else 1.0
+        groups.append({"params": [layer.weight], "lr": config.lr_weight * unit})
+    frozen_te = config.te_layers == "projections"  # the release never trains the scales of the two time_embed layers
+    skip = {id(m.act) for m in quant_layers(unet).values() if frozen_te and m.role == "time_embed"}
+    for q in act_quantizers(unet):
+        if q.enabled and q.bits != OFF and id(q) not in skip:
+            q.scale.requires_grad_(True)
+            unit = q.scale.detach().mean().item() if config.lr_relative else 1.0
+            groups.append({"params": [q.scale], "lr": stage.lr_scale * unit})
+    return groups
+
+
+def finetune(
+    unet: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, state_path: str | Path | None = None, progress: bool = False
+) -> dict:  # fmt: skip
+    """Finetune a quantized UNet in place against its full-precision teacher; returns the log.
+
+    With `state_path` the state is saved every 100 iterations and at each stage's end, and resumed from when the file exists; a
+    resumed run continues bit for bit. CheckpointError when the file belongs to another configuration or calibration.
+    Log: seconds, loss [[stage, iteration, local, global], ...], trained_weights, trained_fraction.
+    """
+    step_groups(unet)
+    todo = stages(unet, config)
+    log = {"seconds": 0.0, "loss": [], "trained_weights": 0, "trained_fraction": 0.0}
+    if not todo:
+        return log
+    trained = {id(m): m.weight.numel() for stage in todo for m in stage.layers.values()}
+    log["trained_weights"] = sum(trained.values())
+    log["trained_fraction"] = log["trained_weights"] / sum(m.weight.numel() for m in quant_layers(unet).values())
+    key = hashlib.sha256(f"{config.hash()}-{calib.hash()}".encode()).hexdigest()
+    state = _load_state(state_path, key)
+    freeze(unet)
+    te_t = calib.t.to(unet.device)
+    for number, stage in enumerate(todo):
+        if state is not None and state["stage"] > number:
+            continue
+        with torch.no_grad(), recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets:
+            run_time_layers(teacher, te_t)
+        start = 0
+        if state is not None:  # before `trainable`: relative learning rates are taken from the weights and scales at the stage's start
+            unet.load_state_dict(state["model"], strict=False)
+            log, start = state["log"], state["iteration"]
+            freeze(unet)
+        groups = trainable(unet, stage, config)
+        params = [p for g in groups for p in g["params"]]
+        opt = torch.optim.Adam(groups)
+        decay = (lambda i, n=stage.iters: 0.5 * (1 + math.cos(math.pi * i / n))) if config.lr_decay else (lambda i: 1.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, decay)
+        generator = torch.Generator().manual_seed(config.seed + number)
+        if start:  # a state with iteration 0 is the end of the stage before
+            opt.load_state_dict(state["opt"]), schedule.load_state_dict(state["schedule"])
+            generator.set_state(state["rng"])
+        state = None
+        clock = time.perf_counter() - log["seconds"]
+        for i in tqdm(range(start, stage.iters), desc=stage.name, disable=not progress, mininterval=2, initial=start, total=stage.iters):
+            x, t, eps = _batch(calib, config, stage, i, generator)
+            local, total = losses(unet, teacher, stage, config, x.to(unet.device), t.to(unet.device), eps.to(unet.device), te_t, te_targets)
+            loss = local + config.global_weight * total
+            if not torch.isfinite(loss):
+                raise QuestError(f"finetune: loss is {loss.item()} in stage {stage.name} at iteration {i}; lower the learning rates")
+            opt.zero_grad(set_to_none=True)
+            loss.backward()
+            opt.step(), schedule.step()
+            for p in params[len(stage.layers) :]:
+                p.data.clamp_min_(1e-8)  # a scale stays positive
+            log["loss"].append([stage.name, i, float(torch.as_tensor(local).detach()), float(total.detach())])
+            if state_path is not None and (i + 1) % SAVE_EVERY == 0 and i + 1 < stage.iters:
+                log["seconds"] = time.perf_counter() - clock
+                _save_state(state_path, key, unet, number, i + 1, log, opt, schedule, generator)
+        log["seconds"] = time.perf_counter() - clock
+        freeze(unet)
+        if state_path is not None:
+            _save_state(state_path, key, unet, number + 1, 0, log, opt, schedule, generator)
+    if state is not None:  # every stage was done when it was saved
+        log = state["log"]
+        unet.load_state_dict(state["model"], strict=False)
+    freeze(unet)
+    return log
+
+
+def _batch(calib: Calibration, config: QuantConfig, stage: Stage, i: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """Random pairs (x_t, t, eps): over all steps, or (sequential, release) the i-th share of the stage is one step's."""
+    steps, n = calib.x.shape[:2]
+    if config.tla_order == "sequential":
+        step = torch.full((config.batch_size,), min(i * steps // stage.iters, steps - 1))
+    else:
+        step = torch.randint(steps, (config.batch_size,), generator=generator)
+    which = torch.randint(n, (config.batch_size,), generator=generator)
+    return calib.x[step, which], calib.t[step], calib.eps[step, which]
+
+
+def _save_state(path, key, unet, stage, iteration, log, opt, schedule, generator) -> None:
+    tmp = Path(path).with_suffix(f".tmp{os.getpid()}")
+    state = dict(key=key, stage=stage, iteration=iteration, log=log, model=unet.state_dict(), opt=opt.state_dict(),
+                 schedule=schedule.state_dict(), rng=generator.get_state())  # fmt: skip
+    torch.save(state, tmp)
+    os.replace(tmp, path)
+
+
+def _load_state(path, key: str) -> dict | None:
+    if path is None or not Path(path).exists():
+        return None
+    state = torch.load(path, weights_only=True)
+    if state.get("key") != key:
+        raise CheckpointError(f"finetune: {path} belongs to another configuration or calibration; remove it or name another file")
+    return state

@@ -1,0 +1,95 @@
+"""Quantized Linear, Conv2d and attention: the diffusers modules they replace, plus quantizers. One switch: `enabled` / `set_mode`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from questlib.config import OFF
+from questlib.quantizers import ActQuantizer, WeightQuantizer
+
+
+class QuantLayer(nn.Module):
+    """What QuantLinear and QuantConv2d share: `act` quantizes the input, `wq` the weight.
+
+    w_hat: the quantized weight is computed once (`freeze`) and reused at every forward until the weight may change (`thaw`).
+    """
+
+    role: str
+    act: ActQuantizer
+    wq: WeightQuantizer | None
+    w_hat: torch.Tensor | None
+
+    def quantized_weight(self) -> torch.Tensor:
+        if self.w_hat is not None:
+            return self.w_hat
+        return self.weight if self.wq is None or not self.weights_on else self.wq(self.weight)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        self.w_hat = self.wq(self.weight) if self.wq is not None and self.weights_on else None
+
+    def thaw(self) -> None:
+        self.w_hat = None
+
+    @property
+    def weight_bits(self) -> int:
+        return OFF if self.wq is None else self.wq.bits
+
+
+class QuantLinear(QuantLayer, nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(self.act(x), self.quantized_weight(), self.bias)
+
+
+class QuantConv2d(QuantLayer, nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._conv_forward(self.act(x), self.quantized_weight(), self.bias)
+
+
+def convert_layer(module: nn.Linear | nn.Conv2d, role: str, act: ActQuantizer, wq: WeightQuantizer | None) -> None:
+    """Turn a layer into its quantized class in place: same object, same parameters, same name in the model."""
+    module.__class__ = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
+    module.role, module.act, module.wq, module.w_hat, module.weights_on = role, act, wq, None, True
+
+
+class QuantAttnProcessor(nn.Module):
+    """diffusers' attention with quantized q, k, v [B, N, C] and softmax output (unsigned, zero point 0, one scale).
+
+    `__call__`, not `forward`: diffusers reads its signature to decide which arguments to pass.
+    The softmax and the two products run in the model's own precision on the quantized operands.
+    """
+
+    def __init__(self, q: ActQuantizer, k: ActQuantizer, v: ActQuantizer, probs: ActQuantizer) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.probs = q, k, v, probs
+
+    def __call__(self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> torch.Tensor:
+        residual, shape = hidden_states, hidden_states.shape
+        if attn.spatial_norm is not None:
+            hidden_states = attn.spatial_norm(hidden_states, temb)
+        if len(shape) == 4:
+            hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, HW, C]
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        attention_mask = attn.prepare_attention_mask(attention_mask, source.shape[1], shape[0])
+        if attn.group_norm is not None:
+            hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        if encoder_hidden_states is None:
+            source = hidden_states
+        elif attn.norm_cross:
+            source = attn.norm_encoder_hidden_states(source)
+        query = attn.head_to_batch_dim(self.q(attn.to_q(hidden_states)))
+        key = attn.head_to_batch_dim(self.k(attn.to_k(source)))
+        value = attn.head_to_batch_dim(self.v(attn.to_v(source)))
+        # [B * heads, N, M]; regrouped to [B, heads, N, M] so that the quantizer sees the batch first
+        probs = attn.get_attention_scores(query, key, attention_mask)
+        probs = self.probs(probs.unflatten(0, (shape[0], -1))).flatten(0, 1)
+        hidden_states = attn.batch_to_head_dim(torch.bmm(probs, value))
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        if len(shape) == 4:
+            hidden_states = hidden_states.transpose(1, 2).reshape(shape)  # [B, HW, C] -> [B, C, H, W]
+        if attn.residual_connection:
+            hidden_states = hidden_states + residual
+        return hidden_states / attn.rescale_output_factor

@@ -1,0 +1,230 @@
+"""Image metrics on torch-fidelity: FID, sFID, KID, precision and recall, and the distance to the full-precision model's images.
+
+FID depends on the reference set and on the number of samples (few samples bias it upwards); results carry both.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
+from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from questlib.errors import MetricError
+from questlib.features import WEIGHTS_VARIABLE, InceptionFeatures, MiniFeatures
+from questlib.models.loading import MINI
+
+MIN_SAMPLES = 16
+FEATURES = ("mini", "inception")
+Images = torch.Tensor | Dataset  # uint8 [N, 3, H, W], or a dataset of uint8 [3, H, W]
+
+
+class Statistics(NamedTuple):
+    """What is known of one set of images. A part that its source does not give is None."""
+
+    pooled: torch.Tensor | None  # float64 [N, D]
+    pooled_moments: tuple[np.ndarray, np.ndarray] | None  # mean [D], covariance [D, D]
+    spatial_moments: tuple[np.ndarray, np.ndarray] | None
+    size: tuple[int, int] | None  # height, width of the images
+    count: int | None
+
+
+def evaluate(
+    images: torch.Tensor,
+    *,
+    reference: str | Path | torch.Tensor = "mini-ldm4",
+    features: str = "mini",
+    paired: torch.Tensor | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    batch_size: int = 100,
+) -> dict[str, float | int | str | None]:
+    """fid, sfid, kid, precision, recall against `reference`; with `paired` also psnr_to_fp and feature_distance_to_fp.
+
+    images, paired: uint8 [N, 3, H, W]; `paired` holds the full-precision model's images from the same noise.
+    reference: an embedded model's name (statistics of its training data), its reference.safetensors, a folder of images,
+        a tensor, or an .npz: ADM's mu, sigma, mu_s, sigma_s, or images arr_0 [N, H, W, 3].
+    "features", "n_samples", "n_reference" say what was compared. What the reference cannot give is None, and "note" says why.
+    """
+    check_images(images, "images")
+    if paired is not None:
+        check_images(paired, "paired")
+        if paired.shape != images.shape:
+            raise MetricError(f"paired images: expected {tuple(images.shape)}, got {tuple(paired.shape)}")
+    extractor = _extractor(features, weights)
+    ref = load_reference(reference, features, weights, batch_size)
+    if ref.size is not None and tuple(images.shape[-2:]) != tuple(ref.size):
+        raise MetricError(f"images are {images.shape[-2]}x{images.shape[-1]}, the reference is {ref.size[0]}x{ref.size[1]}")
+    ours = statistics(images, extractor, batch_size)
+    result: dict[str, float | int | str | None] = dict(compare(ours, ref, seed))
+    notes = [f"{k}: the reference holds no such statistics" for k in ("fid", "sfid") if result[k] is None]
+    if ref.pooled is None:
+        notes.append("kid, precision, recall: the reference holds moments only, they need its features")
+    if paired is not None:
+        result["psnr_to_fp"] = psnr(images, paired)
+        teacher = statistics(paired, extractor, batch_size)
+        result["feature_distance_to_fp"] = (ours.pooled - teacher.pooled).norm(dim=1).mean().item()
+    return result | {
+        "features": extractor.source,
+        "n_samples": len(images),
+        "n_reference": ref.count,
+        **({"note": "; ".join(notes)} if notes else {}),
+    }
+
+
+def compare(a: Statistics, b: Statistics, seed: int = 0) -> dict[str, float | None]:
+    """fid, sfid, kid, precision, recall of samples `a` against reference `b`; None where `b` does not hold what is needed."""
+    result = {"fid": frechet(a.pooled_moments, b.pooled_moments), "sfid": frechet(a.spatial_moments, b.spatial_moments)}
+    if a.pooled is None or b.pooled is None:
+        return result | {"kid": None, "precision": None, "recall": None}
+    return result | {"kid": kid(a.pooled, b.pooled, seed), **precision_recall(a.pooled, b.pooled)}
+
+
+def frechet(a: tuple[np.ndarray, np.ndarray] | None, b: tuple[np.ndarray, np.ndarray] | None) -> float | None:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) by torch-fidelity, in float64. None if either side is not known."""
+    if a is None or b is None:
+        return None
+    if a[0].shape != b[0].shape:
+        raise MetricError(f"feature widths differ: {a[0].shape[0]} and {b[0].shape[0]}; are these statistics of other features?")
+    stats = [{"mu": np.asarray(m, np.float64), "sigma": np.asarray(s, np.float64)} for m, s in (a, b)]
+    return fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]
+
+
+def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0) -> float:
+    """Unbiased cubic-kernel MMD^2: mean over torch-fidelity's 100 random subsets of 1000, or of as many as there are."""
+    size = min(1000, len(a), len(b))
+    return kid_features_to_metric(a, b, kid_subset_size=size, rng_seed=seed, verbose=False)[KEY_METRIC_KID_MEAN]
+
+
+def precision_recall(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
+    """Kynkaanniemi et al. 2019, k = 3: share of samples a inside the reference's neighbourhoods, and of b inside the samples'."""
+    values = prc_features_to_metric(a, b, verbose=False)
+    return {"precision": values[KEY_METRIC_PRECISION], "recall": values[KEY_METRIC_RECALL]}
+
+
+def psnr(images: torch.Tensor, paired: torch.Tensor) -> float:
+    """Mean over pairs of the per-image PSNR in dB.
+
+    The squared error is at least that of one value off by one, so that one identical pair does not make the mean infinite.
+    """
+    pairs = zip(images.split(100), paired.split(100), strict=True)
+    error = torch.cat([(a.double() - b.double()).square().flatten(1).sum(1) for a, b in pairs])  # [N]
+    mse = error.clamp_min(1.0) / images[0].numel()
+    return (10 * torch.log10(255.0**2 / mse)).mean().item()
+
+
+def latent_snr_db(latents: torch.Tensor, latents_fp: torch.Tensor) -> float:
+    """10 log10(sum fp^2 / sum (fp - q)^2) over final latents from the same noise; inf when they are equal."""
+    if latents.shape != latents_fp.shape:
+        raise MetricError(f"latents: expected {tuple(latents_fp.shape)}, got {tuple(latents.shape)}")
+    q, fp = latents.double(), latents_fp.double()
+    if not (q.isfinite().all() and fp.isfinite().all()):
+        raise MetricError("latents: NaN or infinite values")
+    error = (fp - q).square().sum().item()
+    return math.inf if error == 0 else 10 * math.log10(fp.square().sum().item() / error)
+
+
+def check_images(images: torch.Tensor, what: str = "images") -> None:
+    """MetricError unless uint8 [N >= 16, 3, H, W]."""
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        raise MetricError(f"{what}: expected a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise MetricError(f"{what}: expected shape [N, 3, H, W], got {list(images.shape)}")
+    if len(images) < MIN_SAMPLES:
+        raise MetricError(f"{what}: {len(images)} are too few for a metric, at least {MIN_SAMPLES}")
+
+
+@torch.no_grad()
+def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = 100) -> Statistics:
+    """Features and moments of a set of images, on the extractor's device."""
+    batches = images.split(batch_size) if isinstance(images, torch.Tensor) else DataLoader(images, batch_size)
+    device = next(extractor.parameters()).device
+    pooled, spatial, size = [], [], None
+    try:
+        for batch in batches:
+            p, s = extractor(batch.to(device))
+            pooled.append(p.double().cpu()), spatial.append(s.float().cpu())
+            size = size or tuple(batch.shape[-2:])
+            if tuple(batch.shape[-2:]) != size:
+                raise MetricError(f"images of different sizes: {size} and {tuple(batch.shape[-2:])}")
+    except RuntimeError as error:
+        raise MetricError(f"features cannot be computed: {str(error).splitlines()[0]}") from error
+    features = torch.cat(pooled)
+    return Statistics(features, moments(features), moments(torch.cat(spatial)), size, len(features))
+
+
+def moments(features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] of features [N, D], float64."""
+    x = features.double().numpy()
+    if not np.isfinite(x).all():
+        raise MetricError("features: NaN or infinite values")
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def load_reference(
+    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = 100
+) -> Statistics:
+    """What to compare with; see `evaluate` for the kinds of source."""
+    if isinstance(source, torch.Tensor):
+        check_images(source, "reference")
+        return statistics(source, _extractor(features, weights), batch_size)
+    embedded = MINI / str(source) / "reference.safetensors"
+    path = embedded if embedded.is_file() else Path(source)
+    if path.is_dir():
+        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if len(files) < MIN_SAMPLES:
+            raise MetricError(f"reference {path}: {len(files)} images are too few, at least {MIN_SAMPLES}")
+        return statistics(ImagesPathDataset(files, TransformPILtoRGBTensor()), _extractor(features, weights), batch_size)
+    if not path.is_file():
+        raise MetricError(f"reference {source}: not an embedded model, a file or a folder")
+    if path.suffix == ".npz":
+        return _from_npz(path, features, weights, batch_size)
+    if features != "mini":
+        raise MetricError(f"reference {source} holds mini features; {features} needs images or an .npz of its own")
+    try:
+        t = load_file(path)
+        size = (MiniFeatures.SIZE, MiniFeatures.SIZE)
+        pooled = t["pooled"].double()
+        return Statistics(pooled, moments(pooled), (t["spatial_mean"].numpy(), t["spatial_cov"].numpy()), size, int(t["count"]))
+    except (SafetensorError, KeyError) as error:
+        raise MetricError(f"reference {path}: damaged or not a reference file ({error})") from error
+
+
+def _from_npz(path: Path, features: str, weights: str | None, batch_size: int) -> Statistics:
+    with np.load(path) as data:
+        if "mu" in data and "sigma" in data:
+            spatial = (data["mu_s"], data["sigma_s"]) if "mu_s" in data and "sigma_s" in data else None
+            return Statistics(None, (data["mu"], data["sigma"]), spatial, None, None)
+        if "arr_0" not in data:
+            raise MetricError(f"reference {path}: expected mu and sigma, or images arr_0; found {', '.join(data.files)}")
+        images = data["arr_0"]
+    if images.ndim != 4 or images.shape[-1] != 3:
+        raise MetricError(f"reference {path}: arr_0 has shape {images.shape}, expected [N, H, W, 3]")
+    return load_reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), features, weights, batch_size)
+
+
+def _extractor(features: str, weights: str | None) -> torch.nn.Module:
+    if features not in FEATURES:
+        raise MetricError(f"unknown features {features!r}: one of {', '.join(FEATURES)}")
+    if features == "inception":  # resolved here, so that the cache sees a change of the variable
+        weights = weights or os.environ.get(WEIGHTS_VARIABLE)
+    return _load_extractor(features, weights)
+
+
+@lru_cache(maxsize=2)
+def _load_extractor(features: str, weights: str | None) -> torch.nn.Module:
+    kinds = {"mini": (MiniFeatures, "quest-mini", "pooled"), "inception": (InceptionFeatures, "quest-inception", "2048")}
+    cls, name, pooled = kinds[features]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return cls(name, [pooled, "spatial"], feature_extractor_weights_path=weights).to(device).eval()

@@ -1,0 +1,58 @@
+"""quantize(unet, config, calib): insert quantizers, search ranges, AdaRound when the preset has it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from questlib.calibrate import Calibration, init_ranges
+from questlib.config import OFF, QuantConfig
+from questlib.model import freeze, insert, quant_layers
+from questlib.reconstruct import reconstruct_acts, reconstruct_weights
+
+
+def quantize(unet: nn.Module, config: QuantConfig, calib: Calibration, *, cache_dir: str | Path | None = None, progress: bool = False) -> nn.Module:
+    """A quantized copy of `unet`: the same diffusers class, fake-quantized, ready to sample or to be finetuned.
+
+    cache_dir: where AdaRound's weights are kept, named by what made them (config.weight_key, calibration), so that presets with
+    the same weights share one run. `quest_log` on the result holds the seconds of each stage (as first computed, when cached).
+    """
+    student = insert(unet, config, calib.t)
+    log = {"seconds": {}, "reconstruct_cached": False}
+    clock = time.perf_counter()
+    init_ranges(student, calib, config, progress=progress)
+    log["seconds"]["ranges"] = time.perf_counter() - clock
+    log["seconds"]["reconstruct"] = 0.0
+    if config.adaround and config.weight_bits != OFF:
+        log["seconds"]["reconstruct"], log["reconstruct_cached"] = _adaround(student, unet, calib, config, cache_dir, progress)
+    if config.act_recon and config.act_bits != OFF:
+        clock = time.perf_counter()
+        reconstruct_acts(student, unet, calib, config, progress=progress)
+        log["seconds"]["reconstruct"] += time.perf_counter() - clock
+    student.quest_log = log
+    return freeze(student)
+
+
+def _adaround(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, cache_dir, progress: bool) -> tuple[float, bool]:
+    layers = {n: layer for n, layer in quant_layers(student).items() if layer.wq is not None}
+    cache = None if cache_dir is None else Path(cache_dir) / f"adaround-{config.weight_key()}-{calib.hash()}.safetensors"
+    if cache is not None and cache.exists():
+        state = load_file(cache)
+        for name, layer in layers.items():
+            layer.weight.data.copy_(state[name])
+        return float(state["seconds"]), True
+    clock = time.perf_counter()
+    reconstruct_weights(student, teacher, calib, config, progress=progress)
+    seconds = time.perf_counter() - clock
+    if cache is not None:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        tmp = cache.with_suffix(f".tmp{os.getpid()}")
+        state = {n: layer.weight.detach().clone().contiguous() for n, layer in layers.items()}
+        save_file(state | {"seconds": torch.tensor(seconds, dtype=torch.float64)}, tmp)
+        os.replace(tmp, cache)
+    return seconds, False

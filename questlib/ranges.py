@@ -1,0 +1,115 @@
+"""Range search: values -> scale and zero point. Vectorized: every row of a [P, n] table of values is one set of parameters.
+
+Uniform affine quantization (paper, Sec. 3.1): q = clamp(round(x / s) + z, 0, 2^b - 1), x_hat = (q - z) * s.
+"""
+
+from __future__ import annotations
+
+import torch
+
+EPS = 1e-8
+GRID = torch.linspace(0.1, 1.0, 37)
+PERCENTILES = (0.999, 0.9999, 0.99999)
+
+
+def affine(lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bounds [P] -> scale, zero_point [P]. Zero is always on the grid. Symmetric: z = 2^(b-1), codes -2^(b-1)..2^(b-1)-1."""
+    levels = 2**bits - 1
+    if symmetric:
+        scale = torch.maximum(-lo, hi).clamp_min(EPS) / (levels // 2)
+        return scale, torch.full_like(scale, 2 ** (bits - 1))
+    lo, hi = lo.clamp_max(0.0), hi.clamp_min(0.0)
+    scale = ((hi - lo) / levels).clamp_min(EPS)
+    return scale, (-lo / scale).round().clamp(0, levels)
+
+
+def fake_quant(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """Quantize and dequantize. round(x * (1/s)): one formula everywhere, so that every engine can match it exactly."""
+    return (x * (1.0 / scale)).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(scale)
+
+
+def _error(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    scale, zero = affine(lo, hi, bits, symmetric)
+    return (fake_quant(x, scale[:, None], zero[:, None], bits) - x).square_().mean(1)  # [P]
+
+
+def mse_bounds(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shrink [lo, hi] by a grid of factors, first together, then each end alone; keep what has the least squared error on x [P, n]."""
+    best_lo, best_hi = lo, hi
+    best = _error(x, lo, hi, bits, symmetric)
+    ends = ((True, True),) if symmetric else ((True, True), (True, False), (False, True))
+    for move_lo, move_hi in ends:
+        base_lo, base_hi = best_lo.clone(), best_hi.clone()
+        for r in GRID.tolist():
+            new_lo, new_hi = base_lo * (r if move_lo else 1.0), base_hi * (r if move_hi else 1.0)
+            err = _error(x, new_lo, new_hi, bits, symmetric)
+            better = err < best
+            best = torch.where(better, err, best)
+            best_lo, best_hi = torch.where(better, new_lo, best_lo), torch.where(better, new_hi, best_hi)
+    return best_lo, best_hi
+
+
+def percentile_bounds(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The candidate percentile (both tails) with the least squared error, for each row of x [P, n]."""
+    ordered = x.sort(1).values
+    n, best = x.shape[1], None
+    for p in PERCENTILES:
+        k = min(n - 1, int(round(p * (n - 1))))
+        lo, hi = ordered[:, n - 1 - k], ordered[:, k]
+        err = _error(x, lo, hi, bits, symmetric)
+        if best is None:
+            best, best_lo, best_hi = err, lo, hi
+        else:
+            better = err < best
+            best = torch.where(better, err, best)
+            best_lo, best_hi = torch.where(better, lo, best_lo), torch.where(better, hi, best_hi)
+    return best_lo, best_hi
+
+
+def search(
+    x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, method: str, symmetric: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero point [P] by `method` (minmax | mse | percentile). x [P, n] are sampled values, lo and hi [P] the true extremes."""
+    if method == "mse":
+        lo, hi = mse_bounds(x, lo, hi, bits, symmetric)
+    elif method == "percentile":
+        lo, hi = percentile_bounds(x, bits, symmetric)
+    return affine(lo, hi, bits, symmetric)
+
+
+# ---- carrier headroom (design/integer.md): s_k = base * m_k * 2^e, applied exactly in 8-bit lanes ----
+
+CARRIER_MULTIPLIER = 8  # m_k in 1..8: |(q - z) m_k| <= 15 * 8 = 120 fits a signed byte
+CARRIER_SHIFT = 3  # 2^e on sorted blocks of input channels, moved into asymmetric weights carried as q - z in +-15
+CARRIER_BLOCK = 64
+
+
+def block_shifts(scale: torch.Tensor) -> torch.Tensor:
+    """Free scales [G, C] -> shift e [C] (same for all groups): channels sorted by mean log scale, blocks of 64, e in 0..3."""
+    log = scale.log2().mean(0)
+    order = log.argsort()
+    top = torch.stack([log[b].max() for b in order.split(CARRIER_BLOCK)])
+    e_block = (CARRIER_SHIFT - (top.max() - top).floor()).clamp_min(0)
+    e_block = e_block - e_block.min()
+    e = torch.empty_like(log)
+    for b, shift in zip(order.split(CARRIER_BLOCK), e_block, strict=True):
+        e[b] = shift
+    return e
+
+
+def snap_to_carrier(
+    x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, shift: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Free scales [C] -> base (0-d), ratio [C] = m_k * 2^e, zero_point [C]; base has the least squared error on x [C, n]."""
+    levels, best = 2**bits - 1, None
+    unit = scale / 2**shift
+    centre = (levels / 2 - zero) * scale  # keep the middle of the range where the search put it
+    for r in torch.linspace(0.35, 1.3, 39).tolist():
+        base = unit.max() * (r / CARRIER_MULTIPLIER)
+        ratio = (unit / base).round().clamp(1, CARRIER_MULTIPLIER) * 2**shift
+        s = base * ratio
+        z = torch.where(zero == 0, zero, (levels / 2 - centre / s).round().clamp(0, levels))
+        err = (fake_quant(x, s[:, None], z[:, None], bits) - x).square_().sum()
+        if best is None or err < best[0]:
+            best = (err, base, ratio, z)
+    return best[1:]

@@ -1,0 +1,161 @@
+"""AdaRound block reconstruction as in Q-Diffusion / BRECQ: the baseline of the tables, and where QuEST starts.
+
+Blocks in the order of execution: ResBlocks, attention blocks, and the single layers between them. For each, rounding is learned
+so that the quantized block, on inputs from the model quantized so far, reproduces the full-precision block's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+import torch
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+from tqdm import tqdm
+
+from questlib.calibrate import Calibration
+from questlib.config import QuantConfig
+from questlib.layers import QuantLayer
+from questlib.model import act_quantizers, quant_layers, set_mode
+
+BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
+ROUND_WEIGHT, BETA_START, BETA_END, WARMUP = 0.01, 20.0, 2.0, 0.2  # AdaRound's regularizer
+
+
+class _BlockDone(Exception):
+    """Ends a forward pass once the block of interest has run."""
+
+
+def blocks(unet: nn.Module) -> list[str]:
+    """Names of the units of reconstruction, in module order with the time embedding and conv_in first; every layer is in exactly one."""
+    found: list[str] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        for name, child in module.named_children():
+            path = f"{prefix}{name}"
+            if isinstance(child, BLOCKS) or isinstance(child, QuantLayer):
+                if any(isinstance(m, QuantLayer) for m in child.modules()):
+                    found.append(path)
+            else:
+                visit(child, f"{path}.")
+
+    visit(unet, "")
+    order = ("time_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
+    return sorted(found, key=lambda n: order.index(n.split(".")[0]) if n.split(".")[0] in order else 0)
+
+
+def pick_samples(calib: Calibration, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`count` pairs (x_t, t), steps in equal shares: x [count, ...], t int64 [count]."""
+    steps, n = calib.x.shape[:2]
+    generator = torch.Generator().manual_seed(seed)
+    step = torch.arange(count) % steps
+    which = torch.randint(n, (count,), generator=generator)
+    return calib.x[step, which], calib.t[step]
+
+
+@torch.no_grad()
+def capture(unet: nn.Module, name: str, x: torch.Tensor, t: torch.Tensor, batch: int = 64) -> tuple[list, list]:
+    """Run the UNet and return what block `name` received (tensors by position or keyword) and gave: two lists, one entry a batch."""
+    inputs, outputs = [], []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
+        inputs.append((args, kwargs))
+        outputs.append(out)
+        raise _BlockDone  # what comes after the block is not needed
+
+    handle = unet.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    try:
+        for xb, tb in zip(x.split(batch), t.split(batch), strict=True):
+            with suppress(_BlockDone):
+                unet(xb.to(unet.device), tb.to(unet.device))
+    finally:
+        handle.remove()
+    return inputs, outputs
+
+
+def _join(batches: list) -> Callable[[torch.Tensor], tuple[tuple, dict]]:
+    """Concatenate recorded calls; the result picks rows `idx` of every tensor argument."""
+
+    def stack(values: list):
+        return torch.cat(values) if torch.is_tensor(values[0]) and values[0].ndim > 0 else values[0]
+
+    args = [stack([b[0][i] for b in batches]) for i in range(len(batches[0][0]))]
+    kwargs = {k: stack([b[1][k] for b in batches]) for k in batches[0][1]}
+
+    def rows(idx: torch.Tensor) -> tuple[tuple, dict]:
+        def pick(v):
+            return v[idx] if torch.is_tensor(v) and v.ndim > 0 else v
+
+        return tuple(map(pick, args)), {k: pick(v) for k, v in kwargs.items()}
+
+    return rows
+
+
+def _each_block(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, desc: str, progress: bool) -> Iterator:
+    """For each block: the student's block, a function idx -> call arguments, the teacher's outputs, and the step groups [n]."""
+    x, t = pick_samples(calib, config.recon_samples, config.seed)
+    groups = torch.as_tensor(student.quest_steps.lookup(t)).expand(len(t))
+    for name in tqdm(blocks(student), desc=desc, disable=not progress, mininterval=2):
+        inputs, _ = capture(student, name, x, t)
+        _, targets = capture(teacher, name, x, t)
+        yield student.get_submodule(name), _join(inputs), torch.cat(targets), groups
+
+
+def _minimize(block, rows, target, groups, steps, params: list[dict], iters: int, config: QuantConfig, regularizer=None) -> None:
+    opt = torch.optim.Adam(params)
+    generator = torch.Generator().manual_seed(config.seed)
+    scale = 1.0 / target.pow(2).mean().clamp_min(1e-8)  # relative error: one regularizer weight serves every block
+    for i in range(iters):
+        idx = torch.randint(len(target), (min(config.batch_size, len(target)),), generator=generator)
+        steps.current = groups[idx]
+        args, kwargs = rows(idx)
+        loss = (block(*args, **kwargs) - target[idx]).pow(2).mean() * scale
+        if regularizer is not None:
+            loss = loss + regularizer(i)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+
+
+def reconstruct_weights(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False) -> None:
+    """AdaRound, block by block, activations in full precision; each layer's weight ends inside its learned rounding cell."""
+    set_mode(student, weights=True, acts=False)
+    for layer in quant_layers(student).values():
+        layer.freeze()
+    for block, rows, target, groups in _each_block(student, teacher, calib, config, "adaround", progress):
+        layers = [m for m in block.modules() if isinstance(m, QuantLayer) and m.wq is not None]
+        alphas = []
+        for layer in layers:
+            layer.thaw()
+            alphas.append(layer.wq.start_adaround(layer.weight))
+
+        def regularizer(i: int, layers=layers) -> torch.Tensor | float:
+            progress_ = i / max(1, config.adaround_iters)
+            if progress_ < WARMUP:
+                return 0.0
+            beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress_ - WARMUP) / (1 - WARMUP))
+            return ROUND_WEIGHT * sum((1 - (2 * layer.wq.rounding() - 1).abs().pow(beta)).mean() for layer in layers)
+
+        _minimize(block, rows, target, groups, student.quest_steps, [{"params": alphas, "lr": config.adaround_lr}], config.adaround_iters, config, regularizer)  # fmt: skip
+        for layer in layers:
+            layer.weight.data.copy_(layer.wq.harden(layer.weight))
+            layer.freeze()
+    set_mode(student, weights=True, acts=True)
+
+
+def reconstruct_acts(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False) -> None:
+    """Q-Diffusion's second stage: the activation scales of each block are trained on the block's output error, weights fixed."""
+    set_mode(student, weights=True, acts=True)
+    for layer in quant_layers(student).values():
+        layer.freeze()
+    for block, rows, target, groups in _each_block(student, teacher, calib, config, "act scales", progress):
+        params = [{"params": [q.scale], "lr": config.act_lr * q.scale.detach().mean().item()} for q in act_quantizers(block) if q.enabled]
+        for group in params:
+            group["params"][0].requires_grad_(True)
+        _minimize(block, rows, target, groups, student.quest_steps, params, config.act_iters, config)
+        for group in params:
+            group["params"][0].requires_grad_(False)
