@@ -10,6 +10,7 @@ import os
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ def evaluate(
     """fid, sfid, kid, precision, recall against `reference`; with `paired` also psnr_to_fp and feature_distance_to_fp.
 
     images, paired: uint8 [N, 3, H, W]; `paired` holds the full-precision model's images from the same noise.
-    reference: an embedded model's name (statistics of its training data), its reference.safetensors, a folder of images,
+    reference: an embedded model's name, its folder or reference.safetensors (its training data), a folder of images,
         a tensor, or an .npz: ADM's mu, sigma, mu_s, sigma_s, or images arr_0 [N, H, W, 3].
     "features", "n_samples", "n_reference" say what was compared. What the reference cannot give is None, and "note" says why.
     """
@@ -109,7 +110,7 @@ def kid(a: torch.Tensor, b: torch.Tensor, seed: int = 0) -> float:
 
 def precision_recall(a: torch.Tensor, b: torch.Tensor) -> dict[str, float]:
     """Kynkaanniemi et al. 2019, k = 3: share of samples a inside the reference's neighbourhoods, and of b inside the samples'."""
-    values = prc_features_to_metric(a, b, verbose=False)
+    values = prc_features_to_metric(a, b, save_cpu_ram=True, prc_batch_size=2000, verbose=False)  # 50,000 x 50,000 do not fit
     return {"precision": values[KEY_METRIC_PRECISION], "recall": values[KEY_METRIC_RECALL]}
 
 
@@ -158,7 +159,7 @@ def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = 100
             size = size or tuple(batch.shape[-2:])
             if tuple(batch.shape[-2:]) != size:
                 raise MetricError(f"images of different sizes: {size} and {tuple(batch.shape[-2:])}")
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise MetricError(f"features cannot be computed: {str(error).splitlines()[0]}") from error
     features = torch.cat(pooled)
     return Statistics(features, moments(features), moments(torch.cat(spatial)), size, len(features))
@@ -179,8 +180,8 @@ def load_reference(
     if isinstance(source, torch.Tensor):
         check_images(source, "reference")
         return statistics(source, _extractor(features, weights), batch_size)
-    embedded = MINI / str(source) / "reference.safetensors"
-    path = embedded if embedded.is_file() else Path(source)
+    exported = [p for p in (MINI / str(source) / "reference.safetensors", Path(source) / "reference.safetensors") if p.is_file()]
+    path = exported[0] if exported else Path(source)
     if path.is_dir():
         files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
         if len(files) < MIN_SAMPLES:
@@ -202,13 +203,17 @@ def load_reference(
 
 
 def _from_npz(path: Path, features: str, weights: str | None, batch_size: int) -> Statistics:
-    with np.load(path) as data:
-        if "mu" in data and "sigma" in data:
-            spatial = (data["mu_s"], data["sigma_s"]) if "mu_s" in data and "sigma_s" in data else None
-            return Statistics(None, (data["mu"], data["sigma"]), spatial, None, None)
-        if "arr_0" not in data:
-            raise MetricError(f"reference {path}: expected mu and sigma, or images arr_0; found {', '.join(data.files)}")
-        images = data["arr_0"]
+    try:
+        with np.load(path) as data:
+            held = {k: data[k] for k in ("mu", "sigma", "mu_s", "sigma_s", "arr_0") if k in data.files}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
+        raise MetricError(f"reference {path}: damaged or not an .npz file ({error})") from error
+    if "mu" in held and "sigma" in held:
+        spatial = (held["mu_s"], held["sigma_s"]) if "mu_s" in held and "sigma_s" in held else None
+        return Statistics(None, (held["mu"], held["sigma"]), spatial, None, None)
+    if "arr_0" not in held:
+        raise MetricError(f"reference {path}: expected mu and sigma, or images arr_0")
+    images = held["arr_0"]
     if images.ndim != 4 or images.shape[-1] != 3:
         raise MetricError(f"reference {path}: arr_0 has shape {images.shape}, expected [N, H, W, 3]")
     return load_reference(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()), features, weights, batch_size)
@@ -226,5 +231,6 @@ def _extractor(features: str, weights: str | None) -> torch.nn.Module:
 def _load_extractor(features: str, weights: str | None) -> torch.nn.Module:
     kinds = {"mini": (MiniFeatures, "quest-mini", "pooled"), "inception": (InceptionFeatures, "quest-inception", "2048")}
     cls, name, pooled = kinds[features]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # the mini network is fast anywhere, and on the CPU its numbers do not depend on a GPU's reduced precision
+    device = "cuda" if features == "inception" and torch.cuda.is_available() else "cpu"
     return cls(name, [pooled, "spatial"], feature_extractor_weights_path=weights).to(device).eval()

@@ -1,0 +1,80 @@
+"""Full-precision pipelines: the embedded mini models by name, local diffusers folders, hub ids."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from safetensors import SafetensorError
+from torch import nn
+
+from questlib.errors import CheckpointError, ConfigError
+
+MINI = Path(__file__).parent / "mini"  # package data, written by questlib.models.export
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def embedded_models() -> list[str]:
+    """Names of the pipelines that ship with the package."""
+    return sorted(p.parent.name for p in MINI.glob("*/model_index.json"))
+
+
+def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:
+    """A diffusers pipeline in float32 and eval mode.
+
+    "mini-ldm4" (or another embedded name) -> the model that ships with the package; an existing folder -> that folder and
+    nothing else, no network; "owner/name" -> the Hugging Face hub or its local cache.
+    """
+    name = str(name_or_path)
+    if name in embedded_models():
+        return _from_folder(MINI / name)
+    if Path(name).is_dir():
+        return _from_folder(Path(name))
+    known = ", ".join(embedded_models()) or "none: this installation has no embedded models, see questlib/models/train.py"
+    if not HUB_ID.fullmatch(name):
+        raise ConfigError(f"unknown model {name!r}: give an embedded name ({known}), a diffusers folder, or a hub id owner/name")
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {name!r}: no such folder, and neither the hub nor its local cache gives it ({reason}); embedded: {known}"
+        ) from error
+    return _prepare(pipe)
+
+
+def model_digest(pipe_or_path: DiffusionPipeline | nn.Module | str | Path) -> str:
+    """sha256 of the UNet's weights in float32: the same for a pipeline, its UNet, and the folder it came from."""
+    model = load_pipeline(pipe_or_path) if isinstance(pipe_or_path, (str, Path)) else pipe_or_path
+    unet = model if isinstance(model, nn.Module) else model.unet
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def _from_folder(folder: Path) -> DiffusionPipeline:
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
+    bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})") from error
+    finally:
+        if bar:
+            logging.enable_progress_bar()
+    return _prepare(pipe)
+
+
+def _prepare(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().float().requires_grad_(False)
+    return pipe

@@ -1,0 +1,89 @@
+"""questlib.models.loading: the embedded model, folders, hub ids, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from questlib.errors import CheckpointError, ConfigError
+from questlib.models.loading import MINI, embedded_models, load_pipeline, model_digest
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return load_pipeline("mini-ldm4")
+
+
+def test_embedded_model(pipe):
+    assert "mini-ldm4" in embedded_models()
+    assert type(pipe).__name__ == "LDMPipeline" and type(pipe.scheduler).__name__ == "DDIMScheduler"
+    for part in (pipe.unet, pipe.vqvae):
+        assert not part.training and {p.dtype for p in part.parameters()} == {torch.float32}
+    out = pipe.unet(torch.zeros(2, 3, 16, 16), 5).sample
+    assert out.shape == (2, 3, 16, 16) and out.isfinite().all()
+
+
+def test_embedded_files_are_small_and_readable():
+    files = [p for p in MINI.rglob("*") if p.is_file()]
+    assert max(p.stat().st_size for p in files) < 6e6
+    assert all(p.stat().st_mode & 0o044 == 0o044 for p in files)
+
+
+def test_card_belongs_to_the_weights(pipe):
+    quality = json.loads((MINI / "mini-ldm4" / "quality.json").read_text())
+    assert quality["model_sha256"] == model_digest(pipe)
+    card = (MINI / "mini-ldm4" / "README.md").read_text()
+    assert quality["model_sha256"] in card and f"{quality['samples']['fid']:.3f}" in card and "Apache-2.0" in card
+
+
+def test_the_model_is_good():
+    """The samples look like the data to the metrics' features, and these know the groups."""
+    quality = json.loads((MINI / "mini-ldm4" / "quality.json").read_text())
+    assert quality["classifier"]["accuracy"] > quality["classifier"]["largest_class"] + 0.1
+    assert quality["samples"]["count"] >= 2000
+    assert quality["halves"]["fid"] < quality["samples"]["fid"]
+    assert quality["samples"]["precision"] > 0.3 and quality["samples"]["recall"] > 0.3
+
+
+def test_folder_and_digest(pipe, tmp_path):
+    folder = shutil.copytree(MINI / "mini-ldm4", tmp_path / "copy")
+    other = load_pipeline(folder)
+    assert (
+        model_digest(other)
+        == model_digest(pipe)
+        == model_digest(pipe.unet)
+        == model_digest(str(folder))
+        == model_digest("mini-ldm4")
+    )
+    with torch.no_grad():
+        next(other.unet.parameters()).view(-1)[0] += 1
+    assert model_digest(other) != model_digest(pipe)
+
+
+def test_unknown_name_names_the_known_ones():
+    with pytest.raises(ConfigError, match="mini-ldm4"):
+        load_pipeline("mini-ldm5")
+
+
+def test_folder_that_is_no_pipeline(tmp_path):
+    with pytest.raises(ConfigError, match="model_index.json"):
+        load_pipeline(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_damaged_folder(tmp_path, damage):
+    folder = shutil.copytree(MINI / "mini-ldm4", tmp_path / "copy")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = weights.read_bytes()
+    weights.unlink() if damage == "missing" else weights.write_bytes(content[:1000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_pipeline(folder)
+
+
+def test_hub_id_that_cannot_be_had(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="no-such-owner/no-such-model"):
+        load_pipeline("no-such-owner/no-such-model")

@@ -1,0 +1,260 @@
+"""questlib.metrics and questlib.features: against independent float64 computations, and every way to be wrong."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from PIL import Image
+from torch.utils.data import Dataset
+
+from questlib import features, metrics
+from questlib.errors import MetricError
+from questlib.features import MiniFeatures, load_classifier
+
+
+def pictures(n: int, seed: int, size: int = 64) -> torch.Tensor:
+    """Smooth coloured blobs, uint8 [n, 3, size, size]."""
+    coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return (torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def extractor() -> MiniFeatures:
+    return MiniFeatures("quest-mini", ["pooled", "spatial"]).eval()
+
+
+@pytest.fixture(scope="module")
+def two_sets(extractor) -> tuple[metrics.Statistics, metrics.Statistics]:
+    return metrics.statistics(pictures(300, 1), extractor), metrics.statistics(255 - pictures(280, 2), extractor)
+
+
+def independent_fid(x: np.ndarray, y: np.ndarray) -> float:
+    """By the symmetric form tr((S_x^1/2 S_y S_x^1/2)^1/2), with eigh instead of torch-fidelity's eigvals."""
+    sx, sy = (((v - v.mean(0)).T @ (v - v.mean(0))) / (len(v) - 1) for v in (x, y))
+    w, q = np.linalg.eigh(sx)
+    root = q @ np.diag(np.sqrt(w.clip(0))) @ q.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ sy @ root).clip(0)).sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(sx) + np.trace(sy) - 2 * cross)
+
+
+def independent_kid(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased MMD^2 with the kernel (x.y / d + 1)^3, from its definition."""
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    xx, yy = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(x, x), kernel(y, y)))
+    return float(xx + yy - 2 * kernel(x, y).mean())
+
+
+def test_fid_equals_an_independent_computation(two_sets):
+    a, b = two_sets
+    expected = independent_fid(a.pooled.numpy(), b.pooled.numpy())
+    assert expected > 0
+    assert metrics.frechet(a.pooled_moments, b.pooled_moments) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sfid_is_fid_of_the_spatial_features(extractor, two_sets):
+    x, y = pictures(300, 1), 255 - pictures(280, 2)
+    spatial = [extractor.classifier.features(i.float() / 127.5 - 1)["spatial"].double().numpy() for i in (x, y)]
+    a, b = two_sets
+    assert metrics.frechet(a.spatial_moments, b.spatial_moments) == pytest.approx(independent_fid(*spatial), rel=1e-4)
+
+
+def test_kid_equals_an_independent_computation(two_sets):
+    a, b = (s.pooled[:280] for s in two_sets)  # equal counts below 1000: every subset is the whole set
+    assert metrics.kid(a, b) == pytest.approx(independent_kid(a.numpy(), b.numpy()), rel=1e-9)
+
+
+def test_kid_depends_on_its_seed_only(two_sets):
+    a, b = two_sets
+    assert metrics.kid(a.pooled, b.pooled, seed=3) == metrics.kid(a.pooled, b.pooled, seed=3)
+    assert metrics.kid(a.pooled, b.pooled, seed=3) != metrics.kid(a.pooled, b.pooled, seed=4)
+
+
+def test_a_set_with_itself():
+    x = pictures(300, 1)
+    result = metrics.evaluate(x, reference=x, paired=x)
+    assert abs(result["fid"]) < 1e-6 and abs(result["sfid"]) < 1e-5
+    assert result["precision"] == result["recall"] == 1.0
+    assert result["feature_distance_to_fp"] == 0.0 and math.isfinite(result["psnr_to_fp"])
+    assert result["features"] == "quest-mini" and result["n_samples"] == result["n_reference"] == 300
+
+
+def test_registered_with_torch_fidelity():
+    class Pictures(Dataset):
+        def __init__(self, images: torch.Tensor) -> None:
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            return self.images[i]
+
+    x, y = pictures(200, 1), 255 - pictures(200, 2)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(x), input2=Pictures(y), feature_extractor="quest-mini", cuda=False,
+        fid=True, kid=True, prc=True, isc=True, kid_subset_size=200, rng_seed=0, cache=False, save_cpu_ram=True, verbose=False,
+    )  # fmt: skip
+    ours = metrics.evaluate(x, reference=y)
+    assert theirs["frechet_inception_distance"] == pytest.approx(ours["fid"], rel=1e-3)
+    assert theirs["kernel_inception_distance_mean"] == pytest.approx(ours["kid"], rel=1e-3)
+    assert theirs["precision"] == ours["precision"] and theirs["inception_score_mean"] >= 1
+
+
+def test_embedded_reference_is_the_training_data():
+    result = metrics.evaluate(pictures(32, 1))
+    assert result["n_reference"] > 3000
+    assert result["fid"] > 0 and result["sfid"] > 0 and result["kid"] > 0
+
+
+def test_psnr_of_a_known_error():
+    x = torch.full((16, 3, 64, 64), 100, dtype=torch.uint8)
+    assert metrics.psnr(x, x + 5) == pytest.approx(20 * math.log10(255 / 5))
+
+
+def test_feature_distance_is_the_mean_l2_distance(extractor):
+    x, y = pictures(20, 1), pictures(20, 2)
+    a, b = (extractor.classifier.features(i.float() / 127.5 - 1)["pooled"] for i in (x, y))
+    expected = (a - b).square().sum(1).sqrt().mean().item()
+    assert metrics.evaluate(x, reference=y, paired=y)["feature_distance_to_fp"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_latent_snr():
+    fp = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert metrics.latent_snr_db(fp * 1.1, fp) == pytest.approx(20.0, abs=1e-4)
+    assert metrics.latent_snr_db(fp, fp) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("images", "kwargs", "message"),
+    [
+        (pictures(15, 0), {}, "too few"),
+        (pictures(16, 0).float(), {}, "uint8"),
+        (pictures(16, 0).numpy(), {}, "uint8 tensor"),
+        (pictures(16, 0)[:, :1], {}, r"\[N, 3, H, W\]"),
+        (pictures(16, 0)[0], {}, r"\[N, 3, H, W\]"),
+        (pictures(16, 0), {"paired": pictures(17, 0)}, "paired"),
+        (pictures(16, 0), {"paired": pictures(16, 0).float()}, "paired"),
+        (pictures(16, 0, 32), {"reference": pictures(16, 1)}, "32x32, the reference is 64x64"),
+        (pictures(16, 0, 32), {"reference": pictures(16, 1, 32)}, "need 64x64"),
+        (pictures(16, 0), {"reference": pictures(15, 1)}, "too few"),
+        (pictures(16, 0), {"reference": "no-such-model"}, "not an embedded model"),
+        (pictures(16, 0), {"features": "vgg"}, "mini, inception"),
+    ],
+)
+def test_bad_input(images, kwargs, message):
+    with pytest.raises(MetricError, match=message):
+        metrics.evaluate(images, **kwargs)
+
+
+def test_nan_is_an_error():
+    x = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(MetricError, match="NaN"):
+        metrics.latent_snr_db(x / 0, x)
+    with pytest.raises(MetricError, match="expected"):
+        metrics.latent_snr_db(x[:1], x)
+    with pytest.raises(MetricError, match="NaN"):
+        metrics.moments(torch.full((4, 2), torch.nan))
+    with pytest.raises(MetricError, match="widths differ"):
+        metrics.frechet(metrics.moments(torch.rand(9, 3)), metrics.moments(torch.rand(9, 4)))
+
+
+def test_no_metrics_without_the_trained_classifier(tmp_path):
+    with pytest.raises(MetricError, match="trained classifier"):
+        load_classifier(tmp_path)
+    (tmp_path / "config.json").write_text('{"num_classes": 9, "width": 24}')
+    (tmp_path / "classifier.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MetricError, match="trained classifier"):
+        load_classifier(tmp_path)
+
+
+def test_reference_folder_of_images(tmp_path):
+    x = pictures(20, 1)
+    for i, image in enumerate(x):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i:02d}.png")
+    assert abs(metrics.evaluate(x, reference=tmp_path)["fid"]) < 1e-4
+    Image.new("RGB", (32, 32)).save(tmp_path / "99.png")
+    with pytest.raises(MetricError):
+        metrics.evaluate(x, reference=tmp_path)
+    with pytest.raises(MetricError, match="too few"):
+        (tmp_path / "empty").mkdir()
+        metrics.evaluate(x, reference=tmp_path / "empty")
+
+
+def test_reference_npz(tmp_path, two_sets):
+    x, path = pictures(300, 1), tmp_path / "reference.npz"
+    other = two_sets[1]
+    np.savez(path, mu=other.pooled_moments[0], sigma=other.pooled_moments[1])
+    result = metrics.evaluate(x, reference=path)
+    assert result["fid"] == pytest.approx(metrics.frechet(two_sets[0].pooled_moments, other.pooled_moments))
+    assert result["sfid"] is None and result["kid"] is None and "sfid" in result["note"] and "kid" in result["note"]
+    np.savez(
+        path,
+        mu=other.pooled_moments[0],
+        sigma=other.pooled_moments[1],
+        mu_s=other.spatial_moments[0],
+        sigma_s=other.spatial_moments[1],
+    )
+    assert metrics.evaluate(x, reference=path)["sfid"] > 0
+    np.savez(path, x.permute(0, 2, 3, 1).numpy())  # ADM's reference batches: arr_0, channels last
+    assert abs(metrics.evaluate(x, reference=path)["fid"]) < 1e-6
+    np.savez(path, something=x.numpy())
+    with pytest.raises(MetricError, match="arr_0"):
+        metrics.evaluate(x, reference=path)
+    path.write_bytes(b"damaged")
+    with pytest.raises(MetricError, match="damaged"):
+        metrics.evaluate(x, reference=path)
+
+
+def test_damaged_reference_file(tmp_path):
+    (tmp_path / "reference.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MetricError, match="damaged"):
+        metrics.evaluate(pictures(16, 0), reference=tmp_path / "reference.safetensors")
+
+
+@pytest.fixture
+def inception_file(tmp_path, monkeypatch):
+    """Random weights in torch-fidelity's layout: the network is the real one, the features mean nothing."""
+    with monkeypatch.context() as patch:
+        patch.setattr(features.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state_dict: None)
+        patch.setattr(features, "inception_weights", lambda path: (None, "none"))
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        torch.manual_seed(0)
+        net = features.InceptionFeatures("quest-inception", ["2048"])
+    path = tmp_path / "inception.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def test_inception_features(inception_file, monkeypatch):
+    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(inception_file))
+    net = features.InceptionFeatures("quest-inception", ["2048", "spatial"])
+    x = pictures(2, 1, 80)
+    pooled, spatial = net(x)
+    assert pooled.shape == (2, 2048) and spatial.shape == (2, 7 * 17 * 17)
+    seen = []
+    net.Mixed_6d.branch1x1.register_forward_hook(lambda m, a, out: seen.append(out))
+    net(x)
+    assert torch.equal(spatial.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
+    assert net.source == "inception (inception.pth)"
+    alone = features.InceptionFeatures("quest-inception", ["spatial"])
+    assert torch.equal(alone(x)[0], spatial)
+
+
+def test_inception_cannot_use_the_mini_reference(inception_file):
+    with pytest.raises(MetricError, match="mini features"):
+        metrics.evaluate(pictures(16, 0), features="inception", weights=str(inception_file))
+
+
+def test_inception_weights_missing_or_damaged(tmp_path):
+    with pytest.raises(MetricError, match="no file"):
+        metrics.evaluate(pictures(16, 0), features="inception", weights=str(tmp_path / "absent.pth"))
+    (tmp_path / "damaged.pth").write_bytes(b"damaged")
+    with pytest.raises(MetricError, match="inception weights"):
+        metrics.evaluate(pictures(16, 0), features="inception", weights=str(tmp_path / "damaged.pth"))
