@@ -80,9 +80,9 @@ Left: real images, evenly picked. Right: the first {GRID * GRID} samples of seed
 
 ## Quality
 Features: the shipped classifier of nine emoji groups (`mini-features`), accuracy {c["accuracy"]:.3f} on {c["held_out"]} \
-held-out images, {c["balanced_accuracy"]:.3f} as the mean over groups (the most frequent group alone: \
-{c["largest_class"]:.3f}). Every tenth image is held out, so skin-tone variations of one emoji stand on both sides. These numbers do not compare with Inception FID. \
-FID is biased by the number of images, given in the second column.
+held-out images, {c["balanced_accuracy"]:.3f} as the mean over groups (the most frequent group alone: {c["largest_class"]:.3f}).
+Every tenth image is held out, so skin-tone variations of one emoji stand on both sides. These numbers do not compare with
+Inception FID. FID is biased by the number of images, given in the second column.
 
 | compared | images | FID | sFID | KID | precision | recall |
 |---|---|---|---|---|---|---|
