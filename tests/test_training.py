@@ -139,3 +139,10 @@ def test_npm_fails(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QuestError, match="no network"):
         data.fetch_emoji(tmp_path / "cache")
+
+
+def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["export", "--out", str(tmp_path), "--work", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        export.main()
+    assert stop.value.code == 2 and "no exported models" in capsys.readouterr().err

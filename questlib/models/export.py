@@ -11,6 +11,7 @@ import copy
 import json
 import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from safetensors.torch import save_file
 from torch import nn
 
+from questlib.errors import ConfigError, QuestError
 from questlib.features import MiniFeatures, load_classifier
 from questlib.metrics import Statistics, compare, load_reference, psnr, statistics
 from questlib.models.card import write_card
@@ -166,7 +168,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("questlib/models/mini"), help="the folder that training wrote")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="where the data archive is, or is fetched to")
     args = parser.parse_args()
-    quality = finish(load_emoji(fetch_emoji(args.work)), args.out)
+    try:
+        if not (args.out / NAME / "training.json").is_file():
+            raise ConfigError(f"{args.out}: no exported models; train them with python -m questlib.models.train")
+        load_classifier(args.out / "mini-features")  # fail before the data is fetched
+        quality = finish(load_emoji(fetch_emoji(args.work)), args.out)
+    except QuestError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
     print(json.dumps(quality, indent=1))
 
 
