@@ -10,6 +10,7 @@ CONDA_ACTIVE := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 ACTIVE := $(firstword $(foreach d,$(VIRTUAL_ENV) $(CONDA_ACTIVE),$(if $(wildcard $(d)/bin/python),$(d))))
 VENV := $(or $(ACTIVE),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
+THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(JOBS) )); echo $$(( n > 1 ? n : 1 )))  # of each notebook's kernel
 STAMP := $(VENV)/.questlib-installed
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
@@ -45,7 +46,7 @@ format: $(STAMP)  ## ruff: repair imports and format
 test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
 	@mkdir -p runs; date +%s > runs/test-start
 	"$(PY)" -m pytest -n $(JOBS) tests
-	"$(PY)" -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
+	OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
 	@echo "{\"seconds\": $$(( $$(date +%s) - $$(cat runs/test-start) ))}" > runs/test-time.json
 
 notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale

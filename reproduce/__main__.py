@@ -1,0 +1,83 @@
+"""python -m reproduce table2|table3 --scale smoke|mini|paper; python -m reproduce readme | notebooks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from questlib.errors import ConfigError, QuestError
+from reproduce.plan import make_plan
+from reproduce.scales import SCALES
+from reproduce.tables import all_tables
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        """One line, exit code 2."""
+        print(f"python -m reproduce: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> Parser:
+    p = Parser(prog="python -m reproduce", description=__doc__)
+    p.add_argument(
+        "what", help=f"{', '.join(all_tables())}; readme: write its generated blocks; notebooks: execute them in place"
+    )
+    p.add_argument("--scale", default="mini", help=f"{', '.join(SCALES)} (default: mini)")
+    p.add_argument("--cells", help="some of the table's cells, separated by commas (default: all)")
+    p.add_argument("--seeds", help="numbers separated by commas (default: the scale's)")
+    p.add_argument("--features", help="mini or inception (default: the scale's)")
+    p.add_argument("--model", help="embedded name, diffusers folder or hub id (default: the scale's)")
+    p.add_argument("--reference", help="for FID: embedded name, folder of images, .npz or .safetensors (default: the scale's)")
+    p.add_argument("--results", type=Path, default=Path("results"), help="result JSON, tables, notebooks (default: results)")
+    p.add_argument("--work", type=Path, default=Path("runs"), help="products of the stages, to go on from (default: runs)")
+    p.add_argument("--json", action="store_true", help="print the results as JSON to stdout, and nothing else there")
+    return p
+
+
+def reproduce_table(args: argparse.Namespace) -> int:
+    seeds = None
+    if args.seeds is not None:
+        try:
+            seeds = [int(s) for s in args.seeds.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"seeds: expected whole numbers separated by commas, found {args.seeds!r}") from error
+    plan = make_plan(
+        args.what, scale=args.scale, cells=args.cells.split(",") if args.cells is not None else None, seeds=seeds,
+        features=args.features, model=args.model, reference=args.reference, results=args.results, work=args.work,
+    )  # fmt: skip
+    from reproduce import report, run  # here: bad input is answered before the slow imports
+
+    run.preflight(plan)
+    results = run.run(plan)
+    print(report.as_json(plan, results) if args.json else report.terminal(plan, results))
+    asked = {c.id for c in plan.cells}
+    return int(any(r["status"] == "failed" for r in results if r["cell"] in asked))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.what == "readme":
+            from reproduce import readme
+
+            changed = readme.update(Path("README.md"), args.results, args.work / "test-time.json")
+            print("README.md written" if changed else "README.md was up to date")
+            return 0
+        if args.what == "notebooks":
+            from reproduce import run
+
+            run.execute_in_place(sorted(run.NOTEBOOKS.glob("*.ipynb")))
+            return 0
+        return reproduce_table(args)
+    except QuestError as error:
+        print(f"python -m reproduce: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("python -m reproduce: interrupted; the same command goes on where this stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""One cell of a table, from the model to the result JSON: calibrate, quantize, finetune, save, load, sample, evaluate."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+import statistics
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+import questlib
+from questlib import metrics, sampling
+from questlib.errors import QuestError
+from questlib.features import MINI_FEATURES
+from questlib.models import loading
+from reproduce.plan import Plan
+from reproduce.provenance import PeakMemory, provenance
+from reproduce.store import Product, Store, code_hash, digest, write_json
+from reproduce.tables import Cell
+
+METRICS = ("fid", "sfid", "kid", "psnr_to_fp", "feature_distance_to_fp", "latent_snr_db")
+SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
+PREVIEW = 8  # images in a cell's picture
+
+
+@cache
+def load(model: str):
+    """(pipeline on the device, digest of its weights); once a process."""
+    pipe = loading.load_pipeline(model)
+    return pipe.to("cuda" if torch.cuda.is_available() else "cpu"), loading.model_digest(pipe)
+
+
+class SeedRun:
+    """The products of one cell and one seed, each made on demand from the ones before it."""
+
+    def __init__(self, cell: Cell, plan: Plan, seed: int) -> None:
+        self.cell, self.plan, self.seed, scale = cell, plan, seed, plan.scale
+        self.pipe, self.model_sha256 = load(plan.model)
+        self.store = Store(plan.work)
+        self.config = None if cell.preset is None else plan.config(cell, seed)
+        schedule = {"num_inference_steps": scale.num_inference_steps, "eta": scale.eta, "model": self.model_sha256}
+        schedule |= {"device": self.pipe.device.type}  # a CPU's and a GPU's products differ in the last bits and in their seconds
+        drawing = schedule | {"seed": SAMPLING_SEED + seed, "num_samples": scale.samples_per_seed, "batch": scale.sample_batch}
+        drawing |= {"code": code_hash(sampling.sample)}
+        self.fp_samples = self.store.product("sample", drawing | {"unet": None})
+        if self.config is None:
+            self.calibration = self.checkpoint = None
+            self.samples = self.fp_samples
+            self.full = self.store.product("full-precision", {"model": self.model_sha256})
+        else:
+            key = schedule | {"seed": seed, "trajectories": scale.calib_samples, "code": code_hash(questlib.calibrate)}
+            self.calibration = self.store.product("calibrate", key)
+            code = code_hash(questlib.quantize, questlib.finetune, questlib.save_pretrained)
+            key = {"calibration": self.calibration.hash, "config": self.config.to_dict(), "code": code}
+            self.checkpoint = self.store.product("checkpoint", key)
+            self.samples = self.store.product("sample", drawing | {"unet": self.checkpoint.hash})
+        key = {
+            "samples": self.samples.hash,
+            "paired": self.fp_samples.hash,
+            "features": plan.features,
+            "reference": plan.reference,
+        }
+        key |= {"files": file_digests(plan.reference), "code": code_hash(metrics.evaluate)}
+        self.score = self.store.product("evaluate", key)
+
+    def _calibrate(self, folder: Path) -> dict[str, Any]:
+        scale = self.plan.scale
+        calib = questlib.calibrate(
+            self.pipe, scale.calib_samples, scale.num_inference_steps, eta=scale.eta, seed=self.seed, progress=True
+        )
+        calib.save(folder / "calibration.safetensors")
+        return {"calibration_hash": calib.hash()}
+
+    def _quantize(self, folder: Path) -> dict[str, Any]:
+        self.calibration.make(self._calibrate)
+        calib = questlib.Calibration.load(self.calibration.folder / "calibration.safetensors")
+        # Rounded weights are shared by all presets and activation bits that agree on them, not only by this cell.
+        shared = self.store.product("adaround", {"calibration": self.calibration.hash, "code": code_hash(questlib.quantize)})
+        torch.manual_seed(self.seed)
+        state = folder / "finetune-state"
+        with PeakMemory() as memory:
+            unet = questlib.quantize(self.pipe.unet, self.config, calib, cache_dir=shared.folder, progress=True)
+            log = questlib.finetune(unet, self.pipe.unet, calib, self.config, state_path=state, progress=True)
+        size = questlib.save_pretrained(unet, folder / "unet")
+        state.unlink(missing_ok=True)
+        return {
+            "size_bytes": size,
+            "peak_bytes": memory.bytes,
+            "reconstruct_cached": unet.quest_log["reconstruct_cached"],
+            "stage_seconds": unet.quest_log["seconds"] | {"finetune": log["seconds"]},
+            "finetune": {k: v for k, v in log.items() if k in ("trained_weights", "trained_fraction")},
+        }
+
+    def draw(self, product: Product, unet: Any) -> sampling.Samples:
+        """The samples of a product: those that its folder lacks are drawn, the others are read."""
+        scale = self.plan.scale
+        drawn = []
+
+        def build(folder: Path) -> dict[str, Any]:
+            drawn.append(
+                sampling.sample(
+                    self.pipe, scale.samples_per_seed, num_inference_steps=scale.num_inference_steps, eta=scale.eta,
+                    seed=SAMPLING_SEED + self.seed, batch_size=scale.sample_batch, out_dir=folder / "shards", unet=unet,
+                )
+            )  # fmt: skip
+            return {}
+
+        if product.done:
+            build(product.folder)
+        else:
+            product.make(build)
+        return drawn[0]
+
+    def _evaluate(self, folder: Path, samples: sampling.Samples, paired: sampling.Samples | None) -> dict[str, Any]:
+        images = None if paired is None else paired.images
+        reference = self.plan.reference
+        values = dict(metrics.evaluate(samples.images, reference=reference, features=self.plan.features, paired=images))
+        if paired is not None:
+            values["latent_snr_db"] = metrics.latent_snr_db(samples.latents, paired.latents)
+        strip = torch.cat(list(samples.images[:PREVIEW]), dim=2).permute(1, 2, 0)  # [H, PREVIEW * W, 3]
+        Image.fromarray(strip.numpy()).save(folder / "preview.png")
+        measured = {k: v if v is None or math.isfinite(v) else None for k, v in values.items() if k in METRICS}
+        return {"metrics": measured, "about": {k: v for k, v in values.items() if k not in METRICS}}
+
+    def _measure_full(self, folder: Path) -> dict[str, Any]:
+        """Size of the full-precision UNet as a file; the file itself is not kept."""
+        self.pipe.unet.save_pretrained(folder / "unet")
+        size = sum(f.stat().st_size for f in (folder / "unet").glob("*.safetensors"))
+        shutil.rmtree(folder / "unet")
+        return {"size_bytes": size}
+
+    def run(self) -> dict[str, Any]:
+        """Everything known of this seed; what exists is read, what lacks is made."""
+        if self.checkpoint is None:
+            made = self.full.make(self._measure_full)
+        else:
+            made = self.checkpoint.make(self._quantize)
+        if not self.score.done:
+            paired = None if self.checkpoint is None else self.draw(self.fp_samples, self.pipe.unet)
+            # What is measured is what is on disk: the checkpoint is loaded again.
+            unet = self.pipe.unet
+            if self.checkpoint is not None:
+                unet = questlib.from_pretrained(self.checkpoint.folder / "unet", engine="fake").to(self.pipe.device)
+            samples = self.draw(self.samples, unet)
+            self.score.make(lambda folder: self._evaluate(folder, samples, paired))
+        seconds = dict.fromkeys(("calibrate", "ranges", "reconstruct", "finetune"), 0.0)
+        if self.checkpoint is not None:
+            seconds |= {"calibrate": self.calibration.info["seconds"], **made["stage_seconds"]}
+        seconds |= {"sample": self.samples.info["seconds"], "evaluate": self.score.info["seconds"]}
+        stages = [self.samples, self.score] + ([self.checkpoint, self.calibration] if self.checkpoint is not None else [])
+        return {
+            "seed": self.seed,
+            "metrics": self.score.info["metrics"],
+            "size_bytes": made["size_bytes"],
+            "peak_bytes": made.get("peak_bytes"),
+            "reconstruct_cached": made.get("reconstruct_cached"),
+            "finetune": made.get("finetune"),
+            "seconds": seconds,
+            "interrupted": sum(p.info["interrupted"] for p in stages),
+            "config_hash": None if self.config is None else self.config.hash(),
+            "calibration_hash": None if self.calibration is None else self.calibration.info["calibration_hash"],
+            "about": self.score.info["about"],
+            "products": {p.folder.parent.name: p.hash for p in stages},
+        }
+
+
+def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dict[str, Any]:
+    """A result without numbers of ours; the paper's stand in their own place only."""
+    numbers = {
+        m: {"value": None, "std": None, "paper": cell.paper.get(m), "independent": _independent(cell, m), "verdict": None}
+        for m in METRICS
+    }
+    return {
+        "table": plan.table.name, "cell": cell.id, "scale": plan.scale.name, "status": status, "reason": reason,
+        "label": cell.label, "preset": cell.preset, "weight_bits": cell.weight_bits, "act_bits": cell.act_bits,
+        "overrides": dict(cell.overrides), "note": cell.note, "engine": None, "model": {"id": None, "sha256": None},
+        "n_samples": 0, "seeds": list(plan.seeds), "num_inference_steps": plan.scale.num_inference_steps, "eta": plan.scale.eta,
+        "features": plan.features, "reference": None, "metrics": numbers,
+        "size_bytes": None, "paper_size_mb": cell.paper_size_mb, "peak_bytes": None, "seconds": {}, "per_seed": [],
+        "provenance": None,
+    }  # fmt: skip
+
+
+def _independent(cell: Cell, metric: str) -> dict[str, float]:
+    return {source: values[metric] for source, values in cell.independent.items() if metric in values}
+
+
+def public_name(name: str) -> str:
+    """An embedded name or hub id as it is; of a file or folder only its last part, no machine's paths."""
+    return Path(name).name if Path(name).exists() else name
+
+
+def file_digests(reference: str) -> list[str]:
+    """What metrics read beside the samples: the embedded classifier and reference, by content; the user's by size and time."""
+    embedded = [*MINI_FEATURES.glob("*.safetensors"), *(loading.MINI / reference).glob("reference.safetensors")]
+    found = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(embedded)]
+    path = Path(reference)
+    return found + [f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in (path, *sorted(path.glob("**/*"))) if f.exists()]
+
+
+def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
+    """Make (or read) one cell's numbers and write `results/<scale>/<table>/<cell>.json`. A QuestError becomes status "failed"."""
+    if plan.missing is not None:
+        result = empty_result(cell, plan, "not run", plan.missing)
+    else:
+        try:
+            runs = [SeedRun(cell, plan, seed) for seed in plan.seeds]
+            result = summarize(cell, plan, runs, [run.run() for run in runs])
+            shutil.copyfile(runs[0].score.folder / "preview.png", plan.folder / f"{cell.id}.png")
+        except QuestError as error:
+            print(f"{cell.id}: failed: {error}", file=sys.stderr)
+            result = empty_result(cell, plan, "failed", str(error))
+            result["provenance"] = provenance() | {"command": plan.command}
+    write_json(plan.folder / f"{cell.id}.json", result)
+    return result
+
+
+def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and sample standard deviation over seeds; size, memory and seconds: of the largest, the largest, and the mean seed."""
+    result = empty_result(cell, plan, "done", None)
+    for metric, entry in result["metrics"].items():
+        values = [s["metrics"].get(metric) for s in seeds]
+        if None not in values:
+            entry["value"] = statistics.fmean(values)
+            entry["std"] = statistics.stdev(values) if len(values) > 1 else None
+    peaks = [s["peak_bytes"] for s in seeds if s["peak_bytes"] is not None]
+    stages = seeds[0]["seconds"]
+    return result | {
+        "engine": "fake" if cell.preset is not None else "full precision",
+        "model": {"id": public_name(plan.model), "sha256": runs[0].model_sha256},
+        "reference": public_name(plan.reference),
+        "n_samples": plan.scale.samples_per_seed * len(seeds),
+        "size_bytes": max(s["size_bytes"] for s in seeds),
+        "peak_bytes": max(peaks) if peaks else None,
+        "peak_bytes_is": "largest rise of resident memory (CPU) or allocated memory (CUDA) while quantizing and finetuning",
+        "seconds": {stage: statistics.fmean(s["seconds"][stage] for s in seeds) for stage in stages},
+        "seconds_are": "mean of a seed, as first measured, also where a product was read from the cache",
+        "per_seed": seeds,
+        "provenance": provenance()
+        | {
+            "config_hash": digest([s["config_hash"] for s in seeds]),
+            "calibration_hash": digest([s["calibration_hash"] for s in seeds]),
+            "command": plan.command,
+        },
+    }

@@ -1,0 +1,84 @@
+"""README blocks between `<!-- generated: NAME -->` and `<!-- end: NAME -->`, written from the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from questlib.errors import QuestError
+from reproduce import plots, report
+from reproduce.store import write_atomically
+
+BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
+TABLES = ("table2", "table3")
+PICTURE = "picture.png"
+
+
+def _machine(about: dict[str, Any]) -> str:
+    return ", ".join([about["cpu"], f"{about['cores']} cores", f"{about['memory_gib']} GiB", *about["gpus"]])
+
+
+def commands(results: Path) -> str:
+    """The commands with the time they took, install apart."""
+    lines = ["| command | what it does | measured | on |", "| --- | --- | --- | --- |"]
+    files = {"make test": results / "mini" / "test.json"} | {
+        f"make reproduce-{t}": results / "mini" / t / "run.json" for t in TABLES
+    }
+    what = {"make test": "lint, tests, all notebooks at smoke scale"}
+    for command, path in files.items():
+        measured = machine = "not measured yet"
+        if path.is_file():
+            run = json.loads(path.read_text())
+            remark = "" if run.get("fresh", True) else " (with products of earlier runs)"
+            measured, machine = f"{run['seconds'] / 60:.1f} min{remark}", _machine(run["machine"])
+        text = what.get(
+            command, f"{command.removeprefix('make reproduce-').replace('table', 'table ')} at mini scale, from a fresh start"
+        )
+        lines.append(f"| `{command}` | {text} | {measured} | {machine} |")
+    return "\n".join(lines)
+
+
+def picture(results: Path) -> str:
+    plan, found = report.committed("table3", results)
+    if any(r["status"] != "done" for r in found if r["cell"] in plan.table.picture):
+        return "The picture appears with the first full run of `make reproduce-table3`."
+    names = " / ".join(
+        plan.table.cell(c).label + ("" if plan.table.cell(c).preset is None else " " + plan.table.cell(c).bits)
+        for c in plan.table.picture
+    )
+    return f"![{names}](results/mini/table3/{PICTURE})\n\nTop to bottom, from the same noise: {names}."
+
+
+def table(name: str) -> Callable[[Path], str]:
+    return lambda results: report.markdown(*report.committed(name, results)).rstrip()
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {"commands": commands, "picture": picture} | {t: table(t) for t in TABLES}
+
+
+def render(text: str, results: Path) -> str:
+    """`text` with every block written again. QuestError for an unknown block, or one that the README lacks."""
+    names = [m.group(2) for m in BLOCK.finditer(text)]
+    wrong = sorted(set(names) ^ set(BLOCKS)) or (len(names) != len(set(names)) and ["a block twice"])
+    if wrong:
+        raise QuestError(f"README: expected one block each of {', '.join(BLOCKS)}; wrong or missing: {', '.join(wrong)}")
+    return BLOCK.sub(lambda m: m.group(1) + BLOCKS[m.group(2)](results) + "\n" + m.group(3), text)
+
+
+def update(readme: Path, results: Path, test_time: Path) -> bool:
+    """Write the README's blocks, the picture, and the time of the last `make test`; True when the README changed."""
+    from reproduce.provenance import machine
+
+    if test_time.is_file():
+        measured = {"command": "make test", "seconds": json.loads(test_time.read_text())["seconds"], "machine": machine()}
+        write_atomically(results / "mini" / "test.json", json.dumps(measured, indent=1) + "\n")
+    plan, found = report.committed("table3", results)
+    if all(r["status"] == "done" for r in found if r["cell"] in plan.table.picture):
+        plots.save(plots.picture(plan, found), plan.folder / PICTURE)
+    old = readme.read_text()
+    new = render(old, results)
+    write_atomically(readme, new)
+    return new != old

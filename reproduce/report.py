@@ -1,0 +1,182 @@
+"""From result JSON to tables: terminal, markdown, HTML. Every number comes from a result file or from the table's own file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reproduce.pipeline import empty_result
+from reproduce.plan import Plan, make_plan
+from reproduce.store import write_atomically, write_json
+from reproduce.tables import Number
+from reproduce.verdict import verdict
+
+LOWER_IS_BETTER = ("fid", "sfid", "kid", "feature_distance_to_fp")
+HEADS = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "kid": "KID x1000",
+    "psnr_to_fp": "PSNR to FP, dB",
+    "feature_distance_to_fp": "distance to FP",
+}
+FACTORS = {"kid": 1000.0}
+
+
+def load_results(plan: Plan) -> list[dict[str, Any]]:
+    """One result per cell of the whole table, in its order; a cell without a file is "not run", with the reason."""
+    results = []
+    for cell in plan.table.cells:
+        path = plan.folder / f"{cell.id}.json"
+        reason = (
+            plan.missing
+            or f"not asked for yet: python -m reproduce {plan.table.name} --scale {plan.scale.name} --cells {cell.id}"
+        )
+        results.append(json.loads(path.read_text()) if path.is_file() else empty_result(cell, plan, "not run", reason))
+    return with_verdicts(plan, results)
+
+
+def with_verdicts(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same results, each metric that the paper's tables use with its verdict."""
+    by_id = {r["cell"]: r for r in results}
+    for cell in plan.table.cells:
+        base = None if cell.against is None else plan.table.cell(cell.against)
+        for metric, entry in by_id[cell.id]["metrics"].items():
+            if metric in LOWER_IS_BETTER[:3]:
+                entry["verdict"] = verdict(metric, cell, base, by_id[cell.id], None if base is None else by_id[base.id])
+    return results
+
+
+def finish(plan: Plan) -> list[dict[str, Any]]:
+    """Write verdicts into the result files, and the table as markdown and HTML. Call it when all cells are there."""
+    results = load_results(plan)
+    for result in results:
+        path = plan.folder / f"{result['cell']}.json"
+        if path.is_file():
+            write_json(path, result)
+    write_atomically(plan.folder / "table.md", markdown(plan, results))
+    write_atomically(plan.folder / "table.html", html(plan, results))
+    return results
+
+
+def _ours(result: dict[str, Any], metric: str) -> str:
+    entry = result["metrics"][metric]
+    if result["status"] != "done":
+        return result["status"]
+    if entry["value"] is None:
+        return "-"
+    factor = FACTORS.get(metric, 1.0)
+    digits = 3 if metric == "feature_distance_to_fp" else 2
+    spread = "" if entry["std"] is None else f" ± {entry['std'] * factor:.{digits}f}"
+    return f"{entry['value'] * factor:.{digits}f}{spread}"
+
+
+def _paper(value: Number) -> str:
+    return "not reported" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _quantity(value: float | None, unit: float, digits: int = 1) -> str:
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
+def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Our numbers: mean ± sample standard deviation over the seeds."""
+    rows = []
+    for r in results:
+        row = {"bits": "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}", "method": r["label"]}
+        row |= {"preset": r["preset"] or "-"} | {head: _ours(r, metric) for metric, head in HEADS.items()}
+        spent = None if r["preset"] is None else sum(v for k, v in r["seconds"].items() if k not in ("sample", "evaluate"))
+        row["size MB"] = _quantity(r["size_bytes"], 1e6, 2)
+        row["quantize s"] = _quantity(spent if r["status"] == "done" else None, 1, 0)
+        row["memory MB"] = _quantity(r["peak_bytes"], 1e6, 0)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
+    """Paper, independent re-runs and ours, with the verdict; metrics that the paper's table has."""
+    metrics = [m for m in HEADS if any(r["metrics"][m]["paper"] is not None for r in results)]
+    rows = []
+    for r in results:
+        row = {"bits": "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}", "method": r["label"]}
+        for m in metrics:
+            entry = r["metrics"][m]
+            others = ", ".join(f"{name} {value:.2f}" for name, value in entry["independent"].items())
+            row |= {
+                f"{HEADS[m]} paper": _paper(entry["paper"]),
+                f"{HEADS[m]} others": others or "-",
+                f"{HEADS[m]} ours": _ours(r, m),
+            }
+            row[f"{HEADS[m]} verdict"] = entry["verdict"]
+        row = {
+            k: v
+            for k, v in row.items()
+            if not k.endswith("others") or any(x["metrics"][m]["independent"] for x in results for m in metrics)
+        }
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def reasons(results: list[dict[str, Any]]) -> list[str]:
+    """Why cells have no numbers, one line a reason."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for r in results:
+        if r["status"] != "done":
+            found.setdefault((r["status"], r["reason"]), []).append(r["cell"])
+    return [f"{status} ({', '.join(cells)}): {reason}" for (status, reason), cells in found.items()]
+
+
+def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
+    """How the numbers were made, from the results themselves; also what stands between them and the paper's."""
+    done = [r for r in results if r["status"] == "done"]
+    if not done:
+        return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
+    kinds = sorted({
+        f"{r['model']['id']}, DDIM {r['num_inference_steps']} steps, eta {r['eta']:g}, {r['n_samples']} samples over seeds "
+        f"{', '.join(map(str, r['seeds']))}, {r['features']} features, reference {r['reference']}" for r in done
+    })  # fmt: skip
+    words = f"Scale {plan.scale.name}: {'; '.join(kinds)}. Values: mean ± standard deviation over the seeds. "
+    if plan.scale.name != "paper":
+        words += "The paper's numbers are of its own model and data: compare orders, not values. "
+        words += "Few samples bias FID upwards, for all rows alike. "
+    return words + plan.table.note
+
+
+def _markdown_table(data: pd.DataFrame) -> str:
+    cells = [list(map(str, data.columns)), ["---"] * len(data.columns), *data.astype(str).values.tolist()]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)
+
+
+def markdown(plan: Plan, results: list[dict[str, Any]]) -> str:
+    parts = [f"### {plan.table.title}", conditions(plan, results), _markdown_table(frame(results))]
+    parts += [f"- {line}" for line in reasons(results)]
+    return "\n\n".join([*parts, "Paper and ours:", _markdown_table(side_by_side(results))]) + "\n"
+
+
+def html(plan: Plan, results: list[dict[str, Any]]) -> str:
+    style = "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto}td,th{padding:.3em .7em;text-align:left}</style>"
+    notes = "".join(f"<li>{line}</li>" for line in reasons(results))
+    tables = [data.to_html(index=False, border=0) for data in (frame(results), side_by_side(results))]
+    return (
+        f"<!doctype html><meta charset='utf-8'><title>{plan.table.title}</title>{style}<h1>{plan.table.title}</h1>"
+        f"<p>{conditions(plan, results)}</p>{tables[0]}<ul>{notes}</ul><h2>Paper and ours</h2>{tables[1]}\n"
+    )
+
+
+def terminal(plan: Plan, results: list[dict[str, Any]]) -> str:
+    wide = {"index": False, "justify": "left"}
+    parts = [plan.table.title, conditions(plan, results), frame(results).to_string(**wide), *reasons(results)]
+    return "\n\n".join([*parts, side_by_side(results).to_string(**wide)])
+
+
+def as_json(plan: Plan, results: list[dict[str, Any]]) -> str:
+    about = {"table": plan.table.name, "title": plan.table.title, "scale": plan.scale.name, "note": plan.table.note}
+    return json.dumps(about | {"results": results}, indent=1, allow_nan=False)
+
+
+def committed(table: str, results: Path) -> tuple[Plan, list[dict[str, Any]]]:
+    """Plan and results of a full mini run under `results`; for the README."""
+    plan = make_plan(table, scale="mini", results=results, work=results)
+    return plan, load_results(plan)

@@ -1,0 +1,105 @@
+"""Runs a table: its notebook by papermill, with the cells' products cached, then the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from nbconvert import HTMLExporter
+from nbformat import NotebookNode
+
+from questlib.errors import ConfigError
+from reproduce import report
+from reproduce.plan import Plan
+from reproduce.provenance import ROOT, machine
+from reproduce.store import write_atomically, write_json
+
+NOTEBOOKS = ROOT / "notebooks"
+
+
+def preflight(plan: Plan) -> None:
+    """What can be known before long work: the given model loads, the given features have weights, the reference exists."""
+    if plan.missing is not None:
+        return
+    from questlib.features import InceptionFeatures
+    from questlib.models.loading import MINI, load_pipeline
+
+    load_pipeline(plan.model)
+    if not (MINI / plan.reference / "reference.safetensors").is_file() and not Path(plan.reference).exists():
+        raise ConfigError(f"reference {plan.reference}: not an embedded model, a file or a folder")
+    if plan.features == "inception":
+        InceptionFeatures("preflight", ["2048"])
+
+
+def run(plan: Plan) -> list[dict[str, Any]]:
+    """Execute the plan's notebook, keep it beside the results, and write the tables. Progress goes to stderr."""
+    source = NOTEBOOKS / plan.table.notebook
+    target = plan.folder / plan.table.notebook
+    parameters = {
+        "SCALE": plan.scale.name, "RESULTS": str(plan.results.resolve()), "WORK": str(plan.work.resolve()),
+        "CELLS": [c.id for c in plan.cells] if len(plan.cells) < len(plan.table.cells) else None,
+        "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
+        "FEATURES": plan.features if plan.features != plan.scale.features else None,
+        "MODEL": plan.model if plan.model != plan.scale.model else None,
+        "REFERENCE": plan.reference if plan.reference != plan.scale.reference else None,
+    }  # fmt: skip
+    fresh = not any(plan.work.glob("*/*/key.json"))  # nothing of an earlier run to go on from
+    start = time.time()
+    partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"  # papermill writes as it goes; results get the whole
+    papermill.execute_notebook(
+        str(source), str(partial), parameters=parameters, cwd=str(source.parent), kernel_name="python3",
+        progress_bar=False, log_output=False, stdout_file=sys.stderr, stderr_file=sys.stderr,
+    )  # fmt: skip
+    seconds = time.time() - start
+    notebook = without_machine(nbformat.read(partial, as_version=4), plan)
+    write_atomically(target, nbformat.writes(notebook) + "\n")
+    write_atomically(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
+    partial.unlink()
+    record_time(plan, seconds, fresh)
+    return report.finish(plan)
+
+
+def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
+    """run.json: how long a full run took. One that could reuse products of earlier runs never replaces a fresh one's time."""
+    path = plan.folder / "run.json"
+    full = plan.missing is None and len(plan.cells) == len(plan.table.cells)
+    if full and (fresh or not path.is_file()):
+        target = f"make reproduce-{plan.table.name}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
+        write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
+
+
+def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
+    """The notebook without progress bars and warnings (stderr), papermill's times, and this machine's paths."""
+    places = {str(plan.results.resolve()): "results", str(plan.work.resolve()): "runs", str(ROOT): "."}
+    notebook.metadata.pop("papermill", None)
+    for cell in notebook.cells:
+        cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    text = nbformat.writes(notebook)
+    for path, name in places.items():
+        text = text.replace(json.dumps(path)[1:-1], name)
+    return nbformat.reads(text, as_version=4)
+
+
+def execute_in_place(paths: list[Path]) -> None:
+    """Run notebooks with their own defaults (smoke) and keep the outputs in them, for `make notebooks`."""
+    from nbclient import NotebookClient
+
+    for path in paths:
+        print(f"executing {path.name}", file=sys.stderr)
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(
+            notebook, timeout=1200, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}}
+        ).execute()
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)  # times
+            if cell.cell_type == "code":
+                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        text = nbformat.writes(notebook).replace(json.dumps(str(ROOT))[1:-1], ".")
+        write_atomically(path, text + "\n")

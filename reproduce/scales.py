@@ -1,0 +1,82 @@
+"""The three scales: the same code and the same cells, with other models, sample counts and training budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from questlib.errors import ConfigError
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a scale decides. It shortens what a preset does and never switches on what the preset leaves off (`Plan.config`)."""
+
+    name: str
+    model: str | None  # name of an embedded model; None: a folder or hub id must be given
+    reference: str | None  # reference statistics for FID; None: a file must be given
+    features: str  # "mini": the embedded classifier; "inception": FID's Inception-v3
+    samples_per_seed: int
+    seeds: tuple[int, ...]
+    num_inference_steps: int  # DDIM
+    eta: float
+    calib_samples: int  # trajectories of the full-precision model
+    sample_batch: int
+    overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # QuantConfig keys, for all presets
+    preset_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)  # on top, by preset name
+    about: str = ""
+
+
+SCALES: dict[str, Scale] = {
+    "smoke": Scale(
+        name="smoke",
+        model="mini-ldm4",
+        reference="mini-ldm4",
+        features="mini",
+        samples_per_seed=32,
+        seeds=(0,),
+        num_inference_steps=4,
+        eta=0.0,
+        calib_samples=8,
+        sample_batch=32,
+        overrides=dict(adaround_iters=3, act_iters=2, tla_iters=2, cma_iters=2, batch_size=4),
+        about="checks that everything runs; its numbers mean nothing",
+    ),
+    "mini": Scale(
+        name="mini",
+        model="mini-ldm4",
+        reference="mini-ldm4",
+        features="mini",
+        samples_per_seed=1000,
+        seeds=(0, 1),
+        num_inference_steps=20,
+        eta=0.0,
+        calib_samples=64,
+        sample_batch=100,
+        overrides=dict(adaround_iters=200, act_iters=100, tla_iters=100, cma_iters=200, batch_size=32),
+        about="the embedded model in place of the paper's, every method for real",
+    ),
+    "paper": Scale(
+        name="paper",
+        model=None,
+        reference=None,
+        features="inception",
+        samples_per_seed=50_000,
+        seeds=(0,),
+        num_inference_steps=200,
+        eta=1.0,
+        calib_samples=256,
+        sample_batch=32,
+        about="the paper's LSUN-Bedrooms LDM-4, 50,000 images, on GPUs",
+    ),
+}
+
+
+def get_scale(name: str) -> Scale:
+    if name not in SCALES:
+        raise ConfigError(f"scale: expected one of {', '.join(SCALES)}, found {name!r}")
+    return SCALES[name]

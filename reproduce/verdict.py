@@ -1,0 +1,63 @@
+"""What a row's number says about the paper's claim."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from reproduce.tables import FAILED, Cell, Number
+
+ONE_SEED = "one seed, no spread"
+
+
+def verdict(metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], other: dict[str, Any] | None) -> str:
+    """One line about one metric (lower is better) of one row: our order against `base`, and whether the paper has the same order.
+
+    `base` is the row that the paper's claim compares `cell` with (Cell.against); `mine` and `other` are their result JSONs.
+
+    Our order. d = our value - base's value, seed by seed: both rows see the same noise, so what the noise does cancels out.
+    "better" or "worse" when |mean d| exceeds the sample standard deviation of d over the seeds, else "no clear difference".
+    With one seed there is no spread, and the order is said with that remark.
+
+    The paper's order is that of its two numbers; "N/A" (generation failed) loses against any number.
+    "as in the paper" when both orders agree, "differs from the paper" when they are opposite or ours is not clear,
+    "the paper gives no order" when one of its two numbers is not reported.
+
+    The paper's absolute numbers belong to another model and another data set at smoke and mini scale: they are never compared.
+    """
+    if mine["status"] != "done" or mine["metrics"][metric]["value"] is None:
+        return mine["reason"] or "not measured"
+    if base is None:
+        return "reference row"
+    if other is None or other["status"] != "done" or other["metrics"][metric]["value"] is None:
+        return f"{base.label} has no result to compare with"
+    differences = _differences(metric, mine, other)
+    mean = statistics.fmean(differences)
+    if len(differences) > 1:
+        spread = statistics.stdev(differences)
+        clear, size = abs(mean) > spread, f"by {abs(mean):.3g}, spread {spread:.2g}"
+    else:
+        clear, size = mean != 0, f"by {abs(mean):.3g}, {ONE_SEED}"
+    ours = ("better" if mean < 0 else "worse") if clear else "no clear difference"
+    words = f"{ours} than {base.label} ({size})" if clear else f"no clear difference from {base.label} ({size})"
+    papers = paper_order(cell.paper.get(metric), base.paper.get(metric))
+    if papers is None:
+        return f"{words}; the paper gives no order"
+    return f"{words}; {'as in' if papers == ours else 'differs from'} the paper"
+
+
+def paper_order(mine: Number, base: Number) -> str | None:
+    """ "better", "worse", "equal" or None (not reported, or both failed)."""
+    if mine is None or base is None or mine == base == FAILED:
+        return None
+    if FAILED in (mine, base):
+        return "worse" if mine == FAILED else "better"
+    return "equal" if mine == base else "better" if mine < base else "worse"
+
+
+def _differences(metric: str, mine: dict[str, Any], other: dict[str, Any]) -> list[float]:
+    """Ours - base for each seed that both have; the difference of the means when they share none."""
+    base = {s["seed"]: s["metrics"].get(metric) for s in other["per_seed"]}
+    pairs = [(s["metrics"].get(metric), base.get(s["seed"])) for s in mine["per_seed"]]
+    differences = [a - b for a, b in pairs if a is not None and b is not None]
+    return differences or [mine["metrics"][metric]["value"] - other["metrics"][metric]["value"]]

@@ -1,0 +1,212 @@
+"""Cells on a tiny random model: the result's layout, and that a run that is stopped goes on without doing anything twice."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+import questlib
+from questlib import metrics, sampling
+from questlib.errors import QuestError
+from reproduce import report
+from reproduce.pipeline import METRICS, run_cell
+from reproduce.store import Store, code_hash
+
+CELL = "bedrooms-w4a4-quest"
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """How often each stage's function of questlib really ran."""
+    counted: Counter = Counter()
+
+    def count(owner, name):
+        real = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            counted[name] += 1
+            return real(*args, **kwargs)
+
+        wrapper.__module__ = real.__module__
+        monkeypatch.setattr(owner, name, wrapper)
+
+    for name in ("calibrate", "quantize", "finetune", "save_pretrained"):
+        count(questlib, name)
+    count(sampling, "denoise")
+    count(metrics, "evaluate")
+    return counted
+
+
+def test_result_has_the_agreed_layout(tiny_plan):
+    plan = tiny_plan(seeds=[0, 1])
+    result = run_cell(plan.table.cell(CELL), plan)
+    assert json.loads((plan.folder / f"{CELL}.json").read_text()) == result
+    assert (result["table"], result["cell"], result["scale"]) == ("table3", CELL, "smoke")
+    assert (result["status"], result["reason"], result["engine"]) == ("done", None, "fake")
+    assert (result["preset"], result["weight_bits"], result["act_bits"]) == ("quest", 4, 4)
+    assert result["seeds"] == [0, 1] and result["n_samples"] == 32 and len(result["per_seed"]) == 2
+    assert set(result["metrics"]) == set(METRICS)
+    for entry in result["metrics"].values():
+        assert set(entry) == {"value", "std", "paper", "independent", "verdict"}
+    fid = result["metrics"]["fid"]
+    values = [s["metrics"]["fid"] for s in result["per_seed"]]
+    assert fid["value"] == pytest.approx(sum(values) / 2) and fid["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert fid["paper"] == 5.64 and fid["independent"]["survey"] == 8.92
+    checkpoint = next(plan.work.glob("checkpoint/*/unet/model.safetensors"))
+    assert result["size_bytes"] == checkpoint.stat().st_size
+    assert result["peak_bytes"] >= 0
+    assert set(result["seconds"]) == {"calibrate", "ranges", "reconstruct", "finetune", "sample", "evaluate"}
+    assert set(result["provenance"]) == {"commit", "dirty", "versions", "machine", "config_hash", "calibration_hash", "command"}
+    assert len(result["model"]["sha256"]) == 64
+    assert str(plan.work) not in json.dumps(result)  # no machine's paths
+
+
+def test_seeds_differ_and_full_precision_samples_are_shared(tiny_plan, calls):
+    plan = tiny_plan(seeds=[0, 1])
+    full, minmax = (run_cell(plan.table.cell(c), plan) for c in ("bedrooms-fp", "bedrooms-w8a8-minmax"))
+    assert full["per_seed"][0]["metrics"]["fid"] != full["per_seed"][1]["metrics"]["fid"]
+    assert minmax["per_seed"][0]["calibration_hash"] != minmax["per_seed"][1]["calibration_hash"]
+    assert full["metrics"]["psnr_to_fp"]["value"] is None  # nothing to compare with but itself
+    assert minmax["metrics"]["psnr_to_fp"]["value"] > 10
+    # 2 batches a seed for each of full precision and min-max, and calibration's own
+    assert calls["denoise"] == 2 * 2 * 2 and calls["calibrate"] == 2
+
+
+def test_second_run_makes_nothing(tiny_plan, calls):
+    plan = tiny_plan()
+    first = run_cell(plan.table.cell(CELL), plan)
+    before = Counter(calls)
+    (plan.folder / f"{CELL}.json").unlink()
+    assert run_cell(plan.table.cell(CELL), plan) == first  # also the seconds: as first measured
+    assert calls == before
+
+
+@pytest.mark.parametrize(
+    ("stop_in", "done"),
+    [("evaluate", {"calibrate": 1, "quantize": 1, "finetune": 1, "denoise": 4}), ("denoise", {"calibrate": 1, "quantize": 1})],
+)
+def test_stopped_run_goes_on(tiny_plan, calls, monkeypatch, stop_in, done):
+    plan = tiny_plan()
+    cell = plan.table.cell(CELL)
+    owner = {"evaluate": metrics, "denoise": sampling}[stop_in]
+    counting = getattr(owner, stop_in)
+    passed = Counter()
+
+    def stop(*args, **kwargs):
+        passed["calls"] += 1
+        if stop_in == "denoise" and passed["calls"] < 4:  # the second batch of the quantized model's samples is the fourth
+            return counting(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    stop.__module__ = counting.__module__
+    monkeypatch.setattr(owner, stop_in, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, plan)
+    assert not (plan.folder / f"{CELL}.json").exists()
+    monkeypatch.setattr(owner, stop_in, counting)
+    result = run_cell(cell, plan)
+    assert result["status"] == "done"
+    assert {name: calls[name] for name in done} == done  # nothing that was done ran again
+    assert calls["denoise"] == 4 and calls["evaluate"] == 1
+    assert result["per_seed"][0]["interrupted"] == 1
+
+
+def test_stopped_and_unstopped_runs_agree(tiny_plan, monkeypatch, tmp_path):
+    plan = tiny_plan()
+    cell = plan.table.cell("bedrooms-w4a8-quest-paper")
+    real = questlib.save_pretrained
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    stop.__module__ = real.__module__
+    monkeypatch.setattr(questlib, "save_pretrained", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(cell, plan)
+    monkeypatch.setattr(questlib, "save_pretrained", real)
+    stopped = run_cell(cell, plan)
+    straight = run_cell(cell, tiny_plan().__class__(**{**vars(plan), "work": tmp_path / "other"}))
+    assert stopped["metrics"] == straight["metrics"]
+
+
+def test_failed_cell_says_why_and_the_table_goes_on(tiny_plan, monkeypatch):
+    plan = tiny_plan(cells=["bedrooms-w8a8-minmax", "bedrooms-fp"])
+
+    def fail(*args, **kwargs):
+        raise QuestError("finetune: loss is nan")
+
+    fail.__module__ = questlib.quantize.__module__
+    monkeypatch.setattr(questlib, "quantize", fail)
+    results = [run_cell(cell, plan) for cell in plan.cells]
+    assert [r["status"] for r in results] == ["done", "failed"]
+    assert results[1]["reason"] == "finetune: loss is nan" and results[1]["metrics"]["fid"]["value"] is None
+    text = report.terminal(plan, report.finish(plan))
+    assert "failed (bedrooms-w8a8-minmax): finetune: loss is nan" in text
+    assert "not run (bedrooms-w8a8-q-diffusion): not asked for yet" in text
+
+
+def test_measured_model_is_the_one_on_disk(tiny_plan, monkeypatch):
+    """Sampling sees the checkpoint that was loaded again, not the model in memory."""
+    plan = tiny_plan()
+    loaded = []
+    real = questlib.from_pretrained
+    monkeypatch.setattr(questlib, "from_pretrained", lambda path, engine: loaded.append(real(path, engine)) or loaded[-1])
+    used = []
+    real_sample = sampling.sample
+
+    def sample(*args, **kwargs):
+        used.append(kwargs["unet"])
+        return real_sample(*args, **kwargs)
+
+    sample.__module__ = real_sample.__module__
+    monkeypatch.setattr(sampling, "sample", sample)
+    run_cell(plan.table.cell("bedrooms-w8a8-minmax"), plan)
+    assert used[-1] is loaded[0]
+
+
+def test_product_keeps_the_seconds_of_interrupted_tries(tmp_path):
+    product = Store(tmp_path).product("stage", {"a": 1})
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        product.make(interrupted)
+    before = json.loads((product.folder / "tries.json").read_text())["seconds"]
+    info = product.make(lambda folder: {"x": 1})
+    assert info["x"] == 1 and info["interrupted"] == 1 and info["seconds"] > before
+    assert product.make(interrupted) == info
+
+
+def test_code_hash_follows_imports_and_ignores_comments(tmp_path, monkeypatch):
+    from reproduce import store
+
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "some_stage.py"
+
+    def hash_of(text: str) -> str:
+        path.write_text(text)
+        store._source.cache_clear()
+
+        def function():
+            pass
+
+        function.__module__ = "some_stage"
+        return code_hash(function)
+
+    one = hash_of('"""Doc."""\nfrom questlib import sampling\nX = 1\n')
+    assert hash_of('"""Other doc."""\n# why\nfrom questlib import sampling\n\nX = 1\n') == one
+    assert hash_of('"""Doc."""\nfrom questlib import sampling\nX = 2\n') != one
+    assert "questlib.sampling" in store._source("some_stage")[1]
+    store._source.cache_clear()
+
+
+def test_samples_do_not_depend_on_global_random_state(tiny_plan):
+    plan = tiny_plan(cells=["bedrooms-fp"])
+    first = run_cell(plan.cells[0], plan)
+    torch.manual_seed(123)
+    again = run_cell(plan.cells[0], plan.__class__(**{**vars(plan), "work": plan.work / "again"}))
+    assert first["metrics"] == again["metrics"]
