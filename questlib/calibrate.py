@@ -66,7 +66,9 @@ def calibrate(
     The noise differs from that of `questlib.sampling.sample` at equal seeds. ConfigError for counts below one.
     """
     if num_samples < 1 or num_inference_steps < 1:
-        raise ConfigError(f"calibrate: num_samples and num_inference_steps must be >= 1, found {num_samples}, {num_inference_steps}")
+        raise ConfigError(
+            f"calibrate: num_samples and num_inference_steps must be >= 1, found {num_samples}, {num_inference_steps}"
+        )
     unet, record = pipe.unet, []
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
@@ -133,8 +135,9 @@ class Observer:
         else:
             scales, zeros = [], []
             for part in range(q.scale.shape[1]):
-                own = q.index == part if q.scale.shape[1] > 1 else torch.ones_like(q.index, dtype=torch.bool)
-                s, z = ranges.search(x[own].reshape(1, -1), self.lo[own].amin()[None], self.hi[own].amax()[None], q.bits, config.act_range, symmetric)  # fmt: skip
+                own = (q.index if q.scale.shape[1] > 1 else torch.zeros_like(q.index)) == part
+                lo, hi = self.lo[own].amin()[None], self.hi[own].amax()[None]
+                s, z = ranges.search(x[own].reshape(1, -1), lo, hi, q.bits, config.act_range, symmetric)
                 scales.append(s), zeros.append(z)
             q.set_group(group, torch.cat(scales), torch.cat(zeros)[q.index])
 

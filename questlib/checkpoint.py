@@ -1,8 +1,8 @@
 """Checkpoints: model.safetensors (packed integer weights, scales) and config.json. Loading gives bit-identical outputs.
 
 Per quantized layer NAME:
-  NAME.codes          uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a byte, the first in the low nibble; uint8 [n] otherwise.
-                      n = O * I * kh * kw, in the layer's own order (row-major)
+  NAME.codes          uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a byte, the first in the low nibble;
+                      uint8 [n] otherwise. n = O * I * kh * kw, in the layer's own order (row-major)
   NAME.wq.scale, NAME.wq.zero_point    float32, uint8 [O, P]; NAME.wq.index (only for split inputs)
   *.scale float32 [G, P], *.zero_point, *.ratio uint8 [G, C] of each activation quantizer, where G is the number of step groups
 All else (biases, norms, layers left in full precision) is stored as it is.
@@ -43,7 +43,9 @@ def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     n = shape.numel()
     expected = n if bits > 4 else (n + 1) // 2
     if packed.dtype != torch.uint8 or packed.numel() != expected:
-        raise CheckpointError(f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, found {packed.numel()}")
+        raise CheckpointError(
+            f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, found {packed.numel()}"
+        )
     codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
     if n and int(codes.max()) >= 2**bits:
         raise CheckpointError(f"packed weight: code {int(codes.max())} exceeds {bits} bits")
@@ -82,7 +84,8 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
 def from_pretrained(path: str | Path, engine: str = "fake") -> nn.Module:
     """Load what `save_pretrained` wrote: a frozen quantized UNet whose outputs equal the saved one's bit for bit.
 
-    engine: "fake" (simulated quantization) is the one that exists. CheckpointError for damaged files, missing or unexpected tensors.
+    engine: "fake" (simulated quantization) is the one that exists. CheckpointError for damaged files, missing or unexpected
+    tensors.
     """
     if engine != "fake":
         raise ConfigError(f"engine: expected 'fake', found {engine!r}")
@@ -93,7 +96,9 @@ def from_pretrained(path: str | Path, engine: str = "fake") -> nn.Module:
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     if config.get("format") != FORMAT or config.get("class") not in ("UNet2DModel", "UNet2DConditionModel"):
-        raise CheckpointError(f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}")
+        raise CheckpointError(
+            f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}"
+        )
     quant = QuantConfig.from_dict(config["quant"])
     unet = getattr(diffusers, config["class"]).from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
     # ranges are overwritten below: skip the search
@@ -105,9 +110,12 @@ def from_pretrained(path: str | Path, engine: str = "fake") -> nn.Module:
     derived = {f"{n}.weight" for n in packed} | {k for k in own if k.rsplit(".", 1)[-1] == "index"}
     missing += sorted(set(own) - set(state) - derived)
     unexpected = sorted(set(state) - set(own))
-    wrong = [f"{k} {list(v.shape)} (expected {list(own[k].shape)})" for k, v in state.items() if k in own and v.shape != own[k].shape]
+    wrong = [
+        f"{k} {list(v.shape)} (expected {list(own[k].shape)})" for k, v in state.items() if k in own and v.shape != own[k].shape
+    ]
     if missing or unexpected or wrong:
-        found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong)) if names)  # fmt: skip
+        lists = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+        found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in lists if names)
         raise CheckpointError(f"checkpoint {path} does not fit {config['class']}: {found}")
     unet.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]

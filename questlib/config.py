@@ -112,7 +112,17 @@ class QuantConfig:
 
     def weight_key(self) -> str:
         """Hash of what decides the rounded weights alone, so that presets and act bits share one AdaRound run."""
-        keys = ("weight_bits", "weight_range", "split_skip", "adaround", "adaround_iters", "adaround_lr", "recon_samples", "batch_size", "seed")
+        keys = (
+            "weight_bits",
+            "weight_range",
+            "split_skip",
+            "adaround",
+            "adaround_iters",
+            "adaround_lr",
+            "recon_samples",
+            "batch_size",
+            "seed",
+        )
         values = {k: getattr(self, k) for k in keys} | {"te_fp": self.te == "fp"}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -121,10 +131,14 @@ class QuantConfig:
         return self.tla_iters + self.cma_iters > 0
 
 
-_Q_DIFFUSION = dict(act_range="mse", adaround=True, act_recon=True, softmax_bits=8, first_last_act_bits=8, te="ptq", cma_layers="none")
+_Q_DIFFUSION = dict(
+    act_range="mse", adaround=True, act_recon=True, softmax_bits=8, first_last_act_bits=8, te="ptq", cma_layers="none"
+)
 PRESETS: dict[str, dict] = {
     # naive post-training quantization: the ranges are what was seen
-    "minmax": dict(act_range="minmax", weight_range="minmax", split_skip=False, te="ptq", cma_layers="none", first_last_act_bits=8, softmax_bits=8),
+    "minmax": dict(
+        act_range="minmax", weight_range="minmax", split_skip=False, te="ptq", cma_layers="none", first_last_act_bits=8, softmax_bits=8,
+    ),
     # Li et al., ICCV 2023: split shortcuts, AdaRound by blocks, then activation scales by blocks; one set over time
     "q-diffusion": _Q_DIFFUSION,
     # the paper's text: everything at the stated bits, one set of scales, local and global losses, 2.2k iterations
@@ -132,7 +146,8 @@ PRESETS: dict[str, dict] = {
     # the official release's settings (facts read off it, see shared/paper/method.md): per step group, TE projections only,
     # qkv only, no L_CMA, symmetric running min-max at A8, free per-channel scales at A4
     "quest-release": dict(
-        act_range="minmax", act_symmetric=True, act_ema=0.95, step_groups=20, adaround=True, softmax_bits=8, first_last_act_bits=8,
+        act_range="minmax", act_symmetric=True, act_ema=0.95, step_groups=20, adaround=True, softmax_bits=8,
+        first_last_act_bits=8,
         te_layers="projections", cma_layers="qkv", cma_local_loss=False, global_weight=1.0, tla_order="sequential",
         tla_iters=16000, cma_iters=6400, lr_weight=1e-5, lr_scale=1e-4, lr_scale_tla=1e-5,
     ),

@@ -1,7 +1,7 @@
 """QuEST's selective, network-wise finetuning (paper, Sec. 3.3): one loop, two progressive stages.
 
-Stage TLA trains the time-embedding layers on L_TLA + w L_G, stage CMA the attention-related layers on L_CMA + w L_G; all activation
-scales are trained along. Only the selected layers' weights have gradients; every other weight stays at its quantized value.
+Stage TLA trains the time-embedding layers on L_TLA + w L_G, stage CMA the attention-related layers on L_CMA + w L_G; all
+activation scales are trained along. Only the selected layers' weights have gradients; every other weight stays at its quantized value.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def recorded(unet: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tens
 
 
 def run_time_layers(unet: nn.Module, t: torch.Tensor) -> None:
-    """Run only the layers that map t to the embedding and its projections, for t int64 [T] (paper, Property 1: they see t alone)."""
+    """Run only the layers that map t to the embedding and its projections, t int64 [T] (Property 1: they see t alone)."""
     steps = getattr(unet, "quest_steps", None)
     if steps is not None:
         steps.current = steps.lookup(t)
@@ -83,17 +83,20 @@ def run_time_layers(unet: nn.Module, t: torch.Tensor) -> None:
 
 
 def local_loss(student: dict, teacher: dict, normalize: bool) -> torch.Tensor:
-    """sum over layers of the mean squared difference (Eq. of L_TLA and L_CMA); normalize: relative to the teacher's power."""
+    """L_TLA and L_CMA: the sum over layers of the mean squared difference.
+
+    normalize: the mean over layers of the error relative to the teacher's power: layers, and L_G beside them, count alike.
+    """
     total = 0.0
     for name, target in teacher.items():
         error = (student[name] - target).pow(2).mean()
         total = total + (error / target.pow(2).mean().clamp_min(1e-8) if normalize else error)
-    return total
+    return total / len(teacher) if normalize else total
 
 
 def losses(
-    student: nn.Module, teacher: nn.Module, stage: Stage, config: QuantConfig, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor,
-    te_t: torch.Tensor, te_targets: dict[str, torch.Tensor],
+    student: nn.Module, teacher: nn.Module, stage: Stage, config: QuantConfig, x: torch.Tensor, t: torch.Tensor,
+    eps: torch.Tensor, te_t: torch.Tensor, te_targets: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor | float, torch.Tensor]:  # fmt: skip
     """(local, global) loss of one batch: x, eps [B, C, h, w], t [B]; te_t [T] and te_targets for the time-embedding layers."""
     local: torch.Tensor | float = 0.0
@@ -135,7 +138,8 @@ def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
 
 
 def finetune(
-    unet: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, state_path: str | Path | None = None, progress: bool = False
+    unet: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, state_path: str | Path | None = None,
+    progress: bool = False,
 ) -> dict:  # fmt: skip
     """Finetune a quantized UNet in place against its full-precision teacher; returns the log.
 
@@ -161,7 +165,9 @@ def finetune(
         with torch.no_grad(), recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets:
             run_time_layers(teacher, te_t)
         start = 0
-        if state is not None:  # before `trainable`: relative learning rates are taken from the weights and scales at the stage's start
+        if (
+            state is not None
+        ):  # before `trainable`: relative learning rates are taken from the weights and scales at the stage's start
             unet.load_state_dict(state["model"], strict=False)
             log, start = state["log"], state["iteration"]
             freeze(unet)
@@ -176,12 +182,18 @@ def finetune(
             generator.set_state(state["rng"])
         state = None
         clock = time.perf_counter() - log["seconds"]
-        for i in tqdm(range(start, stage.iters), desc=stage.name, disable=not progress, mininterval=2, initial=start, total=stage.iters):
+        for i in tqdm(
+            range(start, stage.iters), desc=stage.name, disable=not progress, mininterval=2, initial=start, total=stage.iters
+        ):
             x, t, eps = _batch(calib, config, stage, i, generator)
-            local, total = losses(unet, teacher, stage, config, x.to(unet.device), t.to(unet.device), eps.to(unet.device), te_t, te_targets)
+            local, total = losses(
+                unet, teacher, stage, config, x.to(unet.device), t.to(unet.device), eps.to(unet.device), te_t, te_targets
+            )
             loss = local + config.global_weight * total
             if not torch.isfinite(loss):
-                raise QuestError(f"finetune: loss is {loss.item()} in stage {stage.name} at iteration {i}; lower the learning rates")
+                raise QuestError(
+                    f"finetune: loss is {loss.item()} in stage {stage.name} at iteration {i}; lower the learning rates"
+                )
             opt.zero_grad(set_to_none=True)
             loss.backward()
             opt.step(), schedule.step()

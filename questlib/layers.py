@@ -1,4 +1,4 @@
-"""Quantized Linear, Conv2d and attention: the diffusers modules they replace, plus quantizers. One switch: `enabled` / `set_mode`."""
+"""Quantized Linear, Conv2d and attention: the diffusers modules they replace, plus quantizers. `model.set_mode` switches."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ class QuantAttnProcessor(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.probs = q, k, v, probs
 
-    def __call__(self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None) -> torch.Tensor:
+    def __call__(
+        self, attn: Attention, hidden_states, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> torch.Tensor:
         residual, shape = hidden_states, hidden_states.shape
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

@@ -28,7 +28,8 @@ TIME_ROLES = ("time_embed", "time_proj")
 def layer_roles(unet: nn.Module) -> dict[str, str]:
     """Role of each Linear and Conv2d, by the module that owns it:
 
-    first, last | time_embed (t -> embedding) | time_proj (embedding -> ResBlock) | qkv, attn_out | feed_forward | shortcut | conv | linear
+    first, last | time_embed (t -> embedding) | time_proj (embedding -> ResBlock) | qkv, attn_out | feed_forward | shortcut |
+    conv | linear
     """
     owned: dict[int, str] = {id(unet.conv_in): "first", id(unet.conv_out): "last"}
     for module in unet.modules():
@@ -108,7 +109,7 @@ def _act_bits(role: str, config: QuantConfig) -> int:
 
 
 def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.Module:
-    """A deep copy of `unet` with quantizers in every Linear, Conv2d and attention; weights have their ranges, activations not yet.
+    """A deep copy of `unet` with quantizers in every Linear, Conv2d and attention; weights have their ranges, activations none.
 
     timesteps: the sampler's steps [T], from which the step groups are made. ConfigError for anything but a diffusers UNet.
     """
@@ -120,7 +121,6 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
     roles, splits = layer_roles(unet), skip_splits(unet) if config.split_skip else {}
     steps = StepGroups(timesteps, contiguous_groups(len(timesteps), min(config.step_groups, len(timesteps))))
     modules = dict(unet.named_modules())
-    per_channel = config.act_granularity != "tensor"
     for name, role in roles.items():
         if config.te == "fp" and role in TIME_ROLES:
             continue
@@ -135,7 +135,9 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         )  # fmt: skip
         # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
         w_index = split if getattr(layer, "groups", 1) == 1 else torch.zeros(layer.weight.shape[1], dtype=torch.int64)
-        wq = WeightQuantizer(layer.weight, config.weight_bits, w_index, config.weight_range) if config.weight_bits != OFF else None
+        wq = (
+            WeightQuantizer(layer.weight, config.weight_bits, w_index, config.weight_range) if config.weight_bits != OFF else None
+        )
         convert_layer(layer, role, act, wq)
     for name, module in modules.items():
         if isinstance(module, Attention):
@@ -147,6 +149,5 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
             module.processor = QuantAttnProcessor(q, k, v, probs)
     unet.quest_steps = steps
     unet.quest_config = config
-    unet.quest_per_channel = per_channel
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
     return unet

@@ -16,7 +16,9 @@ from questlib.model import freeze, insert, quant_layers
 from questlib.reconstruct import reconstruct_acts, reconstruct_weights
 
 
-def quantize(unet: nn.Module, config: QuantConfig, calib: Calibration, *, cache_dir: str | Path | None = None, progress: bool = False) -> nn.Module:
+def quantize(
+    unet: nn.Module, config: QuantConfig, calib: Calibration, *, cache_dir: str | Path | None = None, progress: bool = False
+) -> nn.Module:
     """A quantized copy of `unet`: the same diffusers class, fake-quantized, ready to sample or to be finetuned.
 
     cache_dir: where AdaRound's weights are kept, named by what made them (config.weight_key, calibration), so that presets with
@@ -38,7 +40,9 @@ def quantize(unet: nn.Module, config: QuantConfig, calib: Calibration, *, cache_
     return freeze(student)
 
 
-def _adaround(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, cache_dir, progress: bool) -> tuple[float, bool]:
+def _adaround(
+    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, cache_dir, progress: bool
+) -> tuple[float, bool]:
     layers = {n: layer for n, layer in quant_layers(student).items() if layer.wq is not None}
     cache = None if cache_dir is None else Path(cache_dir) / f"adaround-{config.weight_key()}-{calib.hash()}.safetensors"
     if cache is not None and cache.exists():

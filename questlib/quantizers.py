@@ -52,7 +52,9 @@ class ActQuantizer(nn.Module):
     `dim` is the channel dimension of the input (1 for convolutions, -1 for linears and attention operands).
     """
 
-    def __init__(self, name: str, bits: int, steps: StepGroups, channels: int, dim: int, index: torch.Tensor, unsigned: bool = False):
+    def __init__(
+        self, name: str, bits: int, steps: StepGroups, channels: int, dim: int, index: torch.Tensor, unsigned: bool = False
+    ):
         super().__init__()
         self.name, self.bits, self.dim, self.unsigned = name, bits, dim, unsigned
         self.__dict__["steps"] = steps  # shared state of the whole UNet, registered once there
@@ -90,7 +92,9 @@ class ActQuantizer(nn.Module):
             return x
         if not self._ready:
             if not bool(self.calibrated):
-                raise NotCalibratedError(f"{self.name}: activation scales were never calibrated; run questlib.quantize with calibration data")
+                raise NotCalibratedError(
+                    f"{self.name}: activation scales were never calibrated; run questlib.quantize with calibration data"
+                )
             self._ready = True
         scale, zero = self.parameters_for(x.ndim)
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
@@ -99,7 +103,7 @@ class ActQuantizer(nn.Module):
 
 
 class WeightQuantizer(nn.Module):
-    """Per output channel (and per part of a split input): scale, zero_point float32 [O, P]; input channel i belongs to part index[i].
+    """Per output channel (and per part of a split input): scale, zero_point float32 [O, P]; input channel i is in part index[i].
 
     Codes are round(w / s) + z in 0..2^b - 1. While AdaRound runs, `alpha` [like w] decides rounding up by a rectified sigmoid
     (Nagel et al. 2020, Eq. 23); `harden` then moves w into the chosen cell, so that round-to-nearest gives AdaRound's codes.

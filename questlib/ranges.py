@@ -33,8 +33,10 @@ def _error(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symme
     return (fake_quant(x, scale[:, None], zero[:, None], bits) - x).square_().mean(1)  # [P]
 
 
-def mse_bounds(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shrink [lo, hi] by a grid of factors, first together, then each end alone; keep what has the least squared error on x [P, n]."""
+def mse_bounds(
+    x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shrink [lo, hi] by a grid of factors, first together, then each end alone; the least squared error on x [P, n] wins."""
     best_lo, best_hi = lo, hi
     best = _error(x, lo, hi, bits, symmetric)
     ends = ((True, True),) if symmetric else ((True, True), (True, False), (False, True))
@@ -69,7 +71,7 @@ def percentile_bounds(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torc
 def search(
     x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, method: str, symmetric: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and zero point [P] by `method` (minmax | mse | percentile). x [P, n] are sampled values, lo and hi [P] the true extremes."""
+    """Scale and zero point [P] by `method` (minmax | mse | percentile). x [P, n]: sampled values; lo, hi [P]: true extremes."""
     if method == "mse":
         lo, hi = mse_bounds(x, lo, hi, bits, symmetric)
     elif method == "percentile":
@@ -85,7 +87,7 @@ CARRIER_BLOCK = 64
 
 
 def block_shifts(scale: torch.Tensor) -> torch.Tensor:
-    """Free scales [G, C] -> shift e [C] (same for all groups): channels sorted by mean log scale, blocks of 64, e in 0..3."""
+    """Free scales [G, C] -> shift e [C] (same for all groups): sorted by mean log scale, blocks of 64, e in 0..3."""
     log = scale.log2().mean(0)
     order = log.argsort()
     top = torch.stack([log[b].max() for b in order.split(CARRIER_BLOCK)])

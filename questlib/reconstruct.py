@@ -30,8 +30,8 @@ class _BlockDone(Exception):
     """Ends a forward pass once the block of interest has run."""
 
 
-def blocks(unet: nn.Module) -> list[str]:
-    """Names of the units of reconstruction, in module order with the time embedding and conv_in first; every layer is in exactly one."""
+def blocks(unet: nn.Module, x: torch.Tensor, t: torch.Tensor) -> list[str]:
+    """Names of the units of reconstruction in the order in which a forward on (x, t) runs them; every layer is in exactly one."""
     found: list[str] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -44,8 +44,15 @@ def blocks(unet: nn.Module) -> list[str]:
                 visit(child, f"{path}.")
 
     visit(unet, "")
-    order = ("time_embedding", "conv_in", "down_blocks", "mid_block", "up_blocks", "conv_out")
-    return sorted(found, key=lambda n: order.index(n.split(".")[0]) if n.split(".")[0] in order else 0)
+    order: list[str] = []
+    handles = [unet.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: order.append(n)) for n in found]
+    try:
+        with torch.no_grad():
+            unet(x[:1].to(unet.device), t.reshape(-1)[:1].to(unet.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(order))  # a block that never runs has nothing to reconstruct
 
 
 def pick_samples(calib: Calibration, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,7 +66,7 @@ def pick_samples(calib: Calibration, count: int, seed: int) -> tuple[torch.Tenso
 
 @torch.no_grad()
 def capture(unet: nn.Module, name: str, x: torch.Tensor, t: torch.Tensor, batch: int = 64) -> tuple[list, list]:
-    """Run the UNet and return what block `name` received (tensors by position or keyword) and gave: two lists, one entry a batch."""
+    """Run the UNet and return what block `name` received (by position or keyword) and gave: two lists, one entry a batch."""
     inputs, outputs = [], []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
@@ -95,11 +102,13 @@ def _join(batches: list) -> Callable[[torch.Tensor], tuple[tuple, dict]]:
     return rows
 
 
-def _each_block(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, desc: str, progress: bool) -> Iterator:
+def _each_block(
+    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, desc: str, progress: bool
+) -> Iterator:
     """For each block: the student's block, a function idx -> call arguments, the teacher's outputs, and the step groups [n]."""
     x, t = pick_samples(calib, config.recon_samples, config.seed)
     groups = torch.as_tensor(student.quest_steps.lookup(t)).expand(len(t))
-    for name in tqdm(blocks(student), desc=desc, disable=not progress, mininterval=2):
+    for name in tqdm(blocks(student, x, t), desc=desc, disable=not progress, mininterval=2):
         inputs, _ = capture(student, name, x, t)
         _, targets = capture(teacher, name, x, t)
         yield student.get_submodule(name), _join(inputs), torch.cat(targets), groups
@@ -121,7 +130,9 @@ def _minimize(block, rows, target, groups, steps, params: list[dict], iters: int
         opt.step()
 
 
-def reconstruct_weights(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False) -> None:
+def reconstruct_weights(
+    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False
+) -> None:
     """AdaRound, block by block, activations in full precision; each layer's weight ends inside its learned rounding cell."""
     set_mode(student, weights=True, acts=False)
     for layer in quant_layers(student).values():
@@ -140,20 +151,27 @@ def reconstruct_weights(student: nn.Module, teacher: nn.Module, calib: Calibrati
             beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress_ - WARMUP) / (1 - WARMUP))
             return ROUND_WEIGHT * sum((1 - (2 * layer.wq.rounding() - 1).abs().pow(beta)).mean() for layer in layers)
 
-        _minimize(block, rows, target, groups, student.quest_steps, [{"params": alphas, "lr": config.adaround_lr}], config.adaround_iters, config, regularizer)  # fmt: skip
+        params = [{"params": alphas, "lr": config.adaround_lr}]
+        _minimize(block, rows, target, groups, student.quest_steps, params, config.adaround_iters, config, regularizer)
         for layer in layers:
             layer.weight.data.copy_(layer.wq.harden(layer.weight))
             layer.freeze()
     set_mode(student, weights=True, acts=True)
 
 
-def reconstruct_acts(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False) -> None:
+def reconstruct_acts(
+    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False
+) -> None:
     """Q-Diffusion's second stage: the activation scales of each block are trained on the block's output error, weights fixed."""
     set_mode(student, weights=True, acts=True)
     for layer in quant_layers(student).values():
         layer.freeze()
     for block, rows, target, groups in _each_block(student, teacher, calib, config, "act scales", progress):
-        params = [{"params": [q.scale], "lr": config.act_lr * q.scale.detach().mean().item()} for q in act_quantizers(block) if q.enabled]
+        params = [
+            {"params": [q.scale], "lr": config.act_lr * q.scale.detach().mean().item()}
+            for q in act_quantizers(block)
+            if q.enabled
+        ]
         for group in params:
             group["params"][0].requires_grad_(True)
         _minimize(block, rows, target, groups, student.quest_steps, params, config.act_iters, config)

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from questlib.errors import ConfigError, QuestError
+from questlib.models.loading import model_digest
 
 
 class Samples(NamedTuple):
@@ -47,6 +49,16 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64)
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
+def _read_shard(shard: Path, about: dict[str, str]) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(shard, "pt") as f:
+            if f.metadata() != about:
+                raise QuestError(f"sampling: {shard} belongs to another run: expected {about}, found {f.metadata()}")
+            return {k: f.get_tensor(k) for k in ("images", "latents")}
+    except SafetensorError as error:
+        raise QuestError(f"sampling: {shard} is damaged ({error}); remove it") from error
+
+
 def sample(
     pipe: DiffusionPipeline, num_samples: int, *, num_inference_steps: int = 20, eta: float = 0.0, seed: int = 0,
     batch_size: int = 100, out_dir: str | Path | None = None, unet=None, progress: bool = True,
@@ -54,25 +66,24 @@ def sample(
     """Draw `num_samples` images with `pipe`'s scheduler and autoencoder; `unet` replaces the pipeline's own (a quantized one).
 
     With `out_dir`, each batch is a file there; a second call reads what is done and goes on.
-    Raises ConfigError for counts below one, QuestError when `out_dir` holds shards of another run.
+    Raises ConfigError for counts below one, QuestError when `out_dir` holds shards of another run or model, or damaged ones.
     """
-    if num_samples < 1 or num_inference_steps < 1 or batch_size < 1:
-        raise ConfigError(
-            f"sampling: num_samples, num_inference_steps, batch_size must be >= 1, found {num_samples}, {num_inference_steps}, {batch_size}"
-        )
+    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
+    if min(counts.values()) < 1:
+        raise ConfigError(f"sampling: {', '.join(counts)} must be >= 1, found {', '.join(map(str, counts.values()))}")
     unet = pipe.unet if unet is None else unet
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     about = {"seed": str(seed), "steps": str(num_inference_steps), "eta": str(eta)}
+    if out_dir is not None:
+        about["unet"] = model_digest(unet)  # shards of another model must not pass for this one's
     shards = []
     starts = range(0, num_samples, batch_size)
     for start in tqdm(starts, desc="sample", disable=not progress, mininterval=2):
         indices = range(start, min(start + batch_size, num_samples))
-        shard = None if out_dir is None else Path(out_dir) / f"{start:06d}-{len(indices)}-seed{seed}-steps{num_inference_steps}-eta{eta}.safetensors"
+        shard = None if out_dir is None else Path(out_dir) / f"{start:06d}-{len(indices)}.safetensors"
         if shard is not None and shard.exists():
-            tensors = load_file(shard)
-            if tensors["images"].shape[0] != len(indices):
-                raise QuestError(f"sampling: {shard} holds {tensors['images'].shape[0]} images, expected {len(indices)}")
+            tensors = _read_shard(shard, about)
         else:
             generators = sample_generators(seed, indices)
             x_t = torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)

@@ -67,7 +67,7 @@ def fetch_emoji(cache: Path) -> Path:
 
 
 def load_emoji(archive: Path) -> EmojiData:
-    """All emoji and skin variations with an image, in the archive's order. The five bare skin tones ("Component") are left out."""
+    """All emoji and skin variations with an image, in the archive's order. Five skin tones ("Component") are left out."""
     with tarfile.open(archive) as tar:
         blobs = {m.name: tar.extractfile(m).read() for m in tar if "/img/google/64/" in m.name and m.name.endswith(".png")}
         entries = json.loads(tar.extractfile("package/emoji.json").read())

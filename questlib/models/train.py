@@ -49,7 +49,7 @@ SCHEDULER = dict(
     num_train_timesteps=1000, beta_start=0.0015, beta_end=0.0195, beta_schedule="scaled_linear", clip_sample=False,
     set_alpha_to_one=False, steps_offset=1,
 )  # fmt: skip
-STEPS = {"autoencoder": 5000, "classifier": 2000, "unet": 12000}
+STEPS = {"autoencoder": 5000, "classifier": 2000, "unet": 8000}
 BATCH = {"autoencoder": 16, "classifier": 64, "unet": 64}
 LR = {"autoencoder": 2e-3, "classifier": 2e-3, "unet": 1e-3}
 VQ_START = 1000  # plain autoencoder before, then the codebook starts from encoder outputs and is used
@@ -181,7 +181,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("questlib/models/mini"), help="where the diffusers folder is written")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="checkpoints, logs and the data archive")
-    parser.add_argument("--steps-factor", type=float, default=1.0, help="scale every stage's number of steps (tests use a small one)")
+    parser.add_argument(
+        "--steps-factor", type=float, default=1.0, help="scale every stage's number of steps (tests use a small one)"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     data = load_emoji(fetch_emoji(args.work))

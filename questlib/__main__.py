@@ -1,0 +1,89 @@
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+from questlib.calibrate import calibrate
+from questlib.checkpoint import save_pretrained
+from questlib.config import PRESETS, QuantConfig
+from questlib.errors import ConfigError, QuestError
+from questlib.finetune import finetune
+from questlib.models.loading import load_pipeline
+from questlib.quantize import quantize
+
+
+def parse_bits(text: str) -> tuple[int, int]:
+    """ "W4A8" -> (4, 8)."""
+    match = re.fullmatch(r"[wW](\d+)[aA](\d+)", text)
+    if not match:
+        raise ConfigError(f"--bits: expected something like W4A4 or W4A8, found {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def parse_overrides(pairs: list[str]) -> dict:
+    """["tla_iters=100", "act_range=mse"] -> values as JSON where they parse, text otherwise."""
+    values = {}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep:
+            raise ConfigError(f"--set: expected KEY=VALUE, found {pair!r}")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return values
+
+
+def check_writable(out: Path) -> None:
+    """QuestError unless a file can be made in `out`: found out before any long work."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise QuestError(f"--out: cannot write to {out}: {error.strerror}") from error
+
+
+def run_quantize(args: argparse.Namespace) -> None:
+    config = QuantConfig.preset(args.preset, *parse_bits(args.bits), **parse_overrides(args.set))
+    check_writable(args.out)
+    pipe = load_pipeline(args.pipeline)
+    calib = calibrate(pipe, args.samples, args.steps, eta=args.eta, seed=args.seed, progress=True)
+    unet = quantize(pipe.unet, config.replace(seed=args.seed), calib, cache_dir=args.out / "cache", progress=True)
+    log = finetune(unet, pipe.unet, calib, unet.quest_config, state_path=args.out / "finetune.pt", progress=True)
+    size = save_pretrained(unet, args.out)
+    full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
+    (args.out / "log.json").write_text(json.dumps({"quantize": unet.quest_log, "finetune": log}))
+    print(f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk ({size / full:.3f} of float32)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m questlib", description="Quantize a diffusers UNet pipeline with QuEST.")
+    sub = parser.add_subparsers(dest="command", required=True)
+    q = sub.add_parser("quantize", help="calibrate, AdaRound, finetune, save")
+    q.add_argument("pipeline", help="embedded name (mini-ldm4), diffusers folder or hub id")
+    q.add_argument("--preset", default="quest", help=", ".join(PRESETS))
+    q.add_argument("--bits", default="W4A4", help="WxAy with x, y in 2..8, or 16 for off (default W4A4)")
+    q.add_argument("--out", type=Path, required=True, help="folder for model.safetensors, config.json, log.json")
+    q.add_argument("--samples", type=int, default=64, help="calibration trajectories (default 64)")
+    q.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
+    q.add_argument("--eta", type=float, default=0.0, help="DDIM eta (default 0)")
+    q.add_argument("--seed", type=int, default=0)
+    q.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig")
+    args = parser.parse_args(argv)
+    try:
+        run_quantize(args)
+    except QuestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

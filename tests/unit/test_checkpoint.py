@@ -1,0 +1,116 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from questlib import finetune, from_pretrained, quantize, save_pretrained
+from questlib.checkpoint import pack, unpack
+from questlib.errors import CheckpointError, ConfigError, QuestError
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("shape", [(3, 5), (4, 3, 3, 3), (1, 1)])
+def test_pack_round_trip(bits, shape):
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    packed = pack(codes, bits)
+    assert packed.numel() == (codes.numel() if bits > 4 else (codes.numel() + 1) // 2)
+    assert torch.equal(unpack(packed, bits, codes.shape), codes)
+
+
+def test_two_consecutive_codes_a_byte_low_nibble_first():
+    assert pack(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist() == [0x21, 0x03]
+
+
+def test_unpack_refuses_what_does_not_fit():
+    with pytest.raises(CheckpointError, match="expected 8 bytes"):
+        unpack(torch.zeros(7, dtype=torch.uint8), 4, torch.Size((4, 4)))
+    with pytest.raises(CheckpointError, match="code 9 exceeds 3 bits"):
+        unpack(torch.tensor([9], dtype=torch.uint8), 3, torch.Size((1,)))
+
+
+@pytest.mark.parametrize("name", ["minmax", "q-diffusion", "quest-paper", "quest-release", "quest"])
+@pytest.mark.parametrize("bits", [(8, 8), (4, 8), (4, 4), (3, 6), (16, 8), (4, 16)])
+def test_loaded_outputs_are_bit_identical(pipe, calib, fast, tmp_path, name, bits):
+    if bits not in ((4, 4), (8, 8)) and name not in ("minmax", "quest"):
+        bits = (4, 4)
+    config = fast(name, *bits, adaround_iters=1, act_iters=1, tla_iters=1, cma_iters=1)
+    q = quantize(pipe.unet, config, calib)
+    finetune(q, pipe.unet, calib, config)
+    size = save_pretrained(q, tmp_path)
+    assert size == (tmp_path / "model.safetensors").stat().st_size
+    loaded = from_pretrained(tmp_path)
+    assert type(loaded) is type(pipe.unet) and loaded.quest_config == config
+    with torch.no_grad():
+        for x, t in zip(calib.x, calib.t, strict=True):
+            assert torch.equal(q(x, t).sample, loaded(x, t).sample)
+
+
+@pytest.fixture
+def saved(pipe, calib, fast, tmp_path):
+    save_pretrained(quantize(pipe.unet, fast("minmax", 4, 4), calib), tmp_path)
+    return tmp_path
+
+
+def test_size_shrinks(pipe, saved):
+    weights = sum(p.numel() for p in pipe.unet.parameters()) * 4
+    assert (saved / "model.safetensors").stat().st_size < 0.75 * weights  # tiny layers: headers and scales weigh
+    assert all(v.dtype == torch.uint8 for k, v in load_file(saved / "model.safetensors").items() if k.endswith("codes"))
+
+
+def edit(path, change):
+    state = load_file(path / "model.safetensors")
+    change(state)
+    save_file(state, path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s.pop("conv_in.codes"), "missing: conv_in.codes"),
+        (lambda s: s.pop("conv_in.act.scale"), "missing: conv_in.act.scale"),
+        (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
+        (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), r"wrong shape: conv_in.bias \[3\]"),
+        (lambda s: s.update({"conv_in.codes": s["conv_in.codes"][:-1].clone()}), "expected .* bytes"),
+        (lambda s: s["conv_in.act.scale"].fill_(float("nan")), "not finite: conv_in.act.scale"),
+        (lambda s: s["conv_in.act.calibrated"].fill_(False), "never calibrated: conv_in.act"),
+    ],
+)
+def test_damage_is_named(saved, change, says):
+    edit(saved, change)
+    with pytest.raises(CheckpointError, match=says):
+        from_pretrained(saved)
+
+
+def test_truncated_file_and_missing_folder(saved, tmp_path):
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError):
+        from_pretrained(saved)
+    with pytest.raises(CheckpointError, match="nowhere"):
+        from_pretrained(tmp_path / "nowhere")
+
+
+def test_checkpoint_of_another_model(saved):
+    config = json.loads((saved / "config.json").read_text())
+    config["unet"]["block_out_channels"] = [16, 48]
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="does not fit UNet2DModel"):
+        from_pretrained(saved)
+
+
+def test_other_format_and_engine(saved):
+    with pytest.raises(ConfigError, match="engine: expected"):
+        from_pretrained(saved, engine="gpu")
+    config = json.loads((saved / "config.json").read_text()) | {"format": 99}
+    (saved / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="expected format 1"):
+        from_pretrained(saved)
+
+
+def test_unwritable_folder_and_plain_unet(pipe, calib, fast, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(QuestError, match="cannot write"):
+        save_pretrained(quantize(pipe.unet, fast("minmax"), calib), tmp_path / "file" / "out")
+    with pytest.raises(ConfigError):
+        save_pretrained(pipe.unet, tmp_path)

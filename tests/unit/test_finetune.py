@@ -1,0 +1,150 @@
+import importlib
+
+import pytest
+import torch
+
+from questlib import QuantConfig, finetune, quantize
+from questlib.errors import CheckpointError, ConfigError
+from questlib.finetune import losses, recorded, run_time_layers, stages, trainable
+from questlib.model import act_quantizers, quant_layers
+
+
+def state(unet):
+    return {k: v.clone() for k, v in unet.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["quest-paper", "quest-release", "quest"])
+@pytest.mark.parametrize("a", [4, 8])
+def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name, a):
+    """Trap 5: losses that reach nothing. Each stage's local loss and global loss together must reach every selected parameter."""
+    config = fast(name, 4, a)
+    q = quantize(pipe.unet, config, calib)
+    for stage in stages(q, config):
+        groups = trainable(q, stage, config)
+        params = [p for g in groups for p in g["params"]]
+        assert params and {id(p) for p in params} == {id(p) for p in q.parameters() if p.requires_grad}
+        with torch.no_grad(), recorded(pipe.unet, list(stage.layers) if stage.name == "tla" else []) as targets:
+            run_time_layers(pipe.unet, calib.t)
+        step = torch.arange(10) % 5  # every step, so that every group's scales are used
+        x, t, eps = calib.x[step, 0], calib.t[step], calib.eps[step, 0]
+        local, total = losses(q, pipe.unet, stage, config, x, t, eps, calib.t, targets)
+        (local + total).backward()
+        names = {id(p): n for n, p in q.named_parameters()}
+        dead = [names[id(p)] for p in params if p.grad is None or not (p.grad != 0).any()]
+        assert not dead
+        q.zero_grad()
+
+
+def test_local_losses_reach_their_own_layers_alone(pipe, calib, fast):
+    config = fast("quest", 4, 4)
+    q = quantize(pipe.unet, config, calib)
+    stage = stages(q, config)[0]
+    trainable(q, stage, config)
+    with torch.no_grad(), recorded(pipe.unet, list(stage.layers)) as targets:
+        run_time_layers(pipe.unet, calib.t)
+    local, _ = losses(q, pipe.unet, stage, config, calib.x[0], calib.t[:1].expand(6), calib.eps[0], calib.t, targets)
+    local.backward()
+    assert all(m.weight.grad.abs().sum() > 0 for m in stage.layers.values())
+    others = [a for n, m in quant_layers(q).items() if n not in stage.layers for a in act_quantizers(m)]
+    assert others and all(a.scale.grad is None or not a.scale.grad.any() for a in others)
+
+
+def test_time_layers_see_what_the_whole_unet_gives_them(pipe, calib):
+    names = [n for n, m in pipe.unet.named_modules() if n.endswith("time_emb_proj")]
+    with torch.no_grad(), recorded(pipe.unet, names) as short:
+        run_time_layers(pipe.unet, calib.t[2:3])
+    with torch.no_grad(), recorded(pipe.unet, names) as whole:
+        pipe.unet(calib.x[2][:1], calib.t[2])
+    assert names and all(torch.equal(short[n], whole[n]) for n in names)
+
+
+def test_stages_select_by_role(pipe, calib, fast):
+    def roles(name, **kw):
+        config = fast(name, **kw)
+        return {s.name: {m.role for m in s.layers.values()} for s in stages(quantize(pipe.unet, config, calib), config)}
+
+    assert roles("quest-paper") == {"tla": {"time_embed", "time_proj"}, "cma": {"qkv", "attn_out"}}
+    assert roles("quest-release") == {"tla": {"time_proj"}, "cma": {"qkv"}}
+    assert roles("quest", cma_iters=0) == {"tla": {"time_embed", "time_proj"}}
+    assert roles("quest", te="ptq", cma_iters=0) == roles("q-diffusion") == roles("minmax") == {}
+
+
+def test_release_never_trains_the_time_embedding_scales(pipe, calib, fast):
+    config = fast("quest-release", 4, 8)
+    q = quantize(pipe.unet, config, calib)
+    before = state(q)
+    finetune(q, pipe.unet, calib, config)
+    changed = {k for k, v in q.state_dict().items() if not torch.equal(v, before[k])}
+    assert not any(k.startswith("time_embedding") for k in changed)
+    assert any("time_emb_proj.act.scale" in k for k in changed) and any("to_q.weight" in k for k in changed)
+    assert not any("conv" in k and k.endswith(".weight") for k in changed)
+
+
+def test_finetuning_brings_the_model_closer(pipe, calib, fast):
+    config = fast("quest", 4, 4, tla_iters=30, cma_iters=60, batch_size=8)
+    q = quantize(pipe.unet, config, calib)
+
+    def error():
+        with torch.no_grad():
+            return sum((q(x, t).sample - e).pow(2).mean().item() for x, t, e in zip(calib.x, calib.t, calib.eps, strict=True))
+
+    before = error()
+    log = finetune(q, pipe.unet, calib, config)
+    assert error() < 0.8 * before
+    assert len(log["loss"]) == 90 and 0 < log["trained_fraction"] < 1 and log["seconds"] > 0
+    assert all((a.scale > 0).all() for a in act_quantizers(q))
+    for layer in quant_layers(q).values():  # selected weights stay on their quantization grid
+        assert torch.equal(layer.w_hat, layer.wq.decode(layer.wq.codes(layer.weight)))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 11])
+def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, monkeypatch, stop_at):
+    """Stopped inside either stage, at a saved iteration or after one; two starts later the result is the uninterrupted one."""
+    module = importlib.import_module("questlib.finetune")  # `questlib.finetune` itself is the function
+
+    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+    config = fast("quest", 4, 4, tla_iters=5, cma_iters=7)
+    whole = quantize(pipe.unet, config, calib)
+    log = finetune(whole, pipe.unet, calib, config)
+
+    calls, original = [], module._batch
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == stop_at + 1:
+            raise Stop
+        return original(*args)
+
+    monkeypatch.setattr(module, "_batch", dies)
+    path = tmp_path / "state.pt"
+    with pytest.raises(Stop):
+        finetune(quantize(pipe.unet, config, calib), pipe.unet, calib, config, state_path=path)
+    again = quantize(pipe.unet, config, calib)
+    resumed = finetune(again, pipe.unet, calib, config, state_path=path)
+    assert resumed["loss"] == log["loss"]
+    assert len(calls) <= 12 + 1 + 2  # at most the iterations since the last save are repeated
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
+    n = len(calls)
+    third = quantize(pipe.unet, config, calib)
+    assert finetune(third, pipe.unet, calib, config, state_path=path)["loss"] == log["loss"]  # all done: nothing is run
+    assert len(calls) == n
+    assert all(torch.equal(v, third.state_dict()[k]) for k, v in whole.state_dict().items())
+    with pytest.raises(CheckpointError, match="another configuration"):
+        finetune(again, pipe.unet, calib, config.replace(lr_scale=0.5), state_path=path)
+
+
+def test_sequential_order_visits_one_step_after_another(calib):
+    from questlib.finetune import Stage, _batch
+
+    config = QuantConfig(tla_order="sequential", batch_size=2)
+    seen = [int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator())[1][0]) for i in range(10)]
+    assert seen == [int(t) for t in calib.t for _ in range(2)]
+
+
+def test_a_plain_unet_is_refused(pipe, calib):
+    with pytest.raises(ConfigError, match="expected a UNet made by questlib.quantize"):
+        finetune(pipe.unet, pipe.unet, calib, QuantConfig.preset("quest"))

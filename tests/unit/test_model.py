@@ -1,0 +1,116 @@
+import copy
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import nn
+
+from questlib.config import QuantConfig
+from questlib.errors import ConfigError, NotCalibratedError
+from questlib.model import act_quantizers, insert, layer_roles, quant_layers, set_mode, skip_splits
+
+T = torch.tensor([801, 601, 401, 201, 1])
+
+
+def test_roles_cover_every_layer(pipe):
+    roles = layer_roles(pipe.unet)
+    layers = [n for n, m in pipe.unet.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert list(roles) == layers
+    assert roles["conv_in"] == "first" and roles["conv_out"] == "last"
+    assert roles["time_embedding.linear_1"] == "time_embed"
+    assert roles["mid_block.resnets.0.time_emb_proj"] == "time_proj"
+    assert roles["mid_block.attentions.0.to_q"] == "qkv" and roles["mid_block.attentions.0.to_out.0"] == "attn_out"
+    assert roles["up_blocks.0.resnets.0.conv_shortcut"] == "shortcut"
+    assert {"first", "last", "time_embed", "time_proj", "qkv", "attn_out", "conv", "shortcut"} == set(roles.values())
+
+
+def test_roles_follow_structure_not_names(pipe):
+    """A layer whose name looks like another role keeps the role of the module that owns it."""
+    unet = copy.deepcopy(pipe.unet)
+    unet.mid_block.to_q = nn.Linear(4, 4)
+    assert layer_roles(unet)["mid_block.to_q"] == "linear"
+
+
+def test_conditional_unet_has_feed_forward_and_cross_attention():
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    roles = layer_roles(unet)
+    ff = [n for n, r in roles.items() if r == "feed_forward"]
+    assert ff and all(".ff.net." in n for n in ff)
+    q = insert(unet, QuantConfig.preset("quest"), T)
+    set_mode(q, weights=False, acts=False)
+    x, ctx = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    with torch.no_grad():
+        assert torch.allclose(q(x, 401, ctx).sample, unet.eval()(x, 401, ctx).sample, atol=1e-5)
+
+
+def test_split_points_are_where_the_concatenation_joins(pipe):
+    """Against the channels that really arrive from below, seen by a hook."""
+    seen = {}
+    unet = copy.deepcopy(pipe.unet)
+    for i, block in enumerate(unet.up_blocks):
+
+        def hook(module, args, kwargs, i=i):
+            hidden = kwargs.get("hidden_states", args[0] if args else None)
+            seen[f"up_blocks.{i}.resnets.0.conv_shortcut"] = hidden.shape[1]
+
+        block.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        unet(torch.randn(1, 3, 8, 8), 5)
+    splits = skip_splits(pipe.unet)
+    assert {n: splits[n] for n in seen} == seen
+    assert len(splits) == sum(len(b.resnets) for b in unet.up_blocks)
+
+
+def test_all_off_equals_full_precision(pipe):
+    q = insert(pipe.unet, QuantConfig.preset("quest"), T)
+    set_mode(q, weights=False, acts=False)
+    x = torch.randn(3, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(q(x, 401).sample, pipe.unet(x, 401).sample, atol=1e-5)
+    assert type(q) is UNet2DModel and not hasattr(pipe.unet, "quest_steps")
+
+
+def test_bits_by_role(pipe):
+    q = insert(pipe.unet, QuantConfig.preset("quest", 4, 4, te_act_bits=6), T)
+    bits = {n: m.act.bits for n, m in quant_layers(q).items()}
+    assert bits["conv_in"] == bits["conv_out"] == 8
+    assert bits["time_embedding.linear_1"] == bits["mid_block.resnets.0.time_emb_proj"] == 6
+    assert bits["mid_block.attentions.0.to_q"] == 4
+    assert q.mid_block.attentions[0].processor.probs.bits == 8 and q.mid_block.attentions[0].processor.q.bits == 4
+    assert {m.wq.bits for m in quant_layers(q).values()} == {4}
+    paper = insert(pipe.unet, QuantConfig.preset("quest-paper", 4, 4), T)
+    assert {a.bits for a in act_quantizers(paper)} == {4}  # fully quantized
+
+
+def test_te_fp_leaves_time_layers_alone(pipe):
+    q = insert(pipe.unet, QuantConfig.preset("quest", te="fp"), T)
+    assert not any(m.role in ("time_embed", "time_proj") for m in quant_layers(q).values())
+
+
+def test_never_calibrated_raises_at_the_first_forward(pipe):
+    q = insert(pipe.unet, QuantConfig.preset("quest"), T)
+    with pytest.raises(NotCalibratedError, match="time_embedding.linear_1.act"):
+        q(torch.randn(1, 3, 8, 8), 401)
+
+
+def test_wrong_models_are_refused(pipe):
+    with pytest.raises(ConfigError, match="expected a diffusers UNet2DModel.*found Linear"):
+        insert(nn.Linear(2, 2), QuantConfig(), T)
+    q = insert(pipe.unet, QuantConfig.preset("quest"), T)
+    with pytest.raises(ConfigError, match="quantized already"):
+        insert(q, QuantConfig(), T)
+
+
+def test_a_copy_looks_up_its_own_steps(pipe, calib, fast):
+    from questlib import quantize
+
+    q = quantize(pipe.unet, fast("minmax", 8, 8, step_groups=5), calib)
+    other = copy.deepcopy(q)
+    x = torch.randn(1, 3, 8, 8)
+    other(x, 801)
+    q(x, 1)
+    assert (q.quest_steps.current, other.quest_steps.current) == (4, 0)
+    assert next(act_quantizers(other)).steps is other.quest_steps

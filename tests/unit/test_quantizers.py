@@ -1,0 +1,119 @@
+import pytest
+import torch
+from torch import nn
+
+from questlib import ranges
+from questlib.errors import NotCalibratedError
+from questlib.quantizers import ActQuantizer, LearnedQuant, WeightQuantizer
+from questlib.timesteps import StepGroups
+
+
+def act(bits=4, channels=6, groups=2, dim=1, index=None):
+    steps = StepGroups(torch.arange(groups) * 100, torch.arange(groups))
+    index = torch.zeros(channels, dtype=torch.int64) if index is None else index
+    return ActQuantizer("layer.act", bits, steps, channels, dim, index), steps
+
+
+def test_uncalibrated_raises_and_names_itself():
+    q, _ = act()
+    with pytest.raises(NotCalibratedError, match="layer.act.*never calibrated"):
+        q(torch.randn(2, 6, 3, 3))
+
+
+def test_each_sample_gets_its_own_groups_scale():
+    q, steps = act(groups=2)
+    for g in (0, 1):
+        q.set_group(g, torch.tensor([0.1 * (g + 1)]), torch.full((6,), 8.0))
+    q.calibrated.fill_(True)
+    x = torch.randn(2, 6, 3, 3)
+    steps.current = steps.lookup(torch.tensor([100, 0]))
+    mixed = q(x)
+    for i, t in enumerate((100, 0)):
+        steps.current = steps.lookup(torch.tensor(t))
+        assert isinstance(steps.current, int)
+        assert torch.equal(q(x[i : i + 1])[0], mixed[i])
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_training_and_inference_paths_agree_exactly(dim):
+    q, _ = act(channels=5, groups=1, dim=dim, index=torch.arange(5))
+    q.set_group(0, torch.rand(5) + 0.05, torch.tensor([0.0, 3, 8, 15, 7]))
+    q.calibrated.fill_(True)
+    x = torch.randn(4, 5, 7, 5) * 2
+    with torch.no_grad():
+        expected = q(x)
+    assert torch.equal(q(x.clone().requires_grad_()), expected)
+    assert len(expected.unique()) <= 5 * 16
+
+
+def test_gradients_are_lsq():
+    """Against autograd through the straight-through formulation, written out."""
+    x = (torch.randn(3, 4, dtype=torch.float64) * 3).requires_grad_()
+    s = torch.tensor([[0.3, 0.5, 0.2, 1.0]], dtype=torch.float64, requires_grad=True)
+    z = torch.tensor([[8.0, 0.0, 15.0, 4.0]], dtype=torch.float64)
+    weight = torch.randn(3, 4, dtype=torch.float64)
+    (LearnedQuant.apply(x, s, z, 4) * weight).sum().backward()
+    got = x.grad.clone(), s.grad.clone()
+    x.grad = s.grad = None
+    u = x / s
+    rounded = u + (u.round() - u).detach()
+    ((torch.clamp(rounded, -z - 1e-9, 15 - z + 1e-9) * s) * weight).sum().backward()
+    assert torch.allclose(got[0], x.grad) and torch.allclose(got[1], s.grad)
+
+
+def test_state_dict_moves_and_saves_everything():
+    q, _ = act()
+    assert {"scale", "zero_point", "ratio", "calibrated", "index"} == set(q.state_dict())
+    assert [n for n, _ in q.named_parameters()] == ["scale"]
+    assert q.to(torch.float64).scale.dtype == torch.float64
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("shape", [(6, 10), (6, 10, 3, 3)])
+def test_weight_codes_and_decode_are_inverse(bits, shape):
+    w = torch.randn(shape)
+    index = torch.tensor([0] * 4 + [1] * 6)
+    wq = WeightQuantizer(w, bits, index, "mse")
+    codes = wq.codes(w)
+    assert codes.dtype == torch.uint8 and int(codes.max()) < 2**bits
+    assert torch.equal(wq.decode(codes), wq(w))
+    assert torch.equal(wq.codes(wq(w)), codes)  # a quantized weight is a fixed point
+    assert wq.scale.shape == (6, 2)
+
+
+def test_split_parts_have_scales_of_their_own():
+    w = torch.randn(4, 8)
+    w[:, 4:] *= 100
+    split = WeightQuantizer(w, 4, torch.tensor([0] * 4 + [1] * 4), "mse")
+    whole = WeightQuantizer(w, 4, torch.zeros(8, dtype=torch.int64), "mse")
+    assert (split(w) - w)[:, :4].abs().max() < 0.5 < (whole(w) - w)[:, :4].abs().max()
+
+
+def test_adaround_starts_at_full_precision_and_hardens_to_its_choice():
+    w = torch.randn(8, 16)
+    wq = WeightQuantizer(w, 4, torch.zeros(16, dtype=torch.int64), "minmax")
+    wq.start_adaround(w)
+    inner = (wq.codes(w) > 0) & (wq.codes(w) < 15)
+    assert torch.allclose(wq(w)[inner], w[inner], atol=1e-5)  # soft rounding = the fraction itself
+    with torch.no_grad():  # the opposite of rounding to nearest, everywhere
+        wq.alpha.copy_(torch.where(wq.rounding() >= 0.5, -9.0, 9.0))
+    soft, nearest = wq(w), ranges.fake_quant(w, wq.scale, wq.zero_point, 4)
+    hard = wq.harden(w)
+    assert wq.alpha is None
+    assert torch.allclose(wq(hard), soft, atol=1e-6)
+    inside = (soft != nearest).float().mean()
+    assert inside > 0.9  # all but what the range's ends forbid
+    assert ((hard - w).abs() <= 1.02 * wq.scale).all()
+
+
+def test_hardening_keeps_a_weight_that_lies_in_its_cell():
+    w = torch.randn(8, 16)
+    wq = WeightQuantizer(w, 8, torch.zeros(16, dtype=torch.int64), "minmax")
+    wq.start_adaround(w)
+    assert torch.allclose(wq.harden(w), w, atol=0.02 * wq.scale.max().item())
+
+
+def test_quantizers_are_modules_not_entries_of_a_dict():
+    q, _ = act()
+    holder = nn.ModuleDict({"a": q})
+    assert len(list(holder.parameters())) == 1

@@ -1,0 +1,83 @@
+import copy
+
+import torch
+
+from questlib import quantize
+from questlib.calibrate import init_ranges
+from questlib.model import act_quantizers, freeze, insert, quant_layers, set_mode
+from questlib.reconstruct import blocks, capture, pick_samples, reconstruct_acts, reconstruct_weights
+
+
+def error(student, teacher, calib, acts):
+    set_mode(student, weights=True, acts=acts)
+    with torch.no_grad():
+        return sum((student(x, t).sample - e).pow(2).mean().item() for x, t, e in zip(calib.x, calib.t, calib.eps, strict=True))
+
+
+def test_blocks_cover_each_layer_once_in_order_of_execution(pipe, calib, fast):
+    q = insert(pipe.unet, fast(), calib.t)
+    set_mode(q, weights=False, acts=False)
+    names = blocks(q, calib.x[0], calib.t[0])
+    covered = [n for b in names for n in quant_layers(q) if n == b or n.startswith(b + ".")]
+    assert sorted(covered) == sorted(quant_layers(q))
+    order = []
+    for b in names:
+        q.get_submodule(b).register_forward_hook(lambda m, i, o, b=b: order.append(b))
+    q(calib.x[0], calib.t[0])
+    assert order == names
+
+
+def test_capture_gives_the_blocks_own_calls(pipe, calib):
+    x, t = pick_samples(calib, 7, 0)
+    name = "up_blocks.0.resnets.0"
+    inputs, outputs = capture(pipe.unet, name, x, t, batch=4)
+    assert [len(o) for o in outputs] == [4, 3]
+    with torch.no_grad():
+        again = pipe.unet.get_submodule(name)(*inputs[1][0], **inputs[1][1])
+    assert torch.equal(again, outputs[1])
+    assert not pipe.unet.get_submodule(name)._forward_hooks
+
+
+def test_adaround_beats_rounding_to_nearest(pipe, calib, fast):
+    # nearest at 3 bits, so that rounding matters; the tiny model learns in 150 iterations a block
+    config = fast("q-diffusion", 3, 8, adaround_iters=150, adaround_lr=1e-2, recon_samples=30)
+    q = insert(pipe.unet, config, calib.t)
+    init_ranges(q, calib, config)
+    before = error(q, pipe.unet, calib, acts=False)
+    nearest = {n: m.wq.codes(m.weight) for n, m in quant_layers(q).items()}
+    reconstruct_weights(q, pipe.unet, calib, config)
+    after = error(q, pipe.unet, calib, acts=False)
+    assert after < 0.8 * before
+    moved = [(nearest[n].int() - m.wq.codes(m.weight).int()).abs() for n, m in quant_layers(q).items()]
+    assert max(int(d.max()) for d in moved) == 1  # up or down, never farther
+    assert sum(int(d.sum()) for d in moved) > 0
+    assert all(m.wq.alpha is None for m in quant_layers(q).values())
+
+
+def test_activation_stage_lowers_the_error_and_leaves_weights(pipe, calib, fast):
+    config = fast("q-diffusion", 8, 4, act_iters=60, act_lr=5e-3, recon_samples=30)
+    q = insert(pipe.unet, config, calib.t)
+    init_ranges(q, calib, config)
+    weights = {n: m.weight.clone() for n, m in quant_layers(q).items()}
+    scales = copy.deepcopy([a.scale.detach() for a in act_quantizers(q)])
+    before = error(q, pipe.unet, calib, acts=True)
+    reconstruct_acts(q, pipe.unet, calib, config)
+    assert error(q, pipe.unet, calib, acts=True) < before
+    assert all(torch.equal(weights[n], m.weight) for n, m in quant_layers(q).items())
+    assert any(not torch.equal(a.scale, s) for a, s in zip(act_quantizers(q), scales, strict=True))
+
+
+def test_cache_gives_the_same_model_and_the_first_runs_seconds(pipe, calib, fast, tmp_path):
+    first = quantize(pipe.unet, fast("quest", 4, 4), calib, cache_dir=tmp_path)
+    other = quantize(pipe.unet, fast("quest-paper", 4, 8), calib, cache_dir=tmp_path)  # same weights, other activations
+    assert not first.quest_log["reconstruct_cached"] and other.quest_log["reconstruct_cached"]
+    assert other.quest_log["seconds"]["reconstruct"] == first.quest_log["seconds"]["reconstruct"] > 0
+    for a, b in zip(quant_layers(first).values(), quant_layers(other).values(), strict=True):
+        assert torch.equal(a.w_hat, b.w_hat)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_rerun_is_bit_identical(pipe, calib, fast):
+    a, b = (quantize(pipe.unet, fast("q-diffusion", 4, 4), calib) for _ in range(2))
+    with torch.no_grad():
+        assert torch.equal(freeze(a)(calib.x[1], calib.t[1]).sample, freeze(b)(calib.x[1], calib.t[1]).sample)
