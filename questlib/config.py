@@ -137,7 +137,8 @@ _Q_DIFFUSION = dict(
 PRESETS: dict[str, dict] = {
     # naive post-training quantization: the ranges are what was seen
     "minmax": dict(
-        act_range="minmax", weight_range="minmax", split_skip=False, te="ptq", cma_layers="none", first_last_act_bits=8, softmax_bits=8,
+        act_range="minmax", weight_range="minmax", split_skip=False, te="ptq", cma_layers="none", first_last_act_bits=8,
+        softmax_bits=8,
     ),
     # Li et al., ICCV 2023: split shortcuts, AdaRound by blocks, then activation scales by blocks; one set over time
     "q-diffusion": _Q_DIFFUSION,

@@ -1,7 +1,8 @@
 """QuEST's selective, network-wise finetuning (paper, Sec. 3.3): one loop, two progressive stages.
 
 Stage TLA trains the time-embedding layers on L_TLA + w L_G, stage CMA the attention-related layers on L_CMA + w L_G; all
-activation scales are trained along. Only the selected layers' weights have gradients; every other weight stays at its quantized value.
+activation scales are trained along. Only the selected layers' weights have gradients; every other weight stays at its
+quantized value.
 """
 
 from __future__ import annotations

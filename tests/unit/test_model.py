@@ -34,7 +34,8 @@ def test_roles_follow_structure_not_names(pipe):
 def test_conditional_unet_has_feed_forward_and_cross_attention():
     unet = UNet2DConditionModel(
         sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
-        attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     roles = layer_roles(unet)
     ff = [n for n, r in roles.items() if r == "feed_forward"]

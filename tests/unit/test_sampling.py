@@ -12,7 +12,7 @@ from questlib.sampling import sample
 @pytest.fixture(scope="module")
 def ldm(pipe):
     torch.manual_seed(1)
-    vae = VQModel(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, 
+    vae = VQModel(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
                   up_block_types=("UpDecoderBlock2D",) * 2,
                   norm_num_groups=4, num_vq_embeddings=16, sample_size=16)  # fmt: skip
     return SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler, vqvae=vae.eval().requires_grad_(False))
