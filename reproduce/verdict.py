@@ -25,8 +25,10 @@ def verdict(metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], ot
 
     The paper's absolute numbers belong to another model and another data set at smoke and mini scale: they are never compared.
     """
-    if mine["status"] != "done" or mine["metrics"][metric]["value"] is None:
-        return mine["reason"] or "not measured"
+    if mine["status"] != "done":
+        return mine["status"]  # the reason stands in the result and under the table
+    if mine["metrics"][metric]["value"] is None:
+        return "not measured"
     if base is None:
         return "reference row"
     if other is None or other["status"] != "done" or other["metrics"][metric]["value"] is None:

@@ -1,0 +1,67 @@
+"""The command line: one clear line and exit code 2 before any long work; what a table says when nothing can run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reproduce.__main__ import main
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "reproduce", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table9"], "table: expected one of table2, table3, found 'table9'"),
+        (["table2", "--scale", "huge"], "scale: expected one of smoke, mini, paper, found 'huge'"),
+        (["table2", "--cells", "fp,nothing"], "found 'nothing'"),
+        (["table2", "--seeds", "one"], "seeds: expected whole numbers separated by commas, found 'one'"),
+        (["table2", "--results", "file/below"], "cannot be written"),
+        (["table2", "--work", "file"], "cannot be written"),
+        (["table2", "--model", "./no-such-folder"], "unknown model './no-such-folder'"),
+        (["table2", "--resolts", "x"], "unrecognized arguments"),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ""
+    assert message in err and err.count("\n") == 1, err
+    assert not list(tmp_path.glob("results/**/*.json"))
+
+
+def test_bad_input_in_a_process(tmp_path):
+    done = reproduce("table2", "--scale", "huge", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "python -m reproduce: scale: expected one of smoke, mini, paper, found 'huge'\n"
+
+
+def test_paper_scale_without_weights(tmp_path):
+    """Every row says "not run" and why, the table is whole, stdout is JSON alone, and that is no failure."""
+    done = reproduce("table3", "--scale", "paper", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    assert table["table"] == "table3" and len(table["results"]) == 16
+    for result in table["results"]:
+        assert result["status"] == "not run" and result["reason"].startswith("needs the LSUN-Bedrooms LDM-4 weights")
+        assert all(entry["value"] is None for entry in result["metrics"].values())
+    folder = tmp_path / "results" / "paper" / "table3"
+    assert {"table.md", "table.html", "table03_bedrooms.ipynb", "table03_bedrooms.html"} <= {f.name for f in folder.iterdir()}
+    text = (folder / "table.md").read_text()
+    assert text.count("not run") >= 16 and "needs the LSUN-Bedrooms" in text
+    assert str(tmp_path) not in (folder / "table03_bedrooms.ipynb").read_text()

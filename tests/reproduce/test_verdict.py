@@ -1,0 +1,51 @@
+"""The verdict's rules, one case each."""
+
+from __future__ import annotations
+
+import pytest
+
+from reproduce.tables import FAILED, Cell
+from reproduce.verdict import paper_order, verdict
+
+
+def result(values: list[float] | None, status: str = "done", reason: str | None = None) -> dict:
+    seeds = [{"seed": i, "metrics": {"fid": v}} for i, v in enumerate(values or [])]
+    mean = sum(values) / len(values) if values else None
+    return {"status": status, "reason": reason, "metrics": {"fid": {"value": mean}}, "per_seed": seeds}
+
+
+def cells(mine, base) -> tuple[Cell, Cell]:
+    return Cell(id="q", label="QuEST", preset="quest", paper={"fid": mine}), Cell(
+        id="b", label="Base", preset="x", paper={"fid": base}
+    )
+
+
+@pytest.mark.parametrize(
+    ("mine", "base", "papers", "expected"),
+    [
+        ([5.0, 7.0], [9.0, 11.5], (3.0, 4.0), "better than Base (by 4.25, spread 0.35); as in the paper"),
+        ([5.0, 7.0], [9.0, 11.5], (4.0, 3.0), "better than Base (by 4.25, spread 0.35); differs from the paper"),
+        ([9.0, 11.5], [5.0, 7.0], (3.0, 4.0), "worse than Base (by 4.25, spread 0.35); differs from the paper"),
+        ([5.0, 5.0], [4.0, 5.5], (3.0, 4.0), "no clear difference from Base (by 0.25, spread 1.1); differs from the paper"),
+        ([5.0], [6.0], (3.0, 4.0), "better than Base (by 1, one seed, no spread); as in the paper"),
+        ([5.0, 7.0], [9.0, 11.5], (3.0, FAILED), "better than Base (by 4.25, spread 0.35); as in the paper"),
+        ([5.0, 7.0], [9.0, 11.5], (None, 4.0), "better than Base (by 4.25, spread 0.35); the paper gives no order"),
+    ],
+)
+def test_orders(mine, base, papers, expected):
+    cell, other = cells(*papers)
+    assert verdict("fid", cell, other, result(mine), result(base)) == expected
+
+
+def test_rows_without_a_number():
+    cell, base = cells(3.0, 4.0)
+    assert verdict("fid", cell, base, result(None, "not run", "needs weights"), result([1.0])) == "not run"
+    assert verdict("fid", cell, base, result([1.0]), result(None, "failed", "x")) == "Base has no result to compare with"
+    assert verdict("fid", cell, base, result([1.0]), None) == "Base has no result to compare with"
+    assert verdict("fid", cell, None, result([1.0]), None) == "reference row"
+
+
+def test_paper_order():
+    assert paper_order(1.0, 2.0) == "better" and paper_order(2.0, 1.0) == "worse" and paper_order(1.0, 1.0) == "equal"
+    assert paper_order(FAILED, 1.0) == "worse" and paper_order(1.0, FAILED) == "better"
+    assert paper_order(FAILED, FAILED) is None and paper_order(None, 1.0) is None and paper_order(1.0, None) is None
