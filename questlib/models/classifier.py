@@ -22,8 +22,12 @@ class GroupClassifier(nn.Module):
         for w in widths:
             stages.append(
                 nn.Sequential(
-                    nn.Conv2d(c, w, 3, stride=2, padding=1), nn.GroupNorm(8, w), nn.SiLU(),
-                    nn.Conv2d(w, w, 3, padding=1), nn.GroupNorm(8, w), nn.SiLU(),
+                    nn.Conv2d(c, w, 3, stride=2, padding=1),
+                    nn.GroupNorm(8, w),
+                    nn.SiLU(),
+                    nn.Conv2d(w, w, 3, padding=1),
+                    nn.GroupNorm(8, w),
+                    nn.SiLU(),
                 )  # fmt: skip
             )
             c = w

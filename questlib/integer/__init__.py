@@ -1,0 +1,1 @@
+"""Integer execution of quantized layers. `reference` is the oracle: slow, obvious, int64."""
