@@ -11,7 +11,6 @@ import pytest
 
 from reproduce.__main__ import main
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
