@@ -30,10 +30,7 @@ def load_results(plan: Plan) -> list[dict[str, Any]]:
     results = []
     for cell in plan.table.cells:
         path = plan.folder / f"{cell.id}.json"
-        reason = (
-            plan.missing
-            or f"not asked for yet: python -m reproduce {plan.table.name} --scale {plan.scale.name} --cells {cell.id}"
-        )
+        reason = plan.missing or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
         results.append(json.loads(path.read_text()) if path.is_file() else empty_result(cell, plan, "not run", reason))
     return with_verdicts(plan, results)
 

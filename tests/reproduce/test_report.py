@@ -26,7 +26,7 @@ def test_tables_and_pictures(tiny_plan, tmp_path):
     assert list(sides["FID paper"][[0, 12, 13, 11]]) == ["2.95", "N/A", "5.64", "not reported"]
     assert "survey 8.92" in sides["FID others"][15]
     for text in (report.terminal(plan, results), report.markdown(plan, results), report.html(plan, results)):
-        assert "Q-Diffusion" in text and "compare orders" in text and "not asked for yet" in text
+        assert "Q-Diffusion" in text and "compare orders" in text and "not run yet" in text
     assert json.loads(report.as_json(plan, results))["results"][0]["cell"] == "bedrooms-fp"
     for name, figure in (
         ("a", plots.metric_figure(results)),
