@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -56,8 +57,14 @@ def reproduce_table(args: argparse.Namespace) -> int:
     return int(any(r["status"] == "failed" for r in results if r["cell"] in asked))
 
 
+def stopped(number: int, frame: object) -> None:
+    """SIGTERM ends the run as Ctrl-C does, so that the notebook's kernel is shut down too."""
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, stopped)
     try:
         if args.what == "readme":
             from reproduce import readme

@@ -70,7 +70,9 @@ def _ours(result: dict[str, Any], metric: str) -> str:
     return f"{entry['value'] * factor:.{digits}f}{spread}"
 
 
-def _paper(value: Number) -> str:
+def _paper(value: Number, note: str) -> str:
+    if value is None and note.startswith("the paper has no such row"):
+        return "not in the paper"
     return "not reported" if value is None else value if isinstance(value, str) else f"{value:.2f}"
 
 
@@ -102,7 +104,7 @@ def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
             entry = r["metrics"][m]
             others = ", ".join(f"{name} {value:.2f}" for name, value in entry["independent"].items())
             row |= {
-                f"{HEADS[m]} paper": _paper(entry["paper"]),
+                f"{HEADS[m]} paper": _paper(entry["paper"], r["note"]),
                 f"{HEADS[m]} others": others or "-",
                 f"{HEADS[m]} ours": _ours(r, m),
             }

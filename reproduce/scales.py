@@ -43,7 +43,7 @@ SCALES: dict[str, Scale] = {
         eta=0.0,
         calib_samples=8,
         sample_batch=32,
-        overrides=dict(adaround_iters=3, act_iters=2, tla_iters=2, cma_iters=2, batch_size=4),
+        overrides=dict(adaround_iters=3, act_iters=2, tla_iters=2, cma_iters=2, batch_size=4, calib_batch=8, recon_samples=8),
         about="checks that everything runs; its numbers mean nothing",
     ),
     "mini": Scale(

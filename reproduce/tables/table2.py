@@ -17,7 +17,7 @@ PAPER = {  # FID, sFID
 
 
 def _cells() -> tuple[Cell, ...]:
-    cells = [Cell(id="fp", label="full precision", preset=None, note="the paper's Table 2 has no such row; shown for reference")]
+    cells = [Cell(id="fp", label="full precision", preset=None, note="the paper has no such row in Table 2; shown for reference")]
     for (weight_bits, act_bits), numbers in PAPER.items():
         bits = f"w{weight_bits}a{act_bits}"
         for setting, (label, overrides) in SETTINGS.items():

@@ -23,7 +23,7 @@ def test_tables_and_pictures(tiny_plan, tmp_path):
     ours = report.frame(results)
     assert len(ours) == 16 and "±" in ours["FID"][0] and (ours["FID"][1] == "not run")
     sides = report.side_by_side(results)
-    assert list(sides["FID paper"][[0, 12, 13, 11]]) == ["2.95", "N/A", "5.64", "not reported"]
+    assert list(sides["FID paper"][[0, 12, 13, 11]]) == ["2.95", "N/A", "5.64", "not in the paper"]
     assert "survey 8.92" in sides["FID others"][15]
     for text in (report.terminal(plan, results), report.markdown(plan, results), report.html(plan, results)):
         assert "Q-Diffusion" in text and "compare orders" in text and "not run yet" in text
