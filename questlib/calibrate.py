@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib import ranges
-from questlib.config import QuantConfig
+from questlib.config import OFF, QuantConfig
 from questlib.errors import CheckpointError, ConfigError
 from questlib.model import act_quantizers, set_mode
 from questlib.quantizers import ActQuantizer
@@ -38,7 +38,7 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         tmp = Path(path).with_suffix(f".tmp{os.getpid()}")
-        save_file({"x": self.x, "t": self.t, "eps": self.eps}, tmp)
+        save_file(vars(self), tmp)
         os.replace(tmp, path)
 
     @classmethod
@@ -51,7 +51,7 @@ class Calibration:
 
     def hash(self) -> str:
         digest = hashlib.sha256()
-        for tensor in (self.x, self.t, self.eps):
+        for tensor in vars(self).values():
             digest.update(tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -91,9 +91,10 @@ def calibrate(
     finally:
         handle.remove()
     steps = range(len(batches[0]))
+    t = torch.tensor([batches[0][i][1] for i in steps])
     return Calibration(
         torch.stack([torch.cat([b[i][0] for b in batches]) for i in steps]),
-        torch.tensor([batches[0][i][1] for i in steps]),
+        t,
         torch.stack([torch.cat([b[i][2] for b in batches]) for i in steps]),
     )
 
@@ -102,7 +103,8 @@ class Observer:
     """Extremes and a fixed-size sample of what reaches one quantizer, per channel, for the step group that is being seen."""
 
     def __init__(self, quantizer: ActQuantizer, config: QuantConfig, seed: int) -> None:
-        self.q, self.ema, self.per_channel = quantizer, config.act_ema, config.act_granularity != "tensor"
+        self.q, self.ema, self.carrier = quantizer, config.act_ema, quantizer.carrier
+        self.per_channel = self.carrier or quantizer.scale.shape[1] == len(quantizer.index) > 1
         self.generator = torch.Generator().manual_seed(seed)
         self.lo = self.hi = None
         self.values: list[torch.Tensor] = []
@@ -127,8 +129,8 @@ class Observer:
         x = torch.cat(self.values, 1)  # [C, n]
         symmetric = config.act_symmetric and not q.unsigned
         if self.per_channel and len(q.index) > 1:
-            scale, zero = ranges.search(x, self.lo, self.hi, q.bits, config.act_range, symmetric)
-            if config.act_granularity == "carrier":
+            scale, zero = ranges.search(x, self.lo, self.hi, q.bits, config.act_range, symmetric, config.range_norm)
+            if self.carrier:
                 self.free = (x, scale, zero)  # snapped once all groups are known: the shifts are common
             else:
                 q.set_group(group, scale, zero)
@@ -137,18 +139,18 @@ class Observer:
             for part in range(q.scale.shape[1]):
                 own = (q.index if q.scale.shape[1] > 1 else torch.zeros_like(q.index)) == part
                 lo, hi = self.lo[own].amin()[None], self.hi[own].amax()[None]
-                s, z = ranges.search(x[own].reshape(1, -1), lo, hi, q.bits, config.act_range, symmetric)
+                s, z = ranges.search(x[own].reshape(1, -1), lo, hi, q.bits, config.act_range, symmetric, config.range_norm)
                 scales.append(s), zeros.append(z)
             q.set_group(group, torch.cat(scales), torch.cat(zeros)[q.index])
 
 
-def _snap(quantizer: ActQuantizer, free: list[tuple], splits: int) -> None:
+def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
     """Snap all groups' free scales to the carrier grid, each part of a split input with its own base."""
-    for part in range(splits):
+    for part in range(quantizer.scale.shape[1]):
         own = quantizer.index == part
         shift = ranges.block_shifts(torch.stack([s[own] for _, s, _ in free]))
         for group, (x, s, z) in enumerate(free):
-            base, ratio, zero = ranges.snap_to_carrier(x[own], s[own], z[own], shift, quantizer.bits)
+            base, ratio, zero = ranges.snap_to_carrier(x[own], s[own], z[own], shift, quantizer.bits, norm)
             with torch.no_grad():
                 quantizer.scale[group, part] = base
                 quantizer.ratio[group, own] = ratio
@@ -162,7 +164,7 @@ def init_ranges(unet: nn.Module, calib: Calibration, config: QuantConfig, *, pro
     Each group sees `calib_batch` samples, spread over its steps.
     """
     set_mode(unet, weights=False)
-    quantizers = list(act_quantizers(unet))
+    quantizers = [q for q in act_quantizers(unet) if q.bits != OFF]
     free: dict[int, list] = {}
     groups = unet.quest_steps.num_groups
     group_of_step = torch.tensor([unet.quest_steps.lookup(t) for t in calib.t])
@@ -182,6 +184,6 @@ def init_ranges(unet: nn.Module, calib: Calibration, config: QuantConfig, *, pro
                 free.setdefault(i, []).append(observer.free)
     for i, q in enumerate(quantizers):
         if i in free:
-            _snap(q, free[i], q.scale.shape[1])
+            _snap(q, free[i], config.range_norm)
         q.calibrated.fill_(True)
     set_mode(unet, weights=True)

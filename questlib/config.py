@@ -31,10 +31,13 @@ class QuantConfig:
     act_bits: int = 4  # 2..8, 16 = off
     softmax_bits: int | None = None  # None: act_bits. Unsigned, zero point 0
     first_last_act_bits: int | None = None  # conv_in and conv_out inputs; None: act_bits
+    first_last_weight_bits: int | None = None  # conv_in and conv_out weights; None: weight_bits
     te_act_bits: int | None = None  # inputs of the time-embedding layers; None: act_bits
     # ranges (Sec. 3.1)
-    act_granularity: str = "tensor"  # tensor | channel (free, fake only) | carrier (base * m_k * 2^e: runs in integers)
+    # tensor | channel (free, fake only) | carrier (base * m_k * 2^e: runs in integers; only up to 4 bits, wider codes per tensor)
+    act_granularity: str = "tensor"
     act_range: str = "mse"
+    range_norm: float = 2.0  # the "mse" search minimizes |x_hat - x|^range_norm; above 2 it clips less (paper: 2)
     act_symmetric: bool = False
     act_ema: float | None = None  # running min-max over calibration batches (release: 0.95)
     step_groups: int = 1  # sets of activation scales over the sampler's steps, at most one a step (paper: one)
@@ -69,7 +72,7 @@ class QuantConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "te_act_bits"):
+        for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "first_last_weight_bits", "te_act_bits"):
             bits = getattr(self, key)
             if bits is None and key not in ("weight_bits", "act_bits"):
                 continue
@@ -114,6 +117,7 @@ class QuantConfig:
         """Hash of what decides the rounded weights alone, so that presets and act bits share one AdaRound run."""
         keys = (
             "weight_bits",
+            "first_last_weight_bits",
             "weight_range",
             "split_skip",
             "adaround",
@@ -154,7 +158,8 @@ PRESETS: dict[str, dict] = {
     ),
     # ours: integer-executable granularity, TE layers and all attention layers, both losses, step groups
     "quest": dict(
-        act_range="mse", adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8, normalize_local=True,
+        act_range="mse", range_norm=4.0, adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8,
+        first_last_weight_bits=8, normalize_local=True,
         tla_iters=1100, cma_iters=1100, lr_relative=True, lr_decay=True, lr_weight=2e-2, lr_scale=2e-3,
     ),
 }  # fmt: skip

@@ -99,7 +99,7 @@ def losses(
     student: nn.Module, teacher: nn.Module, stage: Stage, config: QuantConfig, x: torch.Tensor, t: torch.Tensor,
     eps: torch.Tensor, te_t: torch.Tensor, te_targets: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor | float, torch.Tensor]:  # fmt: skip
-    """(local, global) loss of one batch: x, eps [B, C, h, w], t [B]; te_t [T] and te_targets for the time-embedding layers."""
+    """(local, global) loss of one batch: x, eps [B, C, h, w]; t [B]; te_t [T] and te_targets for the TE layers."""
     local: torch.Tensor | float = 0.0
     names = list(stage.layers)
     if stage.name == "tla":
@@ -166,9 +166,7 @@ def finetune(
         with torch.no_grad(), recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets:
             run_time_layers(teacher, te_t)
         start = 0
-        if (
-            state is not None
-        ):  # before `trainable`: relative learning rates are taken from the weights and scales at the stage's start
+        if state is not None:  # before `trainable`, which takes relative learning rates from the stage's starting point
             unet.load_state_dict(state["model"], strict=False)
             log, start = state["log"], state["iteration"]
             freeze(unet)
@@ -186,10 +184,8 @@ def finetune(
         for i in tqdm(
             range(start, stage.iters), desc=stage.name, disable=not progress, mininterval=2, initial=start, total=stage.iters
         ):
-            x, t, eps = _batch(calib, config, stage, i, generator)
-            local, total = losses(
-                unet, teacher, stage, config, x.to(unet.device), t.to(unet.device), eps.to(unet.device), te_t, te_targets
-            )
+            x, t, eps = (v.to(unet.device) for v in _batch(calib, config, stage, i, generator))
+            local, total = losses(unet, teacher, stage, config, x, t, eps, te_t, te_targets)
             loss = local + config.global_weight * total
             if not torch.isfinite(loss):
                 raise QuestError(

@@ -108,6 +108,11 @@ def _act_bits(role: str, config: QuantConfig) -> int:
     return config.act_bits if bits is None or config.act_bits == OFF else bits
 
 
+def _weight_bits(role: str, config: QuantConfig) -> int:
+    bits = config.first_last_weight_bits if role in ("first", "last") else None
+    return config.weight_bits if bits is None or config.weight_bits == OFF else bits
+
+
 def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.Module:
     """A deep copy of `unet` with quantizers in every Linear, Conv2d and attention; weights have their ranges, activations none.
 
@@ -121,6 +126,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
     roles, splits = layer_roles(unet), skip_splits(unet) if config.split_skip else {}
     steps = StepGroups(timesteps, contiguous_groups(len(timesteps), min(config.step_groups, len(timesteps))))
     modules = dict(unet.named_modules())
+    free, carrier = (config.act_granularity == kind for kind in ("channel", "carrier"))
     for name, role in roles.items():
         if config.te == "fp" and role in TIME_ROLES:
             continue
@@ -128,22 +134,22 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         split = torch.zeros(channels, dtype=torch.int64)
         split[splits.get(name, channels) :] = 1
-        free = config.act_granularity == "channel"
         act = ActQuantizer(
             f"{name}.act", _act_bits(role, config), steps, channels, -1 if isinstance(layer, nn.Linear) else 1,
-            torch.arange(channels) if free else split,
+            torch.arange(channels) if free else split, carrier=carrier,
         )  # fmt: skip
         # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
         w_index = split if getattr(layer, "groups", 1) == 1 else torch.zeros(layer.weight.shape[1], dtype=torch.int64)
-        wq = (
-            WeightQuantizer(layer.weight, config.weight_bits, w_index, config.weight_range) if config.weight_bits != OFF else None
-        )
+        bits = _weight_bits(role, config)
+        wq = WeightQuantizer(layer.weight, bits, w_index, config.weight_range) if bits != OFF else None
         convert_layer(layer, role, act, wq)
     for name, module in modules.items():
         if isinstance(module, Attention):
             width = module.to_q.out_features
-            index = torch.arange(width) if config.act_granularity == "channel" else torch.zeros(width, dtype=torch.int64)
-            q, k, v = (ActQuantizer(f"{name}.{x}", config.act_bits, steps, width, -1, index.clone()) for x in "qkv")
+            index = torch.arange(width) if free else torch.zeros(width, dtype=torch.int64)
+            q, k, v = (
+                ActQuantizer(f"{name}.{x}", config.act_bits, steps, width, -1, index.clone(), carrier=carrier) for x in "qkv"
+            )
             bits = config.act_bits if config.softmax_bits is None or config.act_bits == OFF else config.softmax_bits
             probs = ActQuantizer(f"{name}.probs", bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True)
             module.processor = QuantAttnProcessor(q, k, v, probs)

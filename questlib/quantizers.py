@@ -53,10 +53,19 @@ class ActQuantizer(nn.Module):
     """
 
     def __init__(
-        self, name: str, bits: int, steps: StepGroups, channels: int, dim: int, index: torch.Tensor, unsigned: bool = False
+        self,
+        name: str,
+        bits: int,
+        steps: StepGroups,
+        channels: int,
+        dim: int,
+        index: torch.Tensor,
+        unsigned: bool = False,
+        carrier: bool = False,
     ):
         super().__init__()
         self.name, self.bits, self.dim, self.unsigned = name, bits, dim, unsigned
+        self.carrier = carrier and bits <= 4  # wider codes leave no headroom in a byte: one scale a tensor
         self.__dict__["steps"] = steps  # shared state of the whole UNet, registered once there
         groups, sets = steps.num_groups, int(index.max()) + 1
         self.scale = nn.Parameter(torch.ones(groups, sets))

@@ -54,7 +54,7 @@ def test_frozen():
 
 
 def test_weight_key_ignores_activation_settings_only():
-    a, b = QuantConfig.preset("q-diffusion", 4, 8), QuantConfig.preset("quest", 4, 4)
+    a, b = QuantConfig.preset("q-diffusion", 4, 8, first_last_weight_bits=8), QuantConfig.preset("quest", 4, 4)
     assert a.weight_key() == b.weight_key()
     assert a.weight_key() != QuantConfig.preset("quest", 8, 8).weight_key()
     assert a.weight_key() != QuantConfig.preset("quest", 4, 4, adaround_iters=7).weight_key()

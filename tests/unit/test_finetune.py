@@ -90,7 +90,7 @@ def test_finetuning_brings_the_model_closer(pipe, calib, fast):
 
     before = error()
     log = finetune(q, pipe.unet, calib, config)
-    assert error() < 0.8 * before
+    assert error() < 0.9 * before
     assert len(log["loss"]) == 90 and 0 < log["trained_fraction"] < 1 and log["seconds"] > 0
     assert all((a.scale > 0).all() for a in act_quantizers(q))
     for layer in quant_layers(q).values():  # selected weights stay on their quantization grid

@@ -81,9 +81,10 @@ def test_bits_by_role(pipe):
     assert bits["time_embedding.linear_1"] == bits["mid_block.resnets.0.time_emb_proj"] == 6
     assert bits["mid_block.attentions.0.to_q"] == 4
     assert q.mid_block.attentions[0].processor.probs.bits == 8 and q.mid_block.attentions[0].processor.q.bits == 4
-    assert {m.wq.bits for m in quant_layers(q).values()} == {4}
+    assert {m.wq.bits for m in quant_layers(q).values() if m.role not in ("first", "last")} == {4}
+    assert q.conv_in.wq.bits == q.conv_out.wq.bits == 8
     paper = insert(pipe.unet, QuantConfig.preset("quest-paper", 4, 4), T)
-    assert {a.bits for a in act_quantizers(paper)} == {4}  # fully quantized
+    assert {a.bits for a in act_quantizers(paper)} == {m.wq.bits for m in quant_layers(paper).values()} == {4}  # fully quantized
 
 
 def test_te_fp_leaves_time_layers_alone(pipe):
