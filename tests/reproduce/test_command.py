@@ -27,7 +27,7 @@ def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["table2", "--seeds", "one"], "seeds: expected whole numbers separated by commas, found 'one'"),
         (["table2", "--results", "file/below"], "cannot be written"),
         (["table2", "--work", "file"], "cannot be written"),
-        (["table2", "--model", "./no-such-folder"], "unknown model './no-such-folder'"),
+        (["table2", "--model", "./no/such/folder"], "unknown model './no/such/folder'"),
         (["table2", "--resolts", "x"], "unrecognized arguments"),
     ],
 )
