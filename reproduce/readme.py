@@ -32,7 +32,7 @@ def commands(results: Path) -> str:
         measured = machine = "not measured yet"
         if path.is_file():
             run = json.loads(path.read_text())
-            remark = "" if run.get("fresh", True) else " (with products of earlier runs)"
+            remark = "" if run.get("fresh", True) else " (sum of its stages, run in several goes)"
             measured, machine = f"{run['seconds'] / 60:.1f} min{remark}", _machine(run["machine"])
         text = what.get(
             command, f"{command.removeprefix('make reproduce-').replace('table', 'table ')} at mini scale, from a fresh start"

@@ -65,12 +65,19 @@ def run(plan: Plan) -> list[dict[str, Any]]:
 
 
 def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
-    """run.json: how long a full run took. One that could reuse products of earlier runs never replaces a fresh one's time."""
+    """run.json: how long a full run takes. Where products of earlier runs were used, it is the sum of all stages' own seconds.
+
+    A sum never replaces the wall time of a fresh run.
+    """
     path = plan.folder / "run.json"
-    full = plan.missing is None and len(plan.cells) == len(plan.table.cells)
-    if full and (fresh or not path.is_file()):
-        target = f"make reproduce-{plan.table.name}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
-        write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
+    if plan.missing is not None or len(plan.cells) < len(plan.table.cells) or (path.is_file() and not fresh):
+        return
+    if not fresh:
+        results = [json.loads((plan.folder / f"{cell.id}.json").read_text()) for cell in plan.cells]
+        products = {(stage, name) for r in results for seed in r["per_seed"] for stage, name in seed["products"].items()}
+        seconds = sum(json.loads((plan.work / s / n / "done.json").read_text())["seconds"] for s, n in products)
+    target = f"make reproduce-{plan.table.name}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
+    write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
 
 
 def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
