@@ -20,7 +20,7 @@ from questlib.calibrate import VALUES_PER_TENSOR, Calibration
 from questlib.finetune import recorded, run_time_layers
 from questlib.model import TIME_ROLES, layer_roles
 
-METHODS = ("minmax", "mse")  # range searches that are compared
+SEARCHES = {"min-max": ("minmax", 2.0), "mse": ("mse", 2.0), "4th power": ("mse", 4.0)}  # range searches: method and error norm
 
 
 # ---- samples ----
@@ -70,43 +70,45 @@ def channel_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
     return x.movedim(dim, 0).flatten(1)
 
 
-def grid(values: torch.Tensor, bits: int, method: str) -> torch.Tensor:
-    """The 2^bits values [2^bits], ascending, to which one quantizer for all of `values` rounds."""
-    scale, zero = ranges.search(_thin(values)[None], values.min()[None], values.max()[None], bits, method)
+def grid(values: torch.Tensor, bits: int, search: str) -> torch.Tensor:
+    """The 2^bits values, ascending, to which one quantizer rounds all of `values` [n]; its range from one of SEARCHES."""
+    method, norm = SEARCHES[search]
+    scale, zero = ranges.search(_thin(values)[None], values.min()[None], values.max()[None], bits, method, norm=norm)
     return (torch.arange(2**bits) - zero) * scale
 
 
 def grid_table(values: dict[str, torch.Tensor], bits: int) -> pd.DataFrame:
-    """For each set of values and each method: the grid's step, what is clipped, and the two parts of the mean squared error."""
+    """For each set of values and each search: the grid's step, what is clipped, the mean squared error and its two parts."""
     rows = {}
     for name, x in values.items():
         x = x.flatten()
-        for method in METHODS:
-            levels = grid(x, bits, method)
+        for search in SEARCHES:
+            levels = grid(x, bits, search)
             step = levels[1] - levels[0]
             error = (x - levels[((x - levels[0]) / step).round().clamp(0, len(levels) - 1).long()]).square()
             clipped = (x < levels[0] - step / 2) | (x > levels[-1] + step / 2)
             parts = [step, clipped.float().mean() * 100, error[~clipped].sum() / len(x), error[clipped].sum() / len(x)]
-            rows[name, method] = [v.item() for v in (x.min(), x.max(), x.std(), *parts, error.mean())]
-    columns = ["min", "max", "std", "step", "clipped %", "rounding MSE", "clipping MSE", "MSE"]
+            parts += [error.mean(), error.max().sqrt()]
+            rows[name, search] = [v.item() for v in (x.min(), x.max(), x.std(), *parts)]
+    columns = ["min", "max", "std", "step", "clipped %", "rounding MSE", "clipping MSE", "MSE", "largest error"]
     return pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(rows), columns)
 
 
 def histogram_figure(values: dict[str, torch.Tensor], bits: int, title: str) -> Figure:
-    """A histogram for each entry, counts on a log scale; above it the grid values of each method as ticks."""
+    """A histogram for each entry, counts on a log scale; above it the grid values of each search as ticks."""
     figure, places = plt.subplots(1, len(values), figsize=(4 * len(values), 3), sharex=True, sharey=True, squeeze=False)
     figure.suptitle(title)
     for axes, (name, x) in zip(places[0], values.items(), strict=True):
         counts, edges = np.histogram(x.numpy(), 160)
         axes.stairs(counts, edges, fill=True, color="C0")
         axes.set_yscale("log")
-        for i, method in enumerate(METHODS):
-            top = 0.98 - 0.09 * i  # two rulers in the free space above the bars
-            levels = grid(x.flatten(), bits, method)
-            axes.vlines(levels, top - 0.07, top, color=f"C{i + 1}", lw=1.5, transform=axes.get_xaxis_transform(), label=method)
-        axes.set(title=f"{name}, std {x.std().item():.2f}", xlabel="value", ylim=(0.5, counts.max() * 30))
+        for i, search in enumerate(SEARCHES):
+            top = 0.99 - 0.08 * i  # rulers in the free space above the bars
+            levels = grid(x.flatten(), bits, search)
+            axes.vlines(levels, top - 0.06, top, color=f"C{i + 1}", lw=1.5, transform=axes.get_xaxis_transform(), label=search)
+        axes.set(title=f"{name}, std {x.std().item():.2f}", xlabel="value", ylim=(0.5, counts.max() * 100))
     places[0, 0].set_ylabel("count")
-    places[0, 0].legend(title=f"{2**bits} grid values", loc="upper right", bbox_to_anchor=(1, 0.8))
+    places[0, 0].legend(title=f"{2**bits} grid values", loc="upper right", bbox_to_anchor=(1, 0.75))
     plt.close(figure)
     return figure
 
@@ -114,19 +116,23 @@ def histogram_figure(values: dict[str, torch.Tensor], bits: int, title: str) -> 
 # ---- one scale for each input channel, and its form that runs in integers ----
 
 
-def channel_scales(rows: torch.Tensor, bits: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Scale and zero point, float32 [C] each, for inputs [C, n]: one for all channels, free for each, and on the carrier grid."""
+def channel_scales(rows: torch.Tensor, bits: int, norm: float) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Scale and zero point, float32 [C] each, of inputs [C, n]: one for all channels, one a channel, and on the carrier grid.
+
+    norm: the searches minimize |error|^norm (QuantConfig.range_norm).
+    """
     lo, hi = rows.amin(1), rows.amax(1)
-    one, zero = ranges.search(_thin(rows.flatten())[None], lo.amin()[None], hi.amax()[None], bits, "mse")
-    free, free_zero = ranges.search(rows, lo, hi, bits, "mse")
-    base, ratio, carrier_zero = ranges.snap_to_carrier(rows, free, free_zero, ranges.block_shifts(free[None]), bits)
+    one, zero = ranges.search(_thin(rows.flatten())[None], lo.amin()[None], hi.amax()[None], bits, "mse", norm=norm)
+    free, free_zero = ranges.search(rows, lo, hi, bits, "mse", norm=norm)
+    shifts = ranges.block_shifts(free[None])
+    base, ratio, carrier_zero = ranges.snap_to_carrier(rows, free, free_zero, shifts, bits, norm)
     tensor = (one.expand(len(rows)), zero.expand(len(rows)))
     return {"one for all": tensor, "one a channel": (free, free_zero), "carrier grid": (base * ratio, carrier_zero)}
 
 
-def channel_figure(rows: torch.Tensor, bits: int) -> Figure:
+def channel_figure(rows: torch.Tensor, bits: int, norm: float) -> Figure:
     """Inputs [C, n], channels in the order of their free scales. Left their ranges, right their scales and relative errors."""
-    scales = channel_scales(rows, bits)
+    scales = channel_scales(rows, bits, norm)
     order = scales["one a channel"][0].argsort()
     place = torch.arange(len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharex=True)

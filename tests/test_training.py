@@ -146,3 +146,19 @@ def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         export.main()
     assert stop.value.code == 2 and "no exported models" in capsys.readouterr().err
+
+
+def test_images_are_written_for_inception_and_errors_are_one_line(emoji, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "fetch_emoji", lambda work: work)
+    monkeypatch.setattr(data, "load_emoji", lambda archive: emoji)
+    assert data.main(["--out", str(tmp_path / "images"), "--work", str(tmp_path)]) == 0
+    files = sorted((tmp_path / "images").glob("*.png"))
+    assert len(files) == 40
+    with Image.open(files[3]) as image:
+        assert image.size == (64, 64) and image.getpixel((0, 0)) == tuple(emoji.images[3, :, 0, 0].tolist())
+    monkeypatch.undo()
+    monkeypatch.setattr(data.shutil, "which", lambda name: None)
+    for module in (data, train):
+        assert module.main(["--out", str(tmp_path / "x"), "--work", str(tmp_path / "empty")]) == 2
+        err = capsys.readouterr().err
+        assert "npm not found" in err and err.count("\n") == 1

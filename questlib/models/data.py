@@ -6,11 +6,13 @@ machine's own npm client; the archive's sha256 is checked before a byte of it is
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import NamedTuple
@@ -87,3 +89,25 @@ def load_emoji(archive: Path) -> EmojiData:
             labels.append(GROUPS.index(entry["category"]))
             names.append(entry["short_name"])
     return EmojiData(torch.from_numpy(np.stack(images)), torch.tensor(labels), names)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the training images as PNG files: the reference for `--features inception`, too large to ship."""
+    parser = argparse.ArgumentParser(prog="python -m questlib.models.data", description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--work", type=Path, default=Path("runs/train"), help="where the archive is kept")
+    args = parser.parse_args(argv)
+    try:
+        data = load_emoji(fetch_emoji(args.work))
+        args.out.mkdir(parents=True, exist_ok=True)
+        for i, image in enumerate(data.images):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(args.out / f"{i:05d}.png")  # CHW -> HWC
+    except QuestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(data.images)} images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,6 +6,7 @@ from questlib import finetune, quantize
 from questlib.calibrate import Calibration
 from questlib.model import layer_roles, quant_layers
 from questlib.pictures import (
+    SEARCHES,
     channel_figure,
     channel_rows,
     channel_scales,
@@ -61,7 +62,7 @@ def test_input_table_has_every_layer_with_the_heaviest_tails_first(pipe, calib):
 
 
 def test_grid_rounds_as_the_quantizer_does(heavy):
-    levels = grid(heavy, 4, "minmax")
+    levels = grid(heavy, 4, "min-max")
     scale, zero = affine(heavy.min()[None], heavy.max()[None], 4)
     nearest = levels[(heavy[:, None] - levels).abs().argmin(1)]
     assert len(levels) == 16 and torch.allclose(nearest, fake_quant(heavy, scale, zero, 4))
@@ -69,10 +70,12 @@ def test_grid_rounds_as_the_quantizer_does(heavy):
 
 def test_grid_table_splits_the_error_into_its_two_parts(heavy):
     table = grid_table({"x": heavy}, 4)
-    minmax, mse = table.loc[("x", "minmax")], table.loc[("x", "mse")]
+    minmax, mse, fourth = (table.loc[("x", k)] for k in SEARCHES)
     assert minmax["clipped %"] == 0 and minmax["clipping MSE"] == 0
     assert mse["clipped %"] > 0 and mse["rounding MSE"] < minmax["rounding MSE"]
     assert mse["MSE"] < minmax["MSE"] == pytest.approx(minmax["rounding MSE"])
+    assert mse["clipped %"] >= fourth["clipped %"] and minmax["step"] > fourth["step"] > mse["step"]
+    assert mse["largest error"] > fourth["largest error"]
     levels = grid(heavy, 4, "mse")
     error = (levels[(heavy[:, None] - levels).abs().argmin(1)] - heavy).square().mean().item()
     assert mse["rounding MSE"] + mse["clipping MSE"] == pytest.approx(mse["MSE"]) == pytest.approx(error, rel=1e-4)
@@ -80,7 +83,7 @@ def test_grid_table_splits_the_error_into_its_two_parts(heavy):
 
 def test_channel_scales_follow_each_channel(pipe, calib, fast):
     rows = torch.randn(16, 500, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 16)[:, None]
-    scales = channel_scales(rows, 4)
+    scales = channel_scales(rows, 4, 2.0)
     error = {k: (fake_quant(rows, s[:, None], z[:, None], 4) - rows).square().mean().item() for k, (s, z) in scales.items()}
     assert error["one a channel"] < error["carrier grid"] < error["one for all"]
     carrier = scales["carrier grid"][0]
@@ -118,7 +121,7 @@ def test_figures_show_what_was_given(pipe, calib, fast, heavy, attention):
     assert [t.get_text() for t in layer_error_figure({"after": errors}).axes[0].get_yticklabels()] == attention
     assert len(time_figure(pipe.unet, {"quantized": student}, calib.t).axes[0].lines) == 3
     assert len(histogram_figure({"before": heavy, "after": heavy}, 4, "layer").axes) == 2
-    assert len(channel_figure(heavy.reshape(10, -1), 4).axes[1].lines) == 3
+    assert len(channel_figure(heavy.reshape(10, -1), 4, 4.0).axes[1].lines) == 3
     assert not plt.get_fignums()  # a notebook shows a figure once: as the cell's value
 
 
