@@ -10,7 +10,9 @@ from reproduce.tables import FAILED, Cell, Number
 ONE_SEED = "one seed, no spread"
 
 
-def verdict(metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], other: dict[str, Any] | None) -> str:
+def verdict(
+    metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], other: dict[str, Any] | None, claim: str | None = None
+) -> str:
     """One line about one metric (lower is better) of one row: our order against `base`, and whether the paper has the same order.
 
     `base` is the row that the paper's claim compares `cell` with (Cell.against); `mine` and `other` are their result JSONs.
@@ -19,7 +21,7 @@ def verdict(metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], ot
     "better" or "worse" when |mean d| exceeds the sample standard deviation of d over the seeds, else "no clear difference".
     With one seed there is no spread, and the order is said with that remark.
 
-    The paper's order is that of its two numbers; "N/A" (generation failed) loses against any number.
+    The paper's order is that of its two numbers in metric `claim` (None: the same metric); "N/A" (generation failed) loses against any number.
     "as in the paper" when both orders agree, "differs from the paper" when they are opposite or ours is not clear,
     "the paper gives no order" when one of its two numbers is not reported.
 
@@ -42,7 +44,7 @@ def verdict(metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], ot
         clear, size = mean != 0, f"by {abs(mean):.3g}, {ONE_SEED}"
     ours = ("better" if mean < 0 else "worse") if clear else "no clear difference"
     words = f"{ours} than {base.label} ({size})" if clear else f"no clear difference from {base.label} ({size})"
-    papers = paper_order(cell.paper.get(metric), base.paper.get(metric))
+    papers = paper_order(cell.paper.get(claim or metric), base.paper.get(claim or metric))
     if papers is None:
         return f"{words}; the paper gives no order"
     return f"{words}; {'as in' if papers == ours else 'differs from'} the paper"

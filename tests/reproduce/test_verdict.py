@@ -49,3 +49,19 @@ def test_paper_order():
     assert paper_order(1.0, 2.0) == "better" and paper_order(2.0, 1.0) == "worse" and paper_order(1.0, 1.0) == "equal"
     assert paper_order(FAILED, 1.0) == "worse" and paper_order(1.0, FAILED) == "better"
     assert paper_order(FAILED, FAILED) is None and paper_order(None, 1.0) is None and paper_order(1.0, None) is None
+
+
+def test_the_paired_distance_takes_the_order_of_the_papers_fid():
+    cell, base = cells(3.0, 4.0)
+    mine, other = (
+        {
+            "status": "done",
+            "reason": None,
+            "metrics": {"d": {"value": v}},
+            "per_seed": [{"seed": 0, "metrics": {"d": v}}, {"seed": 1, "metrics": {"d": v + 0.1}}],
+        }
+        for v in (0.5, 0.75)
+    )
+    assert verdict("d", cell, base, mine, other, claim="fid").endswith("as in the paper")
+    assert verdict("d", cell, base, other, mine, claim="fid").endswith("differs from the paper")
+    assert verdict("d", cell, base, mine, other).endswith("the paper gives no order")
