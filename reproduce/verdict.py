@@ -21,7 +21,8 @@ def verdict(
     "better" or "worse" when |mean d| exceeds the sample standard deviation of d over the seeds, else "no clear difference".
     With one seed there is no spread, and the order is said with that remark.
 
-    The paper's order is that of its two numbers in metric `claim` (None: the same metric); "N/A" (generation failed) loses against any number.
+    The paper's order is that of its two numbers in metric `claim` (None: the same metric); "N/A" (generation failed) loses
+    against any number.
     "as in the paper" when both orders agree, "differs from the paper" when they are opposite or ours is not clear,
     "the paper gives no order" when one of its two numbers is not reported.
 
