@@ -46,7 +46,7 @@ format: $(STAMP)  ## ruff: repair imports and format
 test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
 	@mkdir -p runs; date +%s > runs/test-start
 	"$(PY)" -m pytest -n $(JOBS) tests
-	OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
+	OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
 	@echo "{\"seconds\": $$(( $$(date +%s) - $$(cat runs/test-start) ))}" > runs/test-time.json
 
 notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
