@@ -52,7 +52,8 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
 def convert_layer(module: nn.Linear | nn.Conv2d, role: str, act: ActQuantizer, wq: WeightQuantizer | None) -> None:
     """Turn a layer into its quantized class in place: same object, same parameters, same name in the model."""
     module.__class__ = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
-    module.role, module.act, module.wq, module.w_hat, module.weights_on = role, act, wq, None, True
+    module.role, module.act, module.wq, module.weights_on = role, act, wq, True
+    module.register_buffer("w_hat", None, persistent=False)  # a buffer, so that .to() takes it along
 
 
 class QuantAttnProcessor(nn.Module):

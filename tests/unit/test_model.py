@@ -87,6 +87,16 @@ def test_bits_by_role(pipe):
     assert {a.bits for a in act_quantizers(paper)} == {m.wq.bits for m in quant_layers(paper).values()} == {4}  # fully quantized
 
 
+def test_frozen_weights_move_with_the_model(pipe, calib, fast):
+    from questlib import quantize
+
+    q = quantize(pipe.unet, fast("minmax", 4, 8), calib)
+    keys = set(q.state_dict())
+    q.double()
+    assert {m.w_hat.dtype for m in quant_layers(q).values()} == {torch.float64}
+    assert not any(k.endswith("w_hat") for k in keys)  # it follows from the weight: never saved
+
+
 def test_te_fp_leaves_time_layers_alone(pipe):
     q = insert(pipe.unet, QuantConfig.preset("quest", te="fp"), T)
     assert not any(m.role in ("time_embed", "time_proj") for m in quant_layers(q).values())
