@@ -88,7 +88,12 @@ def test_make_uses_the_active_environment(tmp_path, active, expected):
         None: {"VIRTUAL_ENV": str(tmp_path / "gone")},
     }[active]
     plan = subprocess.run(
-        ["make", "-n", "reproduce-table2"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "reproduce-table2"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     last = plan.stdout.strip().splitlines()[-1]
     assert last == f'"{tmp_path if expected else ROOT / ".venv"}/bin/python" -m reproduce table2 --scale mini'
