@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from questlib.config import OFF
 from questlib.quantizers import ActQuantizer, WeightQuantizer
 
 
@@ -33,10 +32,6 @@ class QuantLayer(nn.Module):
 
     def thaw(self) -> None:
         self.w_hat = None
-
-    @property
-    def weight_bits(self) -> int:
-        return OFF if self.wq is None else self.wq.bits
 
 
 class QuantLinear(QuantLayer, nn.Linear):

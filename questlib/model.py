@@ -95,12 +95,6 @@ def freeze(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def thaw(unet: nn.Module) -> nn.Module:
-    for layer in quant_layers(unet).values():
-        layer.thaw()
-    return unet
-
-
 def _act_bits(role: str, config: QuantConfig) -> int:
     special = {"first": config.first_last_act_bits, "last": config.first_last_act_bits}
     special |= dict.fromkeys(TIME_ROLES, config.te_act_bits)
