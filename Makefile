@@ -12,9 +12,11 @@ VENV := $(or $(ACTIVE),$(CURDIR)/.venv)
 PY := $(VENV)/bin/python
 THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(JOBS) )); echo $$(( n > 1 ? n : 1 )))  # of each notebook's kernel
 STAMP := $(VENV)/.questlib-installed
+# why: reproduce/__init__.py
+export GOMP_SPINCOUNT ?= 2000
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help install test lint format notebooks readme reproduce-table2 reproduce-table3
+.PHONY: help install test lint format notebooks readme reproduce-table2 reproduce-table3 reproduce-ablation
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,3 +62,6 @@ reproduce-table2: $(STAMP)  ## table 2: time-embedding settings (SCALE=mini by d
 
 reproduce-table3: $(STAMP)  ## table 3, Bedrooms: the methods at W8A8, W4A8, W4A4 (SCALE=mini by default)
 	"$(PY)" -m reproduce table3 --scale $(SCALE)
+
+reproduce-ablation: $(STAMP)  ## what the parts of our preset do at W4A4 (SCALE=mini by default)
+	"$(PY)" -m reproduce ablation --scale $(SCALE)

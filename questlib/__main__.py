@@ -6,13 +6,12 @@ import argparse
 import json
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from questlib.calibrate import calibrate
 from questlib.checkpoint import save_pretrained
 from questlib.config import PRESETS, QuantConfig
-from questlib.errors import ConfigError, QuestError
+from questlib.errors import ConfigError, QuestError, check_writable
 from questlib.finetune import finetune
 from questlib.models.loading import load_pipeline
 from questlib.quantize import quantize
@@ -38,16 +37,6 @@ def parse_overrides(pairs: list[str]) -> dict:
         except json.JSONDecodeError:
             values[key] = value
     return values
-
-
-def check_writable(out: Path) -> None:
-    """QuestError unless a file can be made in `out`: found out before any long work."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise QuestError(f"--out: cannot write to {out}: {error.strerror}") from error
 
 
 def run_quantize(args: argparse.Namespace) -> None:

@@ -1,5 +1,10 @@
 """Typed errors. Each message is one line that says what was expected and what was found."""
 
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
 
 class QuestError(Exception):
     """Base of all errors that a user can cause; the command line prints it and exits with code 2."""
@@ -23,3 +28,13 @@ class MetricError(QuestError, ValueError):
 
 class TimestepWarning(UserWarning):
     """A timestep lies far from every calibrated step group."""
+
+
+def check_writable(folder: Path) -> None:
+    """Make `folder`; ConfigError unless a file can be made in it: found out before any long work."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"folder {folder}: cannot be written ({error.strerror})") from error

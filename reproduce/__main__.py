@@ -1,4 +1,4 @@
-"""python -m reproduce table2|table3 --scale smoke|mini|paper; python -m reproduce readme | notebooks."""
+"""python -m reproduce table2|table3|ablation --scale smoke|mini|paper; python -m reproduce readme | notebooks."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from questlib.config import QuantConfig
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, check_writable
 from reproduce.scales import Scale, get_scale
 from reproduce.tables import Cell, Table, get_table
 
@@ -96,12 +96,3 @@ def make_plan(
     check_writable(plan.folder)
     check_writable(plan.work)
     return plan
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(f"folder {folder}: cannot be written ({error.strerror})") from error

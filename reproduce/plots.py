@@ -12,6 +12,7 @@ from PIL import Image
 
 from reproduce.plan import Plan
 from reproduce.tables import FAILED
+from reproduce.tables.ablation import BASE
 
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
@@ -77,6 +78,26 @@ def cost_figure(results: list[dict[str, Any]]) -> Figure:
         axes.grid(axis="x", alpha=0.3)
         if done:
             axes.legend(fontsize=7)
+    plt.close(figure)
+    return figure
+
+
+def ablation_figure(results: list[dict[str, Any]], base: str = BASE) -> Figure:
+    """FID and distance to full precision of every row, with the spread over seeds; the line is row `base`."""
+    done = [r for r in results if r["status"] == "done" and r["preset"] is not None]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(10, 0.8 + 0.26 * max(len(done), 1)), sharey=True)
+        heads = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
+        for axes, (metric, label) in zip(panels, heads, strict=True):
+            entries = [r["metrics"][metric] for r in done]
+            names, values = [r["label"] for r in done], [e["value"] for e in entries]
+            axes.barh(names, values, xerr=[e["std"] or 0 for e in entries], color=COLORS[3], error_kw={"lw": 0.8})
+            for r, value in zip(done, values, strict=True):
+                if r["cell"] == base:
+                    axes.axvline(value, ls="--", lw=1, color="black")
+            axes.set_xlabel(f"{label} ({results[0]['scale']} scale)")
+            axes.grid(axis="x", alpha=0.3)
+        panels[0].invert_yaxis()
     plt.close(figure)
     return figure
 

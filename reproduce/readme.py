@@ -13,7 +13,7 @@ from reproduce import plots, report
 from reproduce.store import write_atomically
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
-TABLES = ("table2", "table3")
+TABLES = ("table2", "table3", "ablation")
 PICTURE = "picture.png"
 
 

@@ -64,7 +64,8 @@ def test_ci_runs_make_test():
 
 
 @pytest.mark.parametrize(
-    "target", ["help", "install", "lint", "test", "notebooks", "readme", "reproduce-table2", "reproduce-table3"]
+    "target",
+    ["help", "install", "lint", "test", "notebooks", "readme", "reproduce-table2", "reproduce-table3", "reproduce-ablation"],
 )
 def test_make_help_lists_the_target(target):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}

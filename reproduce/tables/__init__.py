@@ -62,7 +62,8 @@ def get_table(name: str) -> Table:
 
 
 def all_tables() -> dict[str, Table]:
-    from reproduce.tables.table2 import TABLE2  # here: the table files import Cell and Table from this one
+    from reproduce.tables.ablation import ABLATION  # here: the table files import Cell and Table from this one
+    from reproduce.tables.table2 import TABLE2
     from reproduce.tables.table3 import TABLE3
 
-    return {table.name: table for table in (TABLE2, TABLE3)}
+    return {table.name: table for table in (TABLE2, TABLE3, ABLATION)}

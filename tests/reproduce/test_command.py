@@ -21,7 +21,7 @@ def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table9"], "table: expected one of table2, table3, found 'table9'"),
+        (["table9"], "table: expected one of table2, table3, ablation, found 'table9'"),
         (["table2", "--scale", "huge"], "scale: expected one of smoke, mini, paper, found 'huge'"),
         (["table2", "--cells", "fp,nothing"], "found 'nothing'"),
         (["table2", "--seeds", "one"], "seeds: expected whole numbers separated by commas, found 'one'"),

@@ -59,7 +59,7 @@ def test_table_2_settings(tmp_path):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        (dict(table="table9"), "expected one of table2, table3"),
+        (dict(table="table9"), "expected one of table2, table3, ablation"),
         (dict(scale="huge"), "expected one of smoke, mini, paper"),
         (dict(cells=["w4a8-te-pqt"]), "w4a8-te-ptq"),
         (dict(cells=[]), "at least one"),

@@ -51,4 +51,4 @@ def test_unknown_model_and_unwritable_folder(tmp_path, capsys):
     assert "unknown model" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["quantize", "mini-ldm4", "--out", str(tmp_path / "file")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err

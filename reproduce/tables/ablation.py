@@ -1,0 +1,42 @@
+"""Ablation of `quest` at W4A4, which the paper does not have: what each of its parts does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from reproduce.tables import Cell, Table
+
+GROUPS = 4  # step groups of the `quest` preset
+ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+    ("one-group", "quest, one step group", "quest", dict(step_groups=1)),
+    ("tensor", "quest, scales per tensor", "quest", dict(act_granularity="tensor")),
+    ("channel", "quest, free scales per channel (no integer form)", "quest", dict(act_granularity="channel")),
+    ("norm2", "quest, ranges by squared error", "quest", dict(range_norm=2.0)),
+    ("not-finetuned", "quest, not finetuned", "quest", dict(tla_iters=0, cma_iters=0)),
+    ("nearest", "quest, weights rounded to nearest", "quest", dict(adaround=False)),
+    ("q-diffusion", "Q-Diffusion", "q-diffusion", {}),
+    ("q-diffusion-groups", f"Q-Diffusion, {GROUPS} step groups", "q-diffusion", dict(step_groups=GROUPS)),
+    ("minmax", "min-max PTQ", "minmax", {}),
+    ("minmax-groups", f"min-max PTQ, {GROUPS} step groups", "minmax", dict(step_groups=GROUPS)),
+)
+NOTE = "the paper has no such row"
+BASE = "w4a4-quest"
+
+ABLATION = Table(
+    name="ablation",
+    title="Ablation: what the parts of `quest` do at W4A4",
+    notebook="30_ablation.ipynb",
+    cells=(
+        Cell(id="fp", label="full precision", preset=None, note=NOTE),
+        Cell(id=BASE, label="quest", preset="quest", weight_bits=4, act_bits=4, against="fp", note=NOTE),
+        *(
+            Cell(
+                id=f"w4a4-{name}", label=label, preset=preset, weight_bits=4, act_bits=4, overrides=overrides, against=BASE,
+                note=NOTE,
+            )
+            for name, label, preset, overrides in ROWS
+        ),
+    ),
+    picture=("fp", BASE, "w4a4-one-group", "w4a4-q-diffusion-groups"),
+    note="The paper has no such table. Each row differs from `quest`, or from a baseline, by what its name says.",
+)  # fmt: skip
