@@ -149,6 +149,7 @@ def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
     for part in range(quantizer.scale.shape[1]):
         own = quantizer.index == part
         shift = ranges.block_shifts(torch.stack([s[own] for _, s, _ in free]))
+        shift = shift if quantizer.shifts else torch.zeros_like(shift)
         for group, (x, s, z) in enumerate(free):
             base, ratio, zero = ranges.snap_to_carrier(x[own], s[own], z[own], shift, quantizer.bits, norm)
             with torch.no_grad():

@@ -22,6 +22,7 @@ from torch import nn
 
 from questlib.config import QuantConfig
 from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.integer.convert import choose_engine, convert
 from questlib.model import act_quantizers, freeze, insert, quant_layers, step_groups
 
 FORMAT = 1
@@ -81,14 +82,20 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     return (out / "model.safetensors").stat().st_size
 
 
-def from_pretrained(path: str | Path, engine: str = "fake") -> nn.Module:
-    """Load what `save_pretrained` wrote: a frozen quantized UNet whose outputs equal the saved one's bit for bit.
+def from_pretrained(
+    path: str | Path, engine: str = "fake", *, dtype: torch.dtype = torch.float32, fallback: bool = False
+) -> nn.Module:
+    """Load what `save_pretrained` wrote: a frozen quantized UNet.
 
-    engine: "fake" (simulated quantization) is the one that exists. CheckpointError for damaged files, missing or unexpected
-    tensors.
+    engine: "fake", simulated quantization, whose outputs equal the saved model's bit for bit; or integers ("cpu", "reference",
+    "auto": see `questlib.integer.convert`, also for dtype and fallback).
+    CheckpointError for damaged files, missing or unexpected tensors; EngineError when the engine cannot run here or a layer has
+    no integer form.
     """
     if engine != "fake":
-        raise ConfigError(f"engine: expected 'fake', found {engine!r}")
+        choose_engine(engine)  # before any long work
+    elif dtype != torch.float32 or fallback:
+        raise ConfigError("dtype and fallback are choices of the integer engines, not of engine 'fake'")
     path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
@@ -127,4 +134,4 @@ def from_pretrained(path: str | Path, engine: str = "fake") -> nn.Module:
     uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
     if uncalibrated:
         raise CheckpointError(f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}")
-    return freeze(unet)
+    return freeze(unet) if engine == "fake" else convert(unet, engine, dtype=dtype, fallback=fallback, inplace=True)

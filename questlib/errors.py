@@ -26,6 +26,10 @@ class MetricError(QuestError, ValueError):
     """A metric cannot be computed on what it was given (too few samples, wrong size)."""
 
 
+class EngineError(QuestError, RuntimeError):
+    """A layer cannot run in integers on the engine asked for, or its input is not finite; the message names the layer."""
+
+
 class TimestepWarning(UserWarning):
     """A timestep lies far from every calibrated step group."""
 

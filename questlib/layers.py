@@ -78,16 +78,19 @@ class QuantAttnProcessor(nn.Module):
             source = hidden_states
         elif attn.norm_cross:
             source = attn.norm_encoder_hidden_states(source)
-        query = attn.head_to_batch_dim(self.q(attn.to_q(hidden_states)))
-        key = attn.head_to_batch_dim(self.k(attn.to_k(source)))
-        value = attn.head_to_batch_dim(self.v(attn.to_v(source)))
-        # [B * heads, N, M]; regrouped to [B, heads, N, M] so that the quantizer sees the batch first
-        probs = attn.get_attention_scores(query, key, attention_mask)
-        probs = self.probs(probs.unflatten(0, (shape[0], -1))).flatten(0, 1)
-        hidden_states = attn.batch_to_head_dim(torch.bmm(probs, value))
+        hidden_states = self.attend(attn, attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source), attention_mask)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)  # [B, HW, C] -> [B, C, H, W]
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def attend(self, attn: Attention, query, key, value, attention_mask=None) -> torch.Tensor:
+        """query [B, N, C], key, value [B, M, C], as the projections give them -> [B, N, C]. Engines replace this method."""
+        batch = query.shape[0]
+        query, key, value = (attn.head_to_batch_dim(x) for x in (self.q(query), self.k(key), self.v(value)))
+        # [B * heads, N, M]; regrouped to [B, heads, N, M] so that the quantizer sees the batch first
+        probs = attn.get_attention_scores(query, key, attention_mask)
+        probs = self.probs(probs.unflatten(0, (batch, -1))).flatten(0, 1)
+        return attn.batch_to_head_dim(torch.bmm(probs, value))

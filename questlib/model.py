@@ -131,6 +131,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         act = ActQuantizer(
             f"{name}.act", _act_bits(role, config), steps, channels, -1 if isinstance(layer, nn.Linear) else 1,
             torch.arange(channels) if free else split, carrier=carrier,
+            shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1,
         )  # fmt: skip
         # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
         w_index = split if getattr(layer, "groups", 1) == 1 else torch.zeros(layer.weight.shape[1], dtype=torch.int64)
@@ -142,7 +143,8 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
             width = module.to_q.out_features
             index = torch.arange(width) if free else torch.zeros(width, dtype=torch.int64)
             q, k, v = (
-                ActQuantizer(f"{name}.{x}", config.act_bits, steps, width, -1, index.clone(), carrier=carrier) for x in "qkv"
+                ActQuantizer(f"{name}.{x}", config.act_bits, steps, width, -1, index.clone(), carrier=carrier, shifts=x == "v")
+                for x in "qkv"
             )
             bits = config.act_bits if config.softmax_bits is None or config.act_bits == OFF else config.softmax_bits
             probs = ActQuantizer(f"{name}.probs", bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True)

@@ -62,10 +62,12 @@ class ActQuantizer(nn.Module):
         index: torch.Tensor,
         unsigned: bool = False,
         carrier: bool = False,
+        shifts: bool = False,
     ):
         super().__init__()
         self.name, self.bits, self.dim, self.unsigned = name, bits, dim, unsigned
         self.carrier = carrier and bits <= 4  # wider codes leave no headroom in a byte: one scale a tensor
+        self.shifts = shifts  # whether the other operand has room for the 2^e of the carrier format
         self.__dict__["steps"] = steps  # shared state of the whole UNet, registered once there
         groups, sets = steps.num_groups, int(index.max()) + 1
         self.scale = nn.Parameter(torch.ones(groups, sets))

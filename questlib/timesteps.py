@@ -33,6 +33,7 @@ class StepGroups(nn.Module):
         self.register_buffer("timesteps", timesteps[order].to(torch.int64).clone())
         self.register_buffer("groups", groups[order].to(torch.int64).clone())
         self.current: int | torch.Tensor = 0
+        self.timestep: int | float | None = None  # the timestep itself, when the whole batch has one
         self.warned: set[int] = set()
 
     @property
@@ -63,4 +64,6 @@ class StepGroups(nn.Module):
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.current = self.lookup(torch.as_tensor(timestep))
+        t = torch.as_tensor(timestep).reshape(-1)
+        self.current = self.lookup(t)
+        self.timestep = t[0].item() if bool((t == t[0]).all()) else None

@@ -1,0 +1,155 @@
+"""convert(unet) -> the same diffusers class, its quantized layers run in integers. engine_report(unet): how, layer by layer."""
+
+from __future__ import annotations
+
+import copy
+
+import pandas as pd
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
+
+from questlib.errors import ConfigError, EngineError
+from questlib.integer.cpu import CpuAttnProcessor, CpuLayer, saturates
+from questlib.integer.form import integer_form
+from questlib.layers import QuantAttnProcessor, QuantLayer
+from questlib.model import quant_layers, step_groups
+from questlib.quantizers import ActQuantizer
+
+ENGINES = ("cpu", "reference")
+INTEGER = (CpuLayer,)
+
+
+def choose_engine(engine: str) -> str:
+    """`engine`, or for "auto" the one of this machine. ConfigError for an unknown name, EngineError when it cannot run here."""
+    if engine not in (*ENGINES, "auto"):
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, auto, found {engine!r}")
+    engine = "cpu" if engine == "auto" else engine
+    if engine == "cpu":
+        saturates()  # raises where the kernels are missing or inexact
+    return engine
+
+
+def convert(
+    unet: nn.Module,
+    engine: str = "auto",
+    *,
+    dtype: torch.dtype = torch.float32,
+    fallback: bool = False,
+    inplace: bool = False,
+) -> nn.Module:
+    """Run a quantized UNet's layers in integers, exactly as fake quantization simulates them.
+
+    engine: "cpu" (oneDNN int8), "reference" (the same integers in float64: slow, runs anywhere, bit-identical) or "auto".
+    dtype: of all that stays in floating point (norms, softmax input, residuals).
+    fallback: layers without integer form stay simulated, and `engine_report` says so; otherwise they raise EngineError.
+    inplace: reuse `unet`, layer by layer, instead of a copy: half the memory.
+    Time-embedding layers are computed once for each calibrated timestep (bit-identical to computing them at every step).
+    """
+    engine = choose_engine(engine)
+    step_groups(unet)  # ConfigError for a plain UNet
+    unet = unet if inplace else copy.deepcopy(unet)
+    unet.requires_grad_(False).eval()
+    steps = unet.quest_steps
+    for name, layer in quant_layers(unet).items():
+        if layer.wq is None or not layer.weights_on or not layer.act.enabled:
+            continue  # asked for in the config: it runs in floating point
+        try:
+            new = CpuLayer(integer_form(layer, name), steps, exact=engine == "reference")
+        except EngineError:
+            if not fallback:
+                raise
+            continue
+        unet.set_submodule(name, new)
+    for name, module in unet.named_modules():
+        if isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
+            if not module.processor.q.enabled:
+                continue
+            try:
+                module.processor = CpuAttnProcessor(module.processor, name, exact=engine == "reference")
+            except EngineError:
+                if not fallback:
+                    raise
+    if dtype != torch.float32:
+        _cast(unet, dtype)
+    unet.quest_engine = engine
+    _tabulate_time(unet)
+    return unet
+
+
+def _cast(unet: nn.Module, dtype: torch.dtype) -> None:
+    """What stays in floating point, in `dtype`. Simulated layers need float32: their grids would change."""
+    for name, module in unet.named_modules():
+        if isinstance(module, QuantLayer) or isinstance(module, QuantAttnProcessor) and not isinstance(module, CpuAttnProcessor):
+            raise ConfigError(f"{name} stays simulated and needs dtype float32, found {dtype}")
+    for module in unet.modules():
+        if isinstance(module, ActQuantizer):
+            continue  # of an attention processor: its grids are read off already
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+
+
+# ---- time-embedding layers: their output depends on the timestep alone ----
+
+
+class TimeTable(nn.Module):
+    """Stands in for a layer of the time path: computes each timestep's row once and repeats it, for every batch and every run.
+
+    Bit-identical to the layer itself: integer sums do not depend on the batch, and their rescaling is element by element.
+    """
+
+    def __init__(self, layer: nn.Module, steps: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.rows: dict[float, torch.Tensor] = {}
+        self.__dict__["steps"] = steps
+
+    def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
+        t = self.steps.timestep
+        if t is None:  # a batch of several timesteps
+            return self.layer(x, *args)
+        if t not in self.rows:
+            self.rows[t] = self.layer(x[:1], *args)
+        return self.rows[t].expand(x.shape[0], -1)
+
+
+def depends_on_time_alone(unet: nn.Module) -> bool:
+    """Whether nothing but the timestep enters the embedding (no labels, no added conditions)."""
+    keys = ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim")
+    return all(unet.config.get(key) is None for key in keys)
+
+
+def _tabulate_time(unet: nn.Module) -> None:
+    if not depends_on_time_alone(unet):
+        return
+    unet.time_embedding = TimeTable(unet.time_embedding, unet.quest_steps)
+    for module in unet.modules():
+        if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
+            module.time_emb_proj = TimeTable(module.time_emb_proj, unet.quest_steps)
+
+
+# ---- report ----
+
+
+def engine_report(unet: nn.Module) -> pd.DataFrame:
+    """One row a layer: name, engine that really runs it, format, bytes of its weights in the checkpoint and in memory."""
+    rows = []
+    for name, module in unet.named_modules():
+        if isinstance(module, INTEGER):
+            rows.append((name, module.engine, module.format, module.packed_bytes, module.resident_bytes))
+        elif isinstance(module, CpuAttnProcessor):
+            rows.append((name.removesuffix(".processor"), module.engine, module.format, 0, 0))
+        elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
+            quantized = isinstance(module, QuantLayer) and (module.wq is not None or module.act.enabled)
+            simulated = quantized and (module.act.enabled or module.weights_on)
+            engine = "fake" if simulated else str(module.weight.dtype).removeprefix("torch.")
+            size = module.weight.numel() * module.weight.element_size()
+            packed = (
+                size if not simulated or module.wq is None else -(-module.weight.numel() * (4 if module.wq.bits <= 4 else 8) // 8)
+            )
+            rows.append((name, engine, "simulated" if simulated else "not quantized", packed, size))
+        elif isinstance(module, QuantAttnProcessor):
+            rows.append((name.removesuffix(".processor"), "fake", "simulated", 0, 0))
+    return pd.DataFrame(rows, columns=["layer", "engine", "format", "checkpoint bytes", "resident bytes"])

@@ -1,0 +1,310 @@
+"""The CPU engine: quantized layers on oneDNN's int8 kernels (torch.ops.onednn), weights prepacked once, exact on every ISA.
+
+Activations travel as unsigned bytes (signed ones fall to a reference kernel thousands of times slower): a uniform code as it is,
+with its zero point; a carried value as a + 128 with zero point 128. Both are undone by the kernel, in int32.
+Weights travel as signed bytes. CPUs without VNNI add pairs of products in int16, which can saturate; there, layers that could are
+split into two nibbles (w = 16 w_high + w_low), twice the work and exact. `saturates` finds out by trying.
+
+The kernels rescale as (acc * base) * scale + bias, in float32. The same layers with float64 products of the same integers and
+that same epilogue are the "reference" engine: slow, on any machine, and bit for bit equal.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from questlib.errors import EngineError
+from questlib.integer.form import BYTE, INT32, Grid, IntegerForm, Part, act_grids
+from questlib.layers import QuantAttnProcessor
+from questlib.quantizers import ActQuantizer
+from questlib.timesteps import StepGroups
+
+MIDDLE = 128
+INT16 = 2**15 - 1
+CHUNK = 1 << 20  # attention scores held at a time: stays in the cache
+SMALL = 1 << 16  # scores of one head below which a loop over heads costs more than it saves
+
+
+class Geometry(NamedTuple):
+    """Of a convolution; None stands for a linear layer."""
+
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    groups: int
+
+
+class Packed(NamedTuple):
+    """Weights of a part, prepacked: `rows` outputs, the last one all ones (it sums the activations) when there is an offset."""
+
+    data: torch.Tensor  # opaque; in the reference engine the int8 weights themselves
+    exact: bool  # whether `data` is for the reference engine
+    scale: torch.Tensor  # float32 [rows]
+    zeros: torch.Tensor  # int64 [rows]: the kernels' weight zero points, unused
+    offset: torch.Tensor | None  # float32, offset * scale, shaped to broadcast over the output; None: no row of ones
+
+
+def prepack(part: Part, geometry: Geometry | None, rows: int = 1, exact: bool = False) -> Packed:
+    """rows: of the activations that a linear layer's weights are laid out for, a hint."""
+    w, scale, offset = part.weight, part.scale, None
+    if part.offset is not None:
+        offset = (part.offset * scale).reshape(-1, *[1] * (w.ndim - 2))  # [O] or [O, 1, 1]
+        w, scale = torch.cat([w, torch.ones_like(w[:1])]), torch.cat([scale, torch.ones(1)])
+    zeros = torch.zeros(len(w), dtype=torch.int64)
+    if exact:
+        return Packed(w, True, scale, zeros, offset)
+    if geometry is None:
+        # a strided view would be read wrongly, without an error: [N, K] must be contiguous
+        data = torch.ops.onednn.qlinear_prepack(w.contiguous(), [rows, w.shape[1]])
+        return Packed(data, False, scale, zeros, offset)
+    g = geometry
+    args = (w.contiguous(), torch.ones(len(w)), 1.0, MIDDLE, g.stride, g.padding, g.dilation, g.groups, None)
+    return Packed(torch.ops.onednn.qconv_prepack(*args), False, scale, zeros, offset)
+
+
+def multiply(
+    x: torch.Tensor, zero: int, base: float, w: Packed, geometry: Geometry | None, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """uint8 x [..., K] or [B, C, H, W] -> base * scale_o * sum (x - zero) (w + offset_o) + bias, in `dtype`; int32 inside."""
+    if w.offset is not None and bias is not None:
+        bias = torch.cat([bias, bias.new_zeros(1)])
+    if w.exact:
+        y = multiply_exactly(x, zero, base, w, geometry, bias, dtype)
+    elif geometry is None:
+        y = torch.ops.onednn.qlinear_pointwise(
+            x, base, zero, w.data, w.scale, w.zeros, bias, 1.0, 0, dtype, "none", [], ""
+        )  # fmt: skip
+    else:
+        g = geometry
+        shape = (g.stride, g.padding, g.dilation, g.groups)
+        y = torch.ops.onednn.qconv2d_pointwise(
+            x, base, zero, w.data, w.scale, w.zeros, bias, *shape, 1.0, 0, dtype, "none", [], ""
+        )  # fmt: skip
+    if w.offset is None:
+        return y
+    dim, last = -1 if geometry is None else 1, len(w.scale) - 1
+    return torch.addcmul(y.narrow(dim, 0, last), y.narrow(dim, last, 1), w.offset.to(dtype))
+
+
+def multiply_exactly(x, zero: int, base: float, w: Packed, geometry: Geometry | None, bias, dtype: torch.dtype) -> torch.Tensor:
+    """What oneDNN's kernels compute: float64 holds the int32 sums exactly; the epilogue is theirs, operation by operation."""
+    a = x.double().sub_(zero)
+    if geometry is None:
+        acc, shape = a @ w.data.double().T, (-1,)
+    else:
+        acc, shape = F.conv2d(a, w.data.double(), None, *geometry), (-1, 1, 1)
+    y = acc.float().mul_(base).mul_(w.scale.reshape(shape))
+    return (y if bias is None else y.add_(bias.reshape(shape))).to(dtype)
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether oneDNN's int8 products saturate at full range here. EngineError where its kernels are missing or inexact."""
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():
+        raise EngineError(
+            "engine cpu needs torch with oneDNN's int8 kernels (torch.ops.onednn.qlinear_pointwise): not in this build"
+        )
+    x, one = torch.full((16, 64), 255, dtype=torch.uint8), torch.ones(16)
+    small = Part(0, 64, torch.full((16, 64), 15, dtype=torch.int8), None, one)
+    large = small._replace(weight=torch.full((16, 64), 127, dtype=torch.int8))
+    geometry = Geometry([1, 1], [1, 1], [1, 1], 1)
+    sums = []
+    for part in (small, large):
+        taps = part._replace(weight=part.weight[:, :, None, None].expand(-1, -1, 3, 3).contiguous())
+        image = x[:1, :, None, None].expand(1, -1, 3, 3).contiguous(memory_format=torch.channels_last)
+        linear = multiply(x, 0, 1.0, prepack(part, None, 16), None, None, torch.float32)
+        conv = multiply(image, 0, 1.0, prepack(taps, geometry), geometry, None, torch.float32)
+        product = 255.0 * int(part.weight[0, 0]) * 64
+        sums.append(bool((linear == product).all()) and bool((conv[:, :, 1, 1] == 9 * product).all()))
+    if not sums[0]:
+        raise EngineError("engine cpu: oneDNN's int8 kernels gave wrong sums on this machine")
+    return not sums[1]
+
+
+def nibbles(part: Part) -> tuple[Part, Part]:
+    """w = 16 w_high + w_low: two parts of the same channels whose products cannot saturate."""
+    high, low = part.weight >> 4, part.weight & 15
+    return part._replace(weight=high, offset=None, scale=part.scale * 16), part._replace(weight=low)
+
+
+def send(x: torch.Tensor, grid: Grid, dim: int) -> tuple[torch.Tensor, int]:
+    """x float [..., C at dim, ...] -> (uint8, zero point), by fake quantization's own formula: round(x * inverse), clamped."""
+    if grid.uniform:
+        zero = -int(grid.low)
+        # x * tensor, not x * float: the product is float32 for any x
+        codes = (x * grid.inverse).round_().clamp_(float(grid.low), float(grid.high)).add_(zero - MIDDLE)
+        return codes.to(torch.int8).view(torch.uint8).bitwise_xor_(MIDDLE), zero  # float -> uint8 is slow: by way of int8
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    inverse, low, high, multiplier = (v.reshape(shape) for v in (grid.inverse, grid.low, grid.high, grid.multiplier))
+    codes = (x * inverse).round_().clamp_(low.float(), high.float()).to(torch.int8).mul_(multiplier.to(torch.int8))
+    return codes.view(torch.uint8).bitwise_xor_(MIDDLE), MIDDLE
+
+
+def group_in_force(steps: StepGroups, name: str) -> int:
+    if not isinstance(steps.current, int):
+        raise EngineError(
+            f"{name}: integer execution takes one step group a call, found timesteps of several groups in the batch"
+        )
+    return steps.current
+
+
+def check_finite(x: torch.Tensor, name: str) -> None:
+    """EngineError on NaN or infinity, which no integer code stands for. The sum is one cheap pass; it decides nothing alone."""
+    if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
+        raise EngineError(f"{name}: the input has NaN or infinite values")
+
+
+class CpuLayer(nn.Module):
+    """A Linear or Conv2d in integers. Input and output as the layer it replaces; output in the input's dtype, channels_last."""
+
+    def __init__(self, form: IntegerForm, steps: StepGroups, exact: bool = False, split: bool | None = None) -> None:
+        """exact: the reference engine. split: into nibbles, where products could saturate; None: if this machine needs it."""
+        super().__init__()
+        self.name, self.format, self.bias, self.grids = form.name, form.format, form.bias, form.grids
+        self.__dict__["steps"] = steps
+        layer = form.layer
+        conv = isinstance(layer, nn.Conv2d)
+        self.geometry = None
+        if conv:
+            self.geometry = Geometry(list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
+        self.dim = 1 if conv else -1
+        parts: list[tuple[Part, int]] = []
+        self.engine = "reference" if exact else "cpu-int8"
+        for i, part in enumerate(form.parts):
+            # bytes as sent: codes up to 2^bits - 1, or carried values up to 128 + limit
+            top = max(2**form.act_bits - 1 if g[i].uniform else MIDDLE + g[i].limit for g in form.grids)
+            risk = 2 * top * int(part.weight.int().abs().max()) > INT16
+            if risk and not exact and (saturates() if split is None else split):
+                parts += [(p, i) for p in nibbles(part)]
+                self.engine = "cpu-int8-split"
+            else:
+                parts.append((part, i))
+        self.parts = [(p.start, p.stop, i, prepack(p, self.geometry, exact=exact)) for p, i in parts]
+        self.packed_bytes = -(-layer.weight.numel() * (4 if form.weight_bits <= 4 else 8) // 8)
+        self.resident_bytes = sum(p.weight.numel() for p, _ in parts)
+        digest = hashlib.sha256(repr((form.grids, form.bias)).encode())
+        for part in form.parts:
+            for tensor in part:
+                digest.update(tensor.contiguous().numpy() if torch.is_tensor(tensor) else repr(tensor).encode())
+        # identifies the model in state_dict, where the opaque prepacked weights cannot stand
+        self.register_buffer("digest", torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        group = self.grids[group_in_force(self.steps, self.name)]
+        check_finite(x, self.name)
+        dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) and len(self.parts) == 1 else torch.float32
+        out, sent = None, {}
+        for start, stop, i, packed in self.parts:
+            if i not in sent:
+                own = x if len(group) == 1 else x.narrow(self.dim, start, stop - start)
+                codes, zero = send(own, group[i], self.dim)
+                sent[i] = self._dense(codes), zero
+            bias = self.bias if out is None else None
+            y = multiply(*sent[i], group[i].base, packed, self.geometry, bias, dtype)
+            out = y if out is None else out.add_(y)
+        return out.to(x.dtype)
+
+    def _dense(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.contiguous() if self.geometry is None else codes.contiguous(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """int64 [..., O] or [B, O, H', W'] of each part as the kernels made them, exact below 2^24: float32 carries them."""
+        group, found = self.grids[group_in_force(self.steps, self.name)], {}
+        for start, stop, i, packed in self.parts:
+            own = x if len(group) == 1 else x.narrow(self.dim, start, stop - start)
+            codes, zero = send(own, group[i], self.dim)
+            plain = packed._replace(scale=torch.ones_like(packed.scale), offset=None)
+            y = multiply(self._dense(codes), zero, 1.0, plain, self.geometry, None, torch.float32).movedim(self.dim, -1).long()
+            if packed.offset is not None:
+                y = y[..., :-1] + (packed.offset.flatten() / packed.scale[:-1]).round().long() * y[..., -1:]
+            # the high nibbles come first
+            found[i] = y if i not in found else found[i] * 16 + y
+        return [y.movedim(-1, self.dim) for y in found.values()]
+
+
+class CpuAttnProcessor(QuantAttnProcessor):
+    """Attention whose products run in integers: q k^T, and softmax codes times v. The softmax itself runs in float32.
+
+    Small problems, where a loop over heads does not pay, multiply the same integers in float32, exact below 2^24.
+    Shifts 2^e of v scale the output; q and k have none (`model.insert`).
+    """
+
+    def __init__(self, processor: QuantAttnProcessor, name: str, exact: bool = False) -> None:
+        acts: list[ActQuantizer] = [processor.q, processor.k, processor.v, processor.probs]
+        super().__init__(*acts)
+        self.name, self.exact, self.engine = name, exact, "reference" if exact else "cpu-int8"
+        self.__dict__["steps"] = processor.q.steps
+        tables = [act_grids(act, torch.zeros(len(act.index), dtype=torch.int64), act.name) for act in acts]
+        self.grids = [
+            tuple(g[0] for g in of) for of in zip(*(grids for grids, _ in tables), strict=True)
+        ]  # [group]: q, k, v, probs
+        q_shift, k_shift, self.v_shift, _ = (shift for _, shift in tables)  # int64 [C]
+        if bool(q_shift.any() or k_shift.any()):
+            raise EngineError(f"{name}: shifts 2^e of q and k have no room in their product")
+        self.format = f"A{acts[0].bits} q k^T, A{acts[3].bits} x A{acts[2].bits} probs v"
+
+    def attend(self, attn: Attention, query, key, value, attention_mask=None) -> torch.Tensor:
+        grids = gq, gk, gv, gp = self.grids[group_in_force(self.steps, self.name)]
+        m, heads = key.shape[1], attn.heads
+        largest = max(gq.limit * gk.limit * query.shape[2] // heads, gp.limit * gv.limit * m)
+        if largest > INT32:
+            raise EngineError(f"{self.name}: sums over {m} keys could overflow int32")
+        small = query.shape[1] * m <= SMALL and largest < 2**24
+        product = self._in_float if small else self._in_bytes
+        return product(grids, query, key, value, attention_mask, heads, attn.scale).to(query.dtype)
+
+    def _in_float(self, grids, query, key, value, mask, heads: int, scale: float) -> torch.Tensor:
+        gq, gk, gv, gp = grids
+        q, k, v = (
+            integers(x, g).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, heads, N or M, dim]
+            for x, g in ((query, gq), (key, gk), (value, gv))
+        )
+        scores = (q @ k.transpose(-1, -2)).mul_(gq.base * gk.base * scale)
+        if mask is not None:
+            scores = scores + mask.unflatten(0, (-1, heads))
+        out = (integers(scores.softmax(-1), gp) @ v).transpose(1, 2).flatten(2)
+        return out.mul_(2.0**self.v_shift * (gp.base * gv.base))
+
+    def _in_bytes(self, grids, query, key, value, mask, heads: int, scale: float) -> torch.Tensor:
+        gq, gk, gv, gp = grids
+        (batch, n, width), m = query.shape, key.shape[1]
+        dim, powers = width // heads, 2.0**self.v_shift
+        out = torch.empty(batch, n, width)
+        # an offset of k would add the same to all scores of a query, which the softmax does not see
+        (q, zero), (k, _), (v, v_offset) = send(query, gq, -1), as_weight(key, gk), as_weight(value, gv)
+        rows = max(1, CHUNK // m)
+        for b, h in itertools.product(range(batch), range(heads)):
+            own = slice(h * dim, (h + 1) * dim)
+            keys = prepack(Part(0, dim, k[b, :, own], None, torch.ones(m)), None, rows, self.exact)
+            offset = None if v_offset == 0 else torch.full((dim,), v_offset, dtype=torch.int32)
+            values = prepack(Part(0, m, v[b, :, own].T, offset, powers[own]), None, rows, self.exact)
+            for r in range(0, n, rows):
+                part = q[b, r : r + rows, own].contiguous()
+                scores = multiply(part, zero, gq.base * gk.base * scale, keys, None, None, torch.float32)
+                if mask is not None:
+                    scores = scores + mask[b * heads + h, r : r + rows] if mask.shape[1] > 1 else scores + mask[b * heads + h]
+                probs, _ = send(scores.softmax(-1), gp, -1)
+                out[b, r : r + rows, own] = multiply(probs, 0, gp.base * gv.base, values, None, None, torch.float32)
+        return out
+
+
+def integers(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """float x [..., C] -> its carried integers a, in float32."""
+    a = (x * grid.inverse).round_().clamp_(grid.low.float(), grid.high.float())
+    return a if grid.uniform else a.mul_(grid.multiplier.float())
+
+
+def as_weight(x: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, int]:
+    """float x [..., C] -> (int8 w, offset) with a = w + offset."""
+    offset = 0 if grid.limit <= BYTE else MIDDLE + int(grid.low)
+    return integers(x, grid).sub_(offset).to(torch.int8), offset
