@@ -29,8 +29,8 @@ from questlib.timesteps import StepGroups
 
 MIDDLE = 128
 INT16 = 2**15 - 1
-CHUNK = 1 << 20  # attention scores held at a time: stays in the cache
-SMALL = 1 << 16  # scores of one head below which a loop over heads costs more than it saves
+CHUNK = 1 << 18  # attention scores of one head held at a time: they stay in the cache
+SMALL = 1 << 19  # scores of one head below which a loop over heads costs more than it saves
 
 
 class Geometry(NamedTuple):
@@ -135,12 +135,16 @@ def nibbles(part: Part) -> tuple[Part, Part]:
     return part._replace(weight=high, offset=None, scale=part.scale * 16), part._replace(weight=low)
 
 
-def send(x: torch.Tensor, grid: Grid, dim: int) -> tuple[torch.Tensor, int]:
-    """x float [..., C at dim, ...] -> (uint8, zero point), by fake quantization's own formula: round(x * inverse), clamped."""
+def send(x: torch.Tensor, grid: Grid, dim: int, inplace: bool = False) -> tuple[torch.Tensor, int]:
+    """x float [..., C at dim, ...] -> (uint8, zero point), by fake quantization's own formula: round(x * inverse), clamped.
+
+    inplace: x is float32 and may be overwritten, which saves fresh memory, the dearest part of large products.
+    """
     if grid.uniform:
         zero = -int(grid.low)
         # x * tensor, not x * float: the product is float32 for any x
-        codes = (x * grid.inverse).round_().clamp_(float(grid.low), float(grid.high)).add_(zero - MIDDLE)
+        codes = x.mul_(grid.inverse) if inplace else x * grid.inverse
+        codes = codes.round_().clamp_(float(grid.low), float(grid.high)).add_(zero - MIDDLE)
         return codes.to(torch.int8).view(torch.uint8).bitwise_xor_(MIDDLE), zero  # float -> uint8 is slow: by way of int8
     shape = [1] * x.ndim
     shape[dim] = -1
@@ -293,7 +297,7 @@ class CpuAttnProcessor(QuantAttnProcessor):
                 scores = multiply(part, zero, gq.base * gk.base * scale, keys, None, None, torch.float32)
                 if mask is not None:
                     scores = scores + mask[b * heads + h, r : r + rows] if mask.shape[1] > 1 else scores + mask[b * heads + h]
-                probs, _ = send(scores.softmax(-1), gp, -1)
+                probs, _ = send(scores.softmax(-1), gp, -1, inplace=True)
                 out[b, r : r + rows, own] = multiply(probs, 0, gp.base * gv.base, values, None, None, torch.float32)
         return out
 

@@ -1,0 +1,281 @@
+"""The CPU engine: equal to fake quantization to 1e-5; sums equal to int64, whole runs to the reference, bit for bit."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+import questlib
+from questlib import convert, engine_report, finetune, quantize
+from questlib.config import QuantConfig
+from questlib.errors import ConfigError, EngineError
+from questlib.integer import cpu
+from questlib.integer.form import integer_form
+from questlib.integer.reference import layer_forward
+from questlib.layers import QuantAttnProcessor, QuantLayer, convert_layer
+from questlib.model import act_quantizers, insert, quant_layers
+from questlib.quantizers import ActQuantizer, WeightQuantizer
+from questlib.sampling import denoise
+from questlib.timesteps import StepGroups
+
+
+def relative(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+
+
+def random_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, **shape) -> QuantLayer:
+    """A layer with random weights and grids, two step groups."""
+    g = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    layer = torch.nn.Linear(**shape) if kind == "linear" else torch.nn.Conv2d(groups=groups, **shape)
+    channels = layer.in_features if kind == "linear" else layer.in_channels
+    index = torch.zeros(channels, dtype=torch.int64)
+    if split:
+        index[channels // 3 :] = 1
+    steps = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1]))
+    act = ActQuantizer("layer.act", act_bits, steps, channels, -1 if kind == "linear" else 1, index, carrier=carrier)
+    shift = 2 ** torch.randint(0, 4 if weight_bits <= 4 and groups == 1 else 1, (channels,), generator=g)
+    for group in range(2):
+        ratio = torch.randint(5, 9, (channels,), generator=g) * shift if act.carrier else None
+        zero = torch.randint(0, 2**act_bits, (channels if act.carrier else int(index.max()) + 1,), generator=g).float()
+        scale = 0.02 + torch.rand(int(index.max()) + 1, generator=g) * 0.05
+        act.set_group(group, scale, zero if act.carrier else zero[index], ratio)
+    act.calibrated.fill_(True)
+    wq = WeightQuantizer(layer.weight, weight_bits, index[: channels // groups], "minmax")
+    convert_layer(layer, "conv", act, wq)
+    layer.requires_grad_(False).freeze()
+    return layer
+
+
+CASES = [
+    ("linear", dict(in_features=37, out_features=5)),
+    ("linear", dict(in_features=64, out_features=33, bias=False)),
+    ("conv", dict(in_channels=6, out_channels=7, kernel_size=3, padding=1)),
+    ("conv", dict(in_channels=16, out_channels=8, kernel_size=3, stride=2, padding=1)),
+    ("conv", dict(in_channels=9, out_channels=4, kernel_size=(1, 3), padding=(0, 2), dilation=(1, 2), bias=False)),
+    ("conv", dict(in_channels=12, out_channels=8, kernel_size=1)),
+]
+BITS = [(8, 8), (4, 8), (4, 4), (8, 4), (2, 3), (5, 7)]
+
+
+@pytest.mark.parametrize("bits", BITS, ids=str)
+@pytest.mark.parametrize("case", range(len(CASES)))
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_random_layers(case, bits, split, seed):
+    """Every format: output equal to fake quantization, sums equal to int64, reference equal bit for bit, nibbles exact."""
+    kind, shape = CASES[case]
+    layer = random_layer(kind, *bits, seed=seed, split=split, carrier=bool(seed), **shape)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(3, 11, layer.in_features, generator=generator) if kind == "linear" else None
+    x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
+    form = integer_form(layer, "layer")
+    engines = [cpu.CpuLayer(form, layer.act.steps, **kw) for kw in ({}, {"exact": True}, {"split": True})]
+    for group in (0, 1):
+        layer.act.steps.current = group
+        expected, sums = layer(x), layer_forward(layer, x)[1]
+        outs = [e(x) for e in engines]
+        assert all(relative(y, expected) <= 1e-5 for y in outs)
+        assert torch.equal(outs[0], outs[1]) or cpu.saturates()
+        for engine in engines:
+            assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
+    if bits == (8, 8):
+        assert engines[2].engine == "cpu-int8-split" and engines[1].engine == "reference"
+
+
+def test_groups_and_channels_last():
+    layer = random_layer("conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1)
+    x = torch.randn(2, 8, 6, 6)
+    engine = cpu.CpuLayer(integer_form(layer, "layer"), layer.act.steps)
+    y = engine(x.to(memory_format=torch.channels_last))
+    assert relative(y, layer(x)) <= 1e-5 and torch.equal(y, engine(x))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_outside_the_integers(dtype):
+    """The codes are those of the input as it is; only the output is rounded to `dtype`."""
+    layer = random_layer("conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1)
+    x = torch.randn(2, 8, 6, 6).to(dtype)
+    y = cpu.CpuLayer(integer_form(layer, "layer"), layer.act.steps)(x)
+    assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(6 if dtype == torch.bfloat16 else 9)
+
+
+@pytest.fixture(scope="module", params=[("quest", 4, 4), ("quest", 8, 8), ("q-diffusion", 4, 8)], ids=str)
+def models(request, pipe, calib):
+    preset, w, a = request.param
+    config = QuantConfig.preset(preset, w, a, adaround_iters=3, act_iters=2, tla_iters=3, cma_iters=3, batch_size=4,
+                                recon_samples=8, calib_batch=8)  # fmt: skip
+    fake = quantize(pipe.unet, config, calib)
+    finetune(fake, pipe.unet, calib, config)
+    return SimpleNamespace(fake=fake, cpu=convert(fake, "cpu"), reference=convert(fake, "reference"))
+
+
+def test_a_whole_run_equals_the_reference_bit_for_bit(models, pipe):
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
+    runs = [denoise(m, pipe.scheduler, x, 5) for m in (models.cpu, models.reference, models.fake)]
+    assert torch.equal(runs[0], runs[1])
+    assert torch.isfinite(runs[0]).all() and relative(runs[0], runs[2]) < 0.5  # codes may flip: see benchmarks/equality.py
+    alone = denoise(models.cpu, pipe.scheduler, x[1:2], 5)
+    assert torch.equal(alone, runs[0][1:2])  # integer sums do not depend on the batch
+
+
+def test_the_model_stays_what_it_was(models):
+    assert type(models.cpu) is type(models.fake)
+    assert all(isinstance(layer, QuantLayer) for layer in quant_layers(models.fake).values()) and not quant_layers(models.cpu)
+
+
+def test_report(models):
+    report = engine_report(models.cpu)
+    assert set(report["engine"]) == {"cpu-int8"} and set(engine_report(models.fake)["engine"]) == {"fake"}
+    attentions = sum(isinstance(m, QuantAttnProcessor) for m in models.fake.modules())
+    assert len(report) == len(quant_layers(models.fake)) + attentions
+    assert (report["checkpoint bytes"] <= report["resident bytes"]).all()
+
+
+def test_time_rows_are_computed_once_and_bit_identical(models):
+    table = models.cpu.time_embedding
+    table.rows.clear()
+    x, t = torch.randn(2, 3, 8, 8), models.cpu.quest_steps.timesteps[1]
+    first = models.cpu(x, t).sample
+    assert set(table.rows) == {int(t)}
+    mixed = models.cpu.quest_steps.timesteps[:1].repeat(2)
+    again = models.cpu(x, t).sample
+    assert torch.equal(first, again)
+    table.rows = {int(mixed[0]): None}
+    models.cpu.quest_steps.hook(models.cpu, (x, mixed[0]), {})
+    models.cpu.quest_steps.timestep = None  # as for a batch of several timesteps: the layer itself
+    direct = table(torch.ones(2, 16))
+    table.rows.clear()
+    models.cpu.quest_steps.timestep = int(mixed[0])
+    assert torch.equal(direct, table(torch.ones(2, 16)))
+
+
+def test_from_pretrained(models, tmp_path):
+    questlib.save_pretrained(models.fake, tmp_path)
+    x, t = torch.randn(2, 3, 8, 8), models.fake.quest_steps.timesteps[2]
+    expected = models.cpu(x, t).sample
+    for engine in ("cpu", "reference", "auto"):
+        assert torch.equal(questlib.from_pretrained(tmp_path, engine=engine)(x, t).sample, expected)
+    half = questlib.from_pretrained(tmp_path, engine="cpu", dtype=torch.bfloat16)
+    assert half(x.bfloat16(), t).sample.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype and fallback are choices of the integer engines"):
+        questlib.from_pretrained(tmp_path, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("n", [8, 64])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_attention_by_bytes_equals_attention_in_float(pipe, calib, fast, n, bits, monkeypatch):
+    """Both ways multiply the same integers; also the reference's."""
+    q = convert(quantize(pipe.unet, fast("quest", 4, bits), calib), "cpu")
+    q.quest_steps.current = 0
+    processors = [m for m in q.modules() if isinstance(m, cpu.CpuAttnProcessor)]
+    attn = SimpleNamespace(heads=4, scale=0.3)
+    x = [torch.randn(2, n, 32) for _ in range(3)]
+    for mask in (None, torch.randn(8, 1, n), torch.randn(8, n, n)):
+        small = processors[0].attend(attn, *x, mask)
+        monkeypatch.setattr(cpu, "SMALL", 0)
+        large = processors[0].attend(attn, *x, mask)
+        monkeypatch.setattr(processors[0], "exact", True)
+        assert torch.equal(processors[0].attend(attn, *x, mask), large)
+        monkeypatch.undo()
+        # a softmax code may flip between the two: one step of the grid at most
+        assert (small - large).abs().max() <= 2 * processors[0].grids[0][3].base * x[2].abs().max() + 1e-4
+
+
+def test_conditional_unet(fast):
+    """Cross attention, several heads, a mask, as in Stable Diffusion."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
+        cross_attention_dim=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    fake = insert(unet, fast("quest", 4, 4, adaround=False), torch.arange(4))
+    for act in act_quantizers(fake):
+        for group in range(act.scale.shape[0]):
+            zero = torch.full_like(act.zero_point[group], 0.0 if act.unsigned else 2.0 ** (act.bits - 1))
+            act.set_group(group, torch.full_like(act.scale[group], 1 / 255 if act.unsigned else 0.1), zero)
+        act.calibrated.fill_(True)
+    fake.requires_grad_(False)
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    outs = [
+        m(x, 1, encoder_hidden_states=text, encoder_attention_mask=mask).sample
+        for m in (fake, convert(fake, "cpu"), convert(fake, "reference"))
+    ]
+    assert torch.equal(outs[1], outs[2]) and relative(outs[1], outs[0]) < 1e-2
+
+
+# ---- failure paths ----
+
+
+def test_not_finite_input_names_the_layer(models):
+    x = torch.zeros(1, 3, 8, 8)
+    for bad in (float("nan"), float("inf")):
+        x[0, 0, 0, 0] = bad
+        with pytest.raises(EngineError, match="conv_in: the input has NaN or infinite"):
+            models.cpu(x, 1)
+
+
+def test_mixed_step_groups_are_refused(models):
+    steps = models.cpu.quest_steps
+    if steps.num_groups > 1:
+        with pytest.raises(EngineError, match="one step group a call"):
+            models.cpu(torch.zeros(2, 3, 8, 8), steps.timesteps[[0, -1]])
+
+
+def test_overflow_is_refused_by_name():
+    layer = random_layer("linear", 8, 8, seed=0, in_features=200_000, out_features=1)
+    with pytest.raises(EngineError, match="middle: accumulators up to .* could overflow int32"):
+        integer_form(layer, "middle")
+
+
+def test_free_scales_need_a_fallback_that_is_reported(pipe, calib, fast):
+    fake = quantize(pipe.unet, fast("quest-release", 4, 4), calib)
+    with pytest.raises(EngineError, match="free per-channel scales cannot run in integers"):
+        convert(fake, "cpu")
+    mixed = convert(fake, "cpu", fallback=True)
+    assert "fake" in set(engine_report(mixed)["engine"])
+    x, t = torch.randn(1, 3, 8, 8), fake.quest_steps.timesteps[0]
+    assert relative(mixed(x, t).sample, fake(x, t).sample) < 1e-2
+    with pytest.raises(ConfigError, match="stays simulated and needs dtype float32"):
+        convert(fake, "cpu", fallback=True, dtype=torch.bfloat16)
+
+
+def test_wrong_engines(models, monkeypatch):
+    with pytest.raises(ConfigError, match="engine: expected one of cpu"):
+        convert(models.fake, "gpu")
+    with pytest.raises(ConfigError, match="plain UNet2DModel"):
+        convert(type(models.fake).from_config(models.fake.config), "cpu")
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    cpu.saturates.cache_clear()
+    with pytest.raises(EngineError, match="engine cpu needs torch with oneDNN"):
+        convert(models.fake, "cpu")
+    convert(models.fake, "reference")
+    monkeypatch.undo()
+    cpu.saturates.cache_clear()
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_older_instruction_sets_are_exact(isa):
+    """Without VNNI 8-bit products saturate: found out at load, and the layer is split."""
+    code = (
+        "import torch, test_integer_engine as t; from questlib.integer import cpu\n"
+        "layer = t.random_layer('linear', 8, 8, seed=0, in_features=64, out_features=16)\n"
+        "e = cpu.CpuLayer(t.integer_form(layer, 'x'), layer.act.steps)\n"
+        "layer.act.steps.current = 0; x = 9 * torch.randn(50, 64)\n"
+        "assert torch.equal(e.accumulators(x)[0], t.layer_forward(layer, x)[1][0])\n"
+        "print(cpu.saturates(), e.engine)"
+    )
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    saturates, engine = done.stdout.split()
+    assert engine == ("cpu-int8-split" if saturates == "True" else "cpu-int8")
