@@ -230,7 +230,7 @@ def test_mixed_step_groups_are_refused(models):
 
 
 def test_overflow_is_refused_by_name():
-    layer = random_layer("linear", 8, 8, seed=0, in_features=200_000, out_features=1)
+    layer = random_layer("linear", 8, 8, seed=0, in_features=300_000, out_features=1)
     with pytest.raises(EngineError, match="middle: accumulators up to .* could overflow int32"):
         integer_form(layer, "middle")
 
