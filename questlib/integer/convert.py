@@ -11,7 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.errors import ConfigError, EngineError
-from questlib.integer.cpu import CpuAttnProcessor, CpuLayer, saturates
+from questlib.integer.cpu import CpuLayer, saturates
+from questlib.integer.cpu_attention import CpuAttnProcessor
 from questlib.integer.form import integer_form
 from questlib.layers import QuantAttnProcessor, QuantLayer
 from questlib.model import quant_layers, step_groups

@@ -13,7 +13,8 @@ import questlib
 from questlib import convert, engine_report, finetune, quantize
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError, EngineError
-from questlib.integer import cpu
+from questlib.integer import cpu, cpu_attention
+from questlib.integer.explain import one_output
 from questlib.integer.form import integer_form
 from questlib.integer.reference import layer_forward
 from questlib.layers import QuantAttnProcessor, QuantLayer, convert_layer
@@ -173,12 +174,12 @@ def test_attention_by_bytes_equals_attention_in_float(pipe, calib, fast, n, bits
     """Both ways multiply the same integers; also the reference's."""
     q = convert(quantize(pipe.unet, fast("quest", 4, bits), calib), "cpu")
     q.quest_steps.current = 0
-    processors = [m for m in q.modules() if isinstance(m, cpu.CpuAttnProcessor)]
+    processors = [m for m in q.modules() if isinstance(m, cpu_attention.CpuAttnProcessor)]
     attn = SimpleNamespace(heads=4, scale=0.3)
     x = [torch.randn(2, n, 32) for _ in range(3)]
     for mask in (None, torch.randn(8, 1, n), torch.randn(8, n, n)):
         small = processors[0].attend(attn, *x, mask)
-        monkeypatch.setattr(cpu, "SMALL", 0)
+        monkeypatch.setattr(cpu_attention, "SMALL", 0)
         large = processors[0].attend(attn, *x, mask)
         monkeypatch.setattr(processors[0], "exact", True)
         assert torch.equal(processors[0].attend(attn, *x, mask), large)
@@ -279,3 +280,14 @@ def test_older_instruction_sets_are_exact(isa):
     assert done.returncode == 0, done.stderr
     saturates, engine = done.stdout.split()
     assert engine == ("cpu-int8-split" if saturates == "True" else "cpu-int8")
+
+
+@pytest.mark.parametrize("case", [0, 3])
+def test_one_output_number_by_number(case):
+    kind, shape = CASES[case]
+    layer = random_layer(kind, 4, 4, seed=1, carrier=True, **shape)
+    layer.act.steps.current = 1
+    x = torch.randn(2, 3, 37) if kind == "linear" else torch.randn(2, 16, 9, 8)
+    table, sums = one_output(layer, x, output=2, position=4)
+    assert table["a w"].sum() == sums["sum of a w"] and abs(sums["in integers"] - sums["simulated"]) < 1e-5
+    assert len(table) == (37 if kind == "linear" else 16 * 9) and table["a = (q - z) m"].abs().max() <= 120
