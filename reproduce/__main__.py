@@ -29,6 +29,9 @@ def parser() -> Parser:
     p.add_argument("--cells", help="some of the table's cells, separated by commas (default: all)")
     p.add_argument("--seeds", help="numbers separated by commas (default: the scale's)")
     p.add_argument("--features", help="mini or inception (default: the scale's)")
+    p.add_argument(
+        "--engine", help="fake (simulated), cpu, triton or reference (integers); results in TABLE-ENGINE (default: fake)"
+    )
     p.add_argument("--model", help="embedded name, diffusers folder or hub id (default: the scale's)")
     p.add_argument("--reference", help="for FID: embedded name, folder of images, .npz or .safetensors (default: the scale's)")
     p.add_argument("--results", type=Path, default=Path("results"), help="result JSON, tables, notebooks (default: results)")
@@ -46,7 +49,8 @@ def reproduce_table(args: argparse.Namespace) -> int:
             raise ConfigError(f"seeds: expected whole numbers separated by commas, found {args.seeds!r}") from error
     plan = make_plan(
         args.what, scale=args.scale, cells=args.cells.split(",") if args.cells is not None else None, seeds=seeds,
-        features=args.features, model=args.model, reference=args.reference, results=args.results, work=args.work,
+        features=args.features, engine=args.engine, model=args.model, reference=args.reference,
+        results=args.results, work=args.work,
     )  # fmt: skip
     from reproduce import report, run  # here: bad input is answered before the slow imports
 

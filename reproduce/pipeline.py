@@ -59,7 +59,8 @@ class SeedRun:
             code = code_hash(questlib.quantize, questlib.finetune, questlib.save_pretrained)
             key = {"calibration": self.calibration.hash, "config": self.config.to_dict(), "code": code}
             self.checkpoint = self.store.product("checkpoint", key)
-            self.samples = self.store.product("sample", drawing | {"unet": self.checkpoint.hash})
+            engine = {} if plan.engine == "fake" else {"engine": plan.engine, "engine code": code_hash(questlib.convert)}
+            self.samples = self.store.product("sample", drawing | {"unet": self.checkpoint.hash} | engine)
         key = {
             "samples": self.samples.hash,
             "paired": self.fp_samples.hash,
@@ -146,7 +147,7 @@ class SeedRun:
             # What is measured is what is on disk: the checkpoint is loaded again.
             unet = self.pipe.unet
             if self.checkpoint is not None:
-                unet = questlib.from_pretrained(self.checkpoint.folder / "unet", engine="fake").to(self.pipe.device)
+                unet = questlib.from_pretrained(self.checkpoint.folder / "unet", engine=self.plan.engine).to(self.pipe.device)
             samples = self.draw(self.samples, unet)
             self.score.make(lambda folder: self._evaluate(folder, samples, paired))
         seconds = dict.fromkeys(("calibrate", "ranges", "reconstruct", "finetune"), 0.0)
@@ -232,7 +233,7 @@ def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str,
     peaks = [s["peak_bytes"] for s in seeds if s["peak_bytes"] is not None]
     stages = seeds[0]["seconds"]
     return result | {
-        "engine": "fake" if cell.preset is not None else "full precision",
+        "engine": plan.engine if cell.preset is not None else "full precision",
         "model": {"id": public_name(plan.model), "sha256": runs[0].model_sha256},
         "reference": public_name(plan.reference),
         "n_samples": plan.scale.samples_per_seed * len(seeds),

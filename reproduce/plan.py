@@ -15,6 +15,7 @@ from reproduce.scales import Scale, get_scale
 from reproduce.tables import Cell, Table, get_table
 
 FEATURES = ("mini", "inception")
+ENGINES = ("fake", "cpu", "reference", "triton")  # simulated, or integers: see questlib.integer.convert
 MAX_SEED = 999  # sampling uses seed + 1000, and questlib.sampling keeps noise distinct below 2000
 
 
@@ -25,6 +26,7 @@ class Plan:
     cells: tuple[Cell, ...]  # asked for, in the table's order
     seeds: tuple[int, ...]
     features: str
+    engine: str  # what runs the quantized models
     model: str | None  # embedded name, folder or hub id; None: there is none at this scale, see `missing`
     reference: str | None
     results: Path  # result JSON, tables, pictures
@@ -33,7 +35,8 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        return self.results / self.scale.name / self.table.name
+        name = self.table.name if self.engine == "fake" else f"{self.table.name}-{self.engine}"
+        return self.results / self.scale.name / name
 
     @property
     def missing(self) -> str | None:
@@ -56,7 +59,7 @@ class Plan:
 
 def make_plan(
     table: str, *, scale: str = "mini", cells: Sequence[str] | None = None, seeds: Sequence[int] | None = None,
-    features: str | None = None, model: str | None = None, reference: str | None = None,
+    features: str | None = None, engine: str | None = None, model: str | None = None, reference: str | None = None,
     results: str | Path | None = None, work: str | Path | None = None,
 ) -> Plan:  # fmt: skip
     """Check every choice; ConfigError names what is known. `results` or `work` None: in a new temporary folder."""
@@ -69,12 +72,15 @@ def make_plan(
         raise ConfigError(f"seeds: expected different numbers in 0..{MAX_SEED}, found {list(the_seeds)}")
     if features not in (None, *FEATURES):
         raise ConfigError(f"features: expected one of {', '.join(FEATURES)}, found {features!r}")
+    if engine not in (None, *ENGINES):
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     the_features = features or the_scale.features
     the_reference = reference or the_scale.reference or os.environ.get(the_table.reference_env)
     if the_features == "inception" and the_reference == the_scale.reference and the_reference is not None:
         raise ConfigError(f"features inception: {the_reference} ships mini features only, give --reference IMAGES_OR_NPZ")
     options = [table, "--scale", scale]
-    for name, value in (("cells", cells), ("seeds", seeds), ("features", features), ("model", model), ("reference", reference)):
+    chosen = {"cells": cells, "seeds": seeds, "features": features, "engine": engine, "model": model, "reference": reference}
+    for name, value in chosen.items():
         if value is not None:
             options += [f"--{name}", value if isinstance(value, str) else ",".join(map(str, value))]
     temporary = None if results and work else Path(tempfile.mkdtemp(prefix="quest-"))
@@ -84,6 +90,7 @@ def make_plan(
         cells=tuple(c for c in the_table.cells if wanted is None or c.id in wanted),
         seeds=the_seeds,
         features=the_features,
+        engine=engine or "fake",
         model=model or the_scale.model or os.environ.get(the_table.model_env),
         reference=the_reference,
         results=Path(results) if results else temporary / "results",

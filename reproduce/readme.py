@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from questlib.errors import QuestError
-from reproduce import plots, report
+from reproduce import engine, plots, report
 from reproduce.store import write_atomically
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
@@ -56,7 +56,37 @@ def table(name: str) -> Callable[[Path], str]:
     return lambda results: report.markdown(*report.committed(name, results)).rstrip()
 
 
-BLOCKS: dict[str, Callable[[Path], str]] = {"commands": commands, "picture": picture} | {t: table(t) for t in TABLES}
+def engines(results: Path) -> str:
+    """The integer engine: is it equal, and how fast; from benchmarks/results beside `results`."""
+    folder, parts = results.parent / "benchmarks" / "results", []
+    for name, command in (
+        ("equality", "python benchmarks/equality.py CHECKPOINTS"),
+        ("cpu_unet", "python benchmarks/cpu_unet.py"),
+    ):
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            parts.append(f"`{command}`: not measured yet.")
+            continue
+        found = json.loads(path.read_text())
+        if name == "equality":
+            runs = found["results"][0]
+            counts = (
+                f"{runs['metrics']['cpu']['n_samples']} images; reference and float64: {runs['cpu_against_reference']['samples']}"
+            )
+            parts += [f"`{command}` ({found['model']}, {counts}):", report.as_markdown(engine.equality_table(found))]
+            continue
+        for model, about in found["models"].items():
+            where = f"{model}, batch {about['batch']}, {_machine(about['provenance']['machine'])}"
+            parts += [f"`{command}` ({where}):", report.as_markdown(engine.speed_table(found, model))]
+    return "\n\n".join(parts)
+
+
+BLOCKS: dict[str, Callable[[Path], str]] = {
+    "commands": commands,
+    "picture": picture,
+    "engines": engines,
+    **{t: table(t) for t in TABLES},
+}
 
 
 def render(text: str, results: Path) -> str:

@@ -139,7 +139,8 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
         return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
     kinds = sorted({
         f"{r['model']['id']}, DDIM {r['num_inference_steps']} steps, eta {r['eta']:g}, {r['n_samples']} samples over seeds "
-        f"{', '.join(map(str, r['seeds']))}, {r['features']} features, reference {r['reference']}" for r in done
+        f"{', '.join(map(str, r['seeds']))}, {r['features']} features, reference {r['reference']}"
+        + ("" if plan.engine == "fake" else f", quantized models run by engine {plan.engine}") for r in done
     })  # fmt: skip
     words = f"Scale {plan.scale.name}: {'; '.join(kinds)}. Values: mean ± standard deviation over the seeds. "
     if plan.scale.name != "paper":
@@ -149,15 +150,15 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
     return words + plan.table.note
 
 
-def _markdown_table(data: pd.DataFrame) -> str:
+def as_markdown(data: pd.DataFrame) -> str:
     cells = [list(map(str, data.columns)), ["---"] * len(data.columns), *data.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)
 
 
 def markdown(plan: Plan, results: list[dict[str, Any]]) -> str:
-    parts = [f"### {plan.table.title}", conditions(plan, results), _markdown_table(frame(results))]
+    parts = [f"### {plan.table.title}", conditions(plan, results), as_markdown(frame(results))]
     parts += [f"- {line}" for line in reasons(results)]
-    return "\n\n".join([*parts, "Paper and ours:", _markdown_table(side_by_side(results))]) + "\n"
+    return "\n\n".join([*parts, "Paper and ours:", as_markdown(side_by_side(results))]) + "\n"
 
 
 def html(plan: Plan, results: list[dict[str, Any]]) -> str:

@@ -27,11 +27,14 @@ def preflight(plan: Plan) -> None:
     if plan.missing is not None:
         return
     from questlib.features import InceptionFeatures
+    from questlib.integer.convert import choose_engine
     from questlib.models.loading import MINI, load_pipeline
 
     load_pipeline(plan.model)
     if not (MINI / plan.reference / "reference.safetensors").is_file() and not Path(plan.reference).exists():
         raise ConfigError(f"reference {plan.reference}: not an embedded model, a file or a folder")
+    if plan.engine != "fake":
+        choose_engine(plan.engine)
     if plan.features == "inception":
         InceptionFeatures("preflight", ["2048"])
 
@@ -45,6 +48,7 @@ def run(plan: Plan) -> list[dict[str, Any]]:
         "CELLS": [c.id for c in plan.cells] if len(plan.cells) < len(plan.table.cells) else None,
         "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
         "FEATURES": plan.features if plan.features != plan.scale.features else None,
+        "ENGINE": plan.engine if plan.engine != "fake" else None,
         "MODEL": plan.model if plan.model != plan.scale.model else None,
         "REFERENCE": plan.reference if plan.reference != plan.scale.reference else None,
     }  # fmt: skip
@@ -77,6 +81,7 @@ def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
         products = {(stage, name) for r in results for seed in r["per_seed"] for stage, name in seed["products"].items()}
         seconds = sum(json.loads((plan.work / s / n / "done.json").read_text())["seconds"] for s, n in products)
     target = f"make reproduce-{plan.table.name}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
+    target = target if plan.engine == "fake" else plan.command
     write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
 
 

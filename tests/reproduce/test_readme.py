@@ -19,11 +19,14 @@ def test_readme_is_up_to_date_with_the_results(tmp_path):
     inside = subprocess.run(["git", "ls-files", "--error-unmatch", "README.md"], cwd=ROOT, capture_output=True, check=False)
     if inside.returncode == 0:
         prefix = f"--prefix={tmp_path}/"
-        names = subprocess.run(["git", "ls-files", "README.md", "results"], cwd=ROOT, capture_output=True, text=True, check=True)
+        names = subprocess.run(
+            ["git", "ls-files", "README.md", "results", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         subprocess.run(["git", "checkout-index", prefix, "--stdin"], cwd=ROOT, input=names.stdout, text=True, check=True)
     else:
         shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
-        shutil.copytree(ROOT / "results", tmp_path / "results", dirs_exist_ok=True)
+        for folder in ("results", "benchmarks"):
+            shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
     text = (tmp_path / "README.md").read_text()
     assert text == render(text, tmp_path / "results"), "README.md is older than results/: run `make readme`"
 

@@ -66,6 +66,7 @@ def test_table_2_settings(tmp_path):
         (dict(seeds=[0, 0]), "different numbers"),
         (dict(seeds=[1000]), "0..999"),
         (dict(features="clip"), "mini, inception"),
+        (dict(engine="gpu"), "fake, cpu, reference, triton"),
         (dict(features="inception"), "--reference"),
     ],
 )
