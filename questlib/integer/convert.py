@@ -11,25 +11,45 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.errors import ConfigError, EngineError
+from questlib.integer import triton_engine
 from questlib.integer.cpu import CpuLayer, saturates
 from questlib.integer.cpu_attention import CpuAttnProcessor
-from questlib.integer.form import integer_form
+from questlib.integer.form import IntegerForm, integer_form
+from questlib.integer.triton_attention import TritonAttnProcessor
 from questlib.layers import QuantAttnProcessor, QuantLayer
 from questlib.model import quant_layers, step_groups
 from questlib.quantizers import ActQuantizer
+from questlib.timesteps import StepGroups
 
-ENGINES = ("cpu", "reference")
-INTEGER = (CpuLayer,)
+ENGINES = ("cpu", "triton", "reference")
+WEIGHTS = ("packed", "int8")
+LAYERS = (CpuLayer, triton_engine.TritonLayer)
+ATTENTION = (CpuAttnProcessor, TritonAttnProcessor)
 
 
 def choose_engine(engine: str) -> str:
     """`engine`, or for "auto" the one of this machine. ConfigError for an unknown name, EngineError when it cannot run here."""
     if engine not in (*ENGINES, "auto"):
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, auto, found {engine!r}")
-    engine = "cpu" if engine == "auto" else engine
+    if engine == "auto":
+        engine = "triton" if torch.cuda.is_available() else "cpu"
     if engine == "cpu":
         saturates()  # raises where the kernels are missing or inexact
+    elif engine == "triton":
+        triton_engine.require_engine()
     return engine
+
+
+def make_layer(engine: str, form: IntegerForm, steps: StepGroups, weights: str) -> nn.Module:
+    if engine == "triton":
+        return triton_engine.TritonLayer(form, steps, weights)
+    return CpuLayer(form, steps, exact=engine == "reference")
+
+
+def make_attention(engine: str, processor: QuantAttnProcessor, name: str) -> QuantAttnProcessor:
+    if engine == "triton":
+        return TritonAttnProcessor(processor, name)
+    return CpuAttnProcessor(processor, name, exact=engine == "reference")
 
 
 def convert(
@@ -37,38 +57,43 @@ def convert(
     engine: str = "auto",
     *,
     dtype: torch.dtype = torch.float32,
+    weights: str = "packed",
     fallback: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
     """Run a quantized UNet's layers in integers, exactly as fake quantization simulates them.
 
-    engine: "cpu" (oneDNN int8), "reference" (the same integers in float64: slow, runs anywhere, bit-identical) or "auto".
+    engine: "cpu" (oneDNN int8), "triton" (NVIDIA GPUs), "reference" (the same integers in float64, slow) or "auto".
     dtype: of all that stays in floating point (norms, softmax input, residuals).
+    weights: of the Triton engine in memory: "packed", two 4-bit codes a byte, or "int8", twice as large and nothing to unpack.
     fallback: layers without integer form stay simulated, and `engine_report` says so; otherwise they raise EngineError.
     inplace: reuse `unet`, layer by layer, instead of a copy: half the memory.
-    Time-embedding layers are computed once for each calibrated timestep (bit-identical to computing them at every step).
+    Time-embedding layers are computed once for each timestep, bit-identically (`TimeTable`).
     """
     engine = choose_engine(engine)
     step_groups(unet)  # ConfigError for a plain UNet
+    if weights not in WEIGHTS:
+        raise ConfigError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
+    if engine != "triton" and unet.device.type != "cpu":
+        raise EngineError(f"engine {engine} needs the model on the CPU, found {unet.device}")
     unet = unet if inplace else copy.deepcopy(unet)
     unet.requires_grad_(False).eval()
-    steps = unet.quest_steps
     for name, layer in quant_layers(unet).items():
         if layer.wq is None or not layer.weights_on or not layer.act.enabled:
             continue  # asked for in the config: it runs in floating point
         try:
-            new = CpuLayer(integer_form(layer, name), steps, exact=engine == "reference")
+            form = integer_form(layer, name)
+            new = make_layer(engine, form, unet.quest_steps, weights)
+            new.register_buffer("digest", form.digest())
         except EngineError:
             if not fallback:
                 raise
             continue
         unet.set_submodule(name, new)
     for name, module in unet.named_modules():
-        if isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor):
-            if not module.processor.q.enabled:
-                continue
+        if isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor) and module.processor.q.enabled:
             try:
-                module.processor = CpuAttnProcessor(module.processor, name, exact=engine == "reference")
+                module.processor = make_attention(engine, module.processor, name)
             except EngineError:
                 if not fallback:
                     raise
@@ -76,17 +101,19 @@ def convert(
         _cast(unet, dtype)
     unet.quest_engine = engine
     _tabulate_time(unet)
+    if engine == "triton":  # kernels raise flags: a look after each call, not a wait in each layer
+        unet.register_forward_hook(lambda module, args, out: triton_engine.check_finite(module))
     return unet
 
 
 def _cast(unet: nn.Module, dtype: torch.dtype) -> None:
     """What stays in floating point, in `dtype`. Simulated layers need float32: their grids would change."""
     for name, module in unet.named_modules():
-        if isinstance(module, QuantLayer) or isinstance(module, QuantAttnProcessor) and not isinstance(module, CpuAttnProcessor):
+        if isinstance(module, QuantLayer) or isinstance(module, QuantAttnProcessor) and not isinstance(module, ATTENTION):
             raise ConfigError(f"{name} stays simulated and needs dtype float32, found {dtype}")
     for module in unet.modules():
-        if isinstance(module, ActQuantizer):
-            continue  # of an attention processor: its grids are read off already
+        if isinstance(module, (ActQuantizer, *LAYERS, triton_engine.TritonAttention)):
+            continue  # their tables stay as they are; an attention's quantizers are read off already
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
@@ -138,9 +165,9 @@ def engine_report(unet: nn.Module) -> pd.DataFrame:
     """One row a layer: name, engine that really runs it, format, bytes of its weights in the checkpoint and in memory."""
     rows = []
     for name, module in unet.named_modules():
-        if isinstance(module, INTEGER):
+        if isinstance(module, LAYERS):
             rows.append((name, module.engine, module.format, module.packed_bytes, module.resident_bytes))
-        elif isinstance(module, CpuAttnProcessor):
+        elif isinstance(module, ATTENTION):
             rows.append((name.removesuffix(".processor"), module.engine, module.format, 0, 0))
         elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
             quantized = isinstance(module, QuantLayer) and (module.wq is not None or module.act.enabled)

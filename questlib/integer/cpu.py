@@ -12,7 +12,6 @@ that same epilogue are the "reference" engine: slow, on any machine, and bit for
 from __future__ import annotations
 
 import functools
-import hashlib
 from typing import NamedTuple
 
 import torch
@@ -189,12 +188,6 @@ class CpuLayer(nn.Module):
         self.parts = [(p.start, p.stop, i, prepack(p, self.geometry, exact=exact)) for p, i in parts]
         self.packed_bytes = -(-layer.weight.numel() * (4 if form.weight_bits <= 4 else 8) // 8)
         self.resident_bytes = sum(p.weight.numel() for p, _ in parts)
-        digest = hashlib.sha256(repr((form.grids, form.bias)).encode())
-        for part in form.parts:
-            for tensor in part:
-                digest.update(tensor.contiguous().numpy() if torch.is_tensor(tensor) else repr(tensor).encode())
-        # identifies the model in state_dict, where the opaque prepacked weights cannot stand
-        self.register_buffer("digest", torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.grids[group_in_force(self.steps, self.name)]

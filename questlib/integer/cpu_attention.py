@@ -25,17 +25,10 @@ class CpuAttnProcessor(QuantAttnProcessor):
     """
 
     def __init__(self, processor: QuantAttnProcessor, name: str, exact: bool = False) -> None:
-        acts: list[ActQuantizer] = [processor.q, processor.k, processor.v, processor.probs]
-        super().__init__(*acts)
+        super().__init__(processor.q, processor.k, processor.v, processor.probs)
         self.name, self.exact, self.engine = name, exact, "reference" if exact else "cpu-int8"
         self.__dict__["steps"] = processor.q.steps
-        tables = [act_grids(act, torch.zeros(len(act.index), dtype=torch.int64), act.name) for act in acts]
-        # [step group]: the grids of q, k, v, probs
-        self.grids = [tuple(g[0] for g in of) for of in zip(*(grids for grids, _ in tables), strict=True)]
-        q_shift, k_shift, self.v_shift, _ = (shift for _, shift in tables)  # int64 [C]
-        if bool(q_shift.any() or k_shift.any()):
-            raise EngineError(f"{name}: shifts 2^e of q and k have no room in their product")
-        self.format = f"A{acts[0].bits} q k^T, A{acts[3].bits} x A{acts[2].bits} probs v"
+        self.grids, self.v_shift, self.format = attention_grids(processor, name)
 
     def attend(self, attn: Attention, query, key, value, attention_mask=None) -> torch.Tensor:
         grids = gq, gk, gv, gp = self.grids[group_in_force(self.steps, self.name)]
@@ -80,6 +73,17 @@ class CpuAttnProcessor(QuantAttnProcessor):
                 probs, _ = send(scores.softmax(-1), gp, -1, inplace=True)
                 out[b, r : r + rows, own] = multiply(probs, 0, gp.base * gv.base, values, None, None, torch.float32)
         return out
+
+
+def attention_grids(processor: QuantAttnProcessor, name: str) -> tuple[list[tuple[Grid, ...]], torch.Tensor, str]:
+    """(grids of q, k, v, probs for each step group, shift e [C] of v, format in words). EngineError without integer form."""
+    acts: list[ActQuantizer] = [processor.q, processor.k, processor.v, processor.probs]
+    tables = [act_grids(act, torch.zeros(len(act.index), dtype=torch.int64), act.name) for act in acts]
+    grids = [tuple(g[0] for g in of) for of in zip(*(grids for grids, _ in tables), strict=True)]
+    q_shift, k_shift, v_shift, _ = (shift for _, shift in tables)
+    if bool(q_shift.any() or k_shift.any()):
+        raise EngineError(f"{name}: shifts 2^e of q and k have no room in their product")
+    return grids, v_shift, f"A{acts[0].bits} q k^T, A{acts[3].bits} x A{acts[2].bits} probs v"
 
 
 def integers(x: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -10,6 +10,7 @@ in -255..255.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -71,6 +72,15 @@ class IntegerForm:
     @property
     def carrier(self) -> bool:
         return not all(g.uniform for group in self.grids for g in group)
+
+    def digest(self) -> torch.Tensor:
+        """sha256 uint8 [32] of everything that is executed. Engines keep it in their state_dict, in place of weights whose layout
+        is theirs alone: it tells models apart."""
+        digest = hashlib.sha256()
+        tensors = [v for group in self.grids for grid in group for v in grid] + [v for part in self.parts for v in part]
+        for value in (*tensors, self.bias):
+            digest.update(value.cpu().contiguous().numpy() if torch.is_tensor(value) else repr(value).encode())
+        return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     @property
     def format(self) -> str:

@@ -1,0 +1,25 @@
+"""Attention of a UNet on the Triton engine: the processor that calls its fused kernel."""
+
+from __future__ import annotations
+
+import torch
+from diffusers.models.attention_processor import Attention
+
+from questlib.errors import EngineError
+from questlib.integer.cpu_attention import attention_grids
+from questlib.integer.triton_engine import TritonAttention
+from questlib.layers import QuantAttnProcessor
+
+
+class TritonAttnProcessor(QuantAttnProcessor):
+    engine = "triton"
+
+    def __init__(self, processor: QuantAttnProcessor, name: str) -> None:
+        super().__init__(processor.q, processor.k, processor.v, processor.probs)
+        grids, v_shift, self.format = attention_grids(processor, name)
+        self.kernel = TritonAttention(name, grids, v_shift, processor.q.steps)
+
+    def attend(self, attn: Attention, query, key, value, attention_mask=None) -> torch.Tensor:
+        if attention_mask is not None:
+            raise EngineError(f"{self.kernel.name}: engine triton: attention masks are not served")
+        return self.kernel.attend(query, key, value, attn.heads, attn.scale)

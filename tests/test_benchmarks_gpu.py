@@ -1,0 +1,69 @@
+"""benchmarks/gpu.py as far as it goes without a GPU: its arithmetic, its arguments, its correctness section."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+
+
+def test_floors():
+    linear = gpu.Shape("m", 10, 20, 30)
+    assert linear.operations(2) == 2 * 2 * 30 * 10 * 20
+    assert linear.bytes(2, 2.0, 0.5) == 2 * 30 * 10 * 2 + 200 * 0.5 + 2 * 30 * 20 * 2
+    conv = gpu.Shape("m", 10, 20, 16, 3, 2)
+    assert conv.operations(1) == 2 * 16 * 10 * 20 * 9
+    assert conv.bytes(1, 1.0, 1.0) == 64 * 10 + 10 * 20 * 9 + 16 * 20 * 2
+    assert gpu.floor_seconds(100, 10, 10, 1) == 10 and gpu.floor_seconds(100, 30, 10, 1) == 30
+
+
+@pytest.mark.parametrize("shape", gpu.SHAPES, ids=str)
+def test_shapes_are_what_they_say(shape):
+    small = shape._replace(inputs=4, outputs=2)
+    y = gpu.module_of(small)(gpu.input_of(small, 1, "cpu", torch.float32))
+    assert y.numel() == 2 * shape.pixels
+
+
+def test_what_does_not_fit_the_budget_is_listed_and_saved(tmp_path):
+    report = gpu.Report(tmp_path / "new" / "gpu.json", 1.0)
+    assert report.enough("quick", 0.1) and not report.enough("slow", 100)
+    assert json.loads(report.path.read_text())["skipped"] == ["slow"]
+
+
+def test_unknown_sections_and_missing_gpus_end_the_program(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        gpu.main(["--sections", "layers,speed"])
+    assert "found speed" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert gpu.main(["--out", str(tmp_path / "x.json")]) == 2
+        assert "found none" in capsys.readouterr().err
+
+
+def test_the_engine_loads_where_diffusers_is_missing():
+    pytest.importorskip("triton")
+    program = (
+        "import sys, importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'diffusers' else find(n, *a)\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu; from torch import nn\n"
+        "engine, form, reference = gpu.load_engine()\n"
+        "layer, steps = gpu.random_layer(nn.Linear(8, 4), 4, 4)\n"
+        "print(engine.TritonLayer(form.integer_form(layer, 'layer'), steps).kind, 'diffusers.models.resnet' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.split() == ["packed", "False"], run.stderr
+
+
+def test_shares_of_a_section_run_in_processes_of_their_own():
+    """With it, the correctness section in the interpreter."""
+    pytest.importorskip("triton")
+    found = gpu.run_shards("correctness", 2, ("--interpret", "--quick"))
+    assert [f["correctness"]["failures"] for f in found] == [[], []]
+    assert sum(f["correctness"]["checked"] for f in found) == len(gpu.jobs(small=True)[::24]) + 2
+    with pytest.raises(RuntimeError, match="ended with code 2"):
+        gpu.run_shards("nonsense", 1)

@@ -1,0 +1,120 @@
+"""Compile the Triton kernels for NVIDIA GPUs on a machine without one, and read the machine code: the right tensor-core
+instructions, wide loads, nothing spilled. In a process of its own: the kernels must be imported without the interpreter."""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "questlib/integer/kernels.py"
+MMA = {
+    80: (r"mma\.sync\.aligned\.\S+\.s8\.s8", "IMMA"),
+    89: (r"mma\.sync\.aligned\.\S+\.s8\.s8", "IMMA"),
+    90: (r"wgmma\.mma_async\S+\.s8\.s8", "IGMMA"),
+}
+CASES = [  # packed, point, bm, bn, bk, warps, stages, extra constants: from triton_engine.CANDIDATES
+    (True, True, 128, 128, 64, 8, 4, {}),
+    (True, False, 128, 256, 64, 8, 3, {}),
+    (True, False, 128, 128, 64, 8, 4, dict(SHIFTED=True)),
+    (False, False, 128, 128, 128, 8, 3, {}),
+    (False, True, 64, 64, 64, 4, 4, dict(ATOMIC=True)),
+]
+
+
+def compile_all(arch: int) -> dict[str, dict]:
+    """Runs in the subprocess: {case: what the compiler made of it}."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    spec = importlib.util.spec_from_file_location("kernels", KERNELS)  # the file alone: quick
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+
+    def build(kernel, constants, types, warps, stages):
+        names = kernel.arg_names
+        signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in names}
+        aligned = [
+            n
+            for n in names
+            if n in ("N", "span", "padded", "stride_x", "stride", "keys_padded", "dim") or signature[n].startswith("*")
+        ]
+        source = ASTSource(
+            kernel, signature, constants, {(names.index(n),): [["tt.divisibility", 16]] for n in aligned if n not in constants}
+        )
+        made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages))
+        return made.asm["ptx"], made.asm["cubin"], made.metadata.shared
+
+    def report(ptx, cubin, shared):
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+            f.write(cubin), f.flush()
+            sass, usage = (subprocess.run([tool, flag, f.name], capture_output=True, text=True, check=True).stdout
+                           for flag in ("-sass", "-res-usage"))  # fmt: skip
+        mma, opcode = MMA[arch]
+        lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", sass, re.M)
+        return dict(
+            registers=int(re.search(r"REG:(\d+)", usage)[1]), stack=int(re.search(r"STACK:(\d+)", usage)[1]), shared=shared,
+            spills=len(re.findall(r"\b(?:LDL|STL)\b", sass)), ptx_mma=len(re.findall(mma, ptx)),
+            sass_mma=sum(opcode in line for line in lines), wide_copies=sum("LDGSTS" in line and "128" in line for line in lines),
+            narrow_copies=sum("LDGSTS" in line and "128" not in line for line in lines),
+            rounded=len(re.findall(r"add\.f32[^;]*0f4B400000", ptx)), unrounded=len(re.findall(r"add\.f32[^;]*0fCB400000", ptx)),
+            conversions=sum(line.split()[0].startswith("F2I") for line in lines), instructions=len(lines),
+        )  # fmt: skip
+
+    found = {}
+    float_tables = dict(SCALE="*fp32", BIAS="*fp32", RESIDUAL="*fp32", CORRECTION="*i32", OFFSET="*i32", SUMS="*i32")
+    for packed, point, bm, bn, bk, warps, stages, extra in CASES:
+        constants = dict(
+            POINT=point, PACKED=packed, SHIFTED=False, ASM=True, RAW=False, HAS_BIAS=True, HAS_RESIDUAL=False,
+            HAS_CORRECTION=True, HAS_OFFSET=packed, BM=bm, BN=bn, BK=bk, ATOMIC=False, GROUP=8,
+        ) | extra  # fmt: skip
+        types = dict(A="*i8", W="*u8" if packed else "*i8", OUT="*i32" if constants["ATOMIC"] else "*fp16", **float_tables)
+        name = f"gemm packed={packed} point={point} {bm}x{bn}x{bk} {extra}"
+        found[name] = report(*build(kernels.gemm, constants, types, warps, stages))
+    for sums, ordered in ((True, False), (True, True), (False, False)):
+        block, columns = (8, 256) if sums else (32, 64)
+        constants = dict(UNIFORM=not sums, ORDERED=ordered, HAS_SUMS=sums, NORM=False, SILU=False, BR=block, BC=columns)
+        types = dict(X="*fp16", ORDER="*i32", OUT="*i8", SUMS="*i32", FLAG="*i32", levels="fp32")
+        types |= dict.fromkeys(("TABLE", "NORM_SCALE", "NORM_SHIFT"), "*fp32")
+        found[f"quantize sums={sums} ordered={ordered}"] = report(*build(kernels.quantize, constants, types, 4, 2))
+    for codes, dim in ((8, 64), (4, 128)):  # of 8 bits, with every correction, and of 4 bits
+        wide = codes == 8
+        constants = dict(
+            HAS_Q=wide, HAS_V=wide, P_CONSTANT=128 * wide, EVEN=wide, ASM=True, BQ=64 if dim > 64 else 128, BK=64, BD=dim
+        )
+        types = dict.fromkeys(("Q", "K", "VT"), "*i8") | dict.fromkeys(("KEY_SUM", "V_SUM"), "*i32")
+        types |= dict(OUT="*fp16", V_SCALE="*fp32", factor="fp32", p_inverse="fp32", p_high="fp32")
+        found[f"attention A{codes} {dim}"] = report(*build(kernels.attention, constants, types, 8 if dim <= 64 else 4, 3))
+    return found
+
+
+@pytest.mark.parametrize("arch", MMA)
+def test_machine_code(arch, tmp_path):
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, __file__, str(arch)], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert len(found) == len(CASES) + 5
+    for case, r in found.items():
+        assert r["stack"] == r["spills"] == 0 and r["registers"] <= 255, (case, r)
+        if case.startswith("gemm"):
+            assert r["ptx_mma"] > 0 and r["sass_mma"] > 0, (case, r)
+            assert r["wide_copies"] > 0 and r["narrow_copies"] == 0, (case, r)
+            assert r["shared"] <= (100 if arch == 89 else 164) * 1024 or "128x128x128" in case, (case, r)
+        elif case.startswith("attention"):
+            assert r["ptx_mma"] > 0 and r["sass_mma"] > 0, (case, r)
+        else:
+            assert r["conversions"] <= 4, (case, r)  # only the row's coordinates; values are rounded by an addition, which must
+            assert r["rounded"] >= r["unrounded"] > 0, (case, r)  # be neither fused with the product before it nor optimized away
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_all(int(sys.argv[1]))))

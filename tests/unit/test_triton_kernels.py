@@ -1,0 +1,347 @@
+"""The Triton engine under the interpreter: accumulators equal to the int64 reference, outputs to the layer's own simulation."""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from questlib import quantize
+from questlib.errors import EngineError
+from questlib.integer.form import Part, act_grids, integer_form
+from questlib.integer.reference import layer_forward
+from questlib.layers import convert_layer
+from questlib.model import quant_layers
+from questlib.quantizers import ActQuantizer, WeightQuantizer
+from questlib.timesteps import StepGroups
+
+triton_engine = pytest.importorskip("questlib.integer.triton_engine")
+pytest.importorskip("triton")
+from questlib.integer.triton_engine import TritonLayer, check_finite, serves  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not triton_engine.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1")
+GROUPS = 2
+
+
+def relative(a, b):
+    return ((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
+
+
+def make_layer(module, w_bits, a_bits, carrier=False, split=None, seed=0, shift=False):
+    """A quantized layer with random grids for two step groups: (layer, steps)."""
+    g = torch.Generator().manual_seed(seed)
+    linear = isinstance(module, nn.Linear)
+    channels = module.in_features if linear else module.in_channels
+    index = torch.zeros(channels, dtype=torch.int64)
+    index[split if split is not None else channels :] = 1
+    steps = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1]))
+    act = ActQuantizer("layer.act", a_bits, steps, channels, -1 if linear else 1, index, carrier=carrier)
+    wq = WeightQuantizer(module.weight, w_bits, index, "minmax")
+    block = torch.randint(0, 4, (channels,), generator=g) if shift else torch.zeros(channels, dtype=torch.int64)
+    for group in range(GROUPS):
+        ratio = None
+        if carrier:
+            ratio = (torch.randint(1, 9, (channels,), generator=g).clamp_min(5 if shift else 1) << block).float()
+        zero = torch.randint(0, 2**a_bits, (channels,) if carrier else (1,), generator=g).float().expand(channels).clone()
+        for part in range(1, int(index.max()) + 1):
+            zero[index == part] = float(torch.randint(0, 2**a_bits, (1,), generator=g))
+        act.set_group(group, torch.rand(int(index.max()) + 1, generator=g) * 4 / 2**a_bits + 0.01, zero, ratio)
+    act.calibrated.fill_(True)
+    convert_layer(module.requires_grad_(False), "conv", act, wq)
+    return module, steps
+
+
+def compare(layer, steps, x, weights="packed"):
+    """Assert both promises in every step group; the engine's layer back."""
+    engine = TritonLayer(integer_form(layer, "layer"), steps, weights)
+    for group in range(GROUPS):
+        steps.current = group
+        _, accs = layer_forward(layer, x)
+        found = engine.accumulators(x)
+        assert len(found) == len(accs)
+        for a, b in zip(found, accs, strict=True):
+            assert a.dtype == torch.int32
+            assert torch.equal(a.long(), b)
+        assert relative(engine(x), layer(x)) <= 1e-5
+    check_finite(engine)
+    return engine
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize(("w", "a", "carrier"), [(4, 4, True), (4, 8, False), (8, 8, False), (3, 6, False), (8, 4, True)])
+def test_linear(w, a, carrier, weights):
+    """Channels and rows that are no multiples of any block."""
+    layer, steps = make_layer(nn.Linear(75, 70), w, a, carrier)
+    engine = compare(layer, steps, torch.randn(2, 37, 75) * 2, weights)
+    assert engine.kind == (weights if w <= 4 else "int8")
+    assert engine.weight0.numel() == 70 * 128 // (2 if engine.kind == "packed" else 1)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_convolutions_of_random_geometry(seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def pick(*values):
+        return values[int(torch.randint(0, len(values), (1,), generator=g))]
+
+    conv = nn.Conv2d(
+        pick(3, 40, 64, 70), pick(4, 33, 64), pick(1, 3, (3, 2)), stride=pick(1, 2, (2, 1)), padding=pick(0, 1, (0, 2)),
+        bias=pick(True, False),
+    )  # fmt: skip
+    w, a, carrier = pick((4, 4, True), (4, 8, False), (8, 8, False), (2, 5, False), (8, 4, True))
+    layer, steps = make_layer(conv, w, a, carrier, seed=seed)
+    x = torch.randn(pick(1, 2), conv.in_channels, pick(5, 8), pick(4, 9), generator=g) * 2
+    if pick(True, False):
+        x = x.to(memory_format=torch.channels_last)
+    engine = compare(layer, steps, x, pick("packed", "int8"))
+    assert engine(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(("w", "a"), [(4, 4), (8, 8), (4, 8)])
+def test_split_shortcuts(w, a):
+    layer, steps = make_layer(nn.Conv2d(48, 20, 1), w, a, split=30)
+    assert len(compare(layer, steps, torch.randn(2, 48, 5, 4)).accumulators(torch.randn(1, 48, 2, 2))) == 2
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize("module", [nn.Linear(150, 32), nn.Conv2d(70, 8, 3, padding=1)], ids=["linear", "conv"])
+def test_weights_shifted_by_carrier_blocks(module, weights):
+    """The columns are put in order of their shift, so that 4-bit codes stay packed."""
+    layer, steps = make_layer(copy.deepcopy(module), 4, 4, carrier=True, shift=True)
+    x = torch.randn(1, 70, 4, 4) if module.weight.ndim == 4 else torch.randn(20, 150)
+    engine = compare(layer, steps, x, weights)
+    assert engine.kind == weights and len(engine.ends[0]) == (3 if weights == "packed" else 0)
+    scale, shift = torch.rand(len(x), x.shape[1]) + 0.5, torch.randn(len(x), x.shape[1])
+    if module.weight.ndim == 4:
+        plain = engine(nn.functional.silu(x * scale[..., None, None] + shift[..., None, None]))
+        assert relative(engine(x, norm=(scale, shift), silu=True), plain) <= 0.02
+
+
+def test_a_long_reduction_shared_by_several_programs(monkeypatch):
+    config = triton_engine.Config(64, 64, 32, 4, 1, split=3)
+    monkeypatch.setattr(triton_engine, "INTERPRETED", [config])
+    layer, steps = make_layer(nn.Conv2d(40, 20, 3, padding=1), 8, 8)
+    compare(layer, steps, torch.randn(1, 40, 6, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_in_and_out(dtype):
+    """Codes are those of the input as float32; the output is rounded once."""
+    layer, steps = make_layer(nn.Conv2d(20, 24, 3, padding=1), 4, 8)
+    x = torch.randn(1, 20, 5, 5).to(dtype)
+    y = TritonLayer(integer_form(layer, "layer"), steps)(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, layer(x.float()).to(dtype)) or relative(y, layer(x.float())) <= torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize(("w", "a"), [(4, 4), (8, 8)])
+def test_every_layer_of_a_quest_model(pipe, calib, fast, w, a):
+    q = quantize(pipe.unet, fast("quest", w, a), calib)
+    seen = {}
+    for name, layer in quant_layers(q).items():
+        layer.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, (i[0], o)))
+    engines = {n: TritonLayer(integer_form(m, n), q.quest_steps) for n, m in quant_layers(q).items()}
+    with torch.no_grad():
+        q(calib.x[4, :1], calib.t[4])
+    for name, (x, out) in seen.items():
+        _, accs = layer_forward(q.get_submodule(name), x)
+        assert all(torch.equal(f.long(), e) for f, e in zip(engines[name].accumulators(x), accs, strict=True)), name
+        assert relative(engines[name](x), out) <= 1e-5, name
+    kinds = [e.kind for e in engines.values()]
+    assert kinds.count("packed") > 0 if w == 4 else set(kinds) == {"int8"}
+
+
+def test_groupnorm_and_silu_are_fused_into_quantization():
+    """Equal to normalizing first, but for inputs whose rounding lies on an edge."""
+    layer, steps = make_layer(nn.Conv2d(16, 8, 3, padding=1), 4, 8)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    x, scale, shift = torch.randn(2, 16, 5, 5), torch.rand(2, 16) + 0.5, torch.randn(2, 16)
+    plain = engine(nn.functional.silu(x * scale[..., None, None] + shift[..., None, None]))
+    assert relative(engine(x, norm=(scale, shift), silu=True), plain) <= 0.02
+    assert relative(engine(nn.functional.silu(x)), engine(x, silu=True)) <= 0.02
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_the_affine_form_of_a_groupnorm(channels_last):
+    norm = nn.GroupNorm(4, 40)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, 40, 9, 7) * 3 + 5
+    x = x.to(memory_format=torch.channels_last) if channels_last else x
+    scale, shift = triton_engine.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
+    assert relative(x * scale[..., None, None] + shift[..., None, None], norm(x)) <= 1e-5
+
+
+@pytest.mark.parametrize("split", [None, 6])
+def test_layers_run_under_torch_compile(split):
+    layer, steps = make_layer(nn.Conv2d(16, 8, 1), 4, 8, split=split)
+    engine, x = TritonLayer(integer_form(layer, "layer"), steps), torch.randn(2, 16, 4, 4)
+    compiled = torch.compile(engine, backend="aot_eager", fullgraph=True)
+    for group in range(GROUPS):
+        steps.current = group
+        assert torch.equal(compiled(x), engine(x))
+
+
+def test_inputs_without_rows_or_in_slices():
+    layer, steps = make_layer(nn.Linear(64, 8), 4, 8)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    assert engine(torch.randn(0, 64)).shape == (0, 8)
+    wide = torch.randn(6, 128)
+    assert torch.equal(engine(wide[::2, :64]), engine(wide[::2, :64].contiguous()))
+    assert torch.equal(engine(wide.T[:64].T), engine(wide[:, :64]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_an_input_that_is_not_finite_is_reported_once_by_name(bad):
+    layer, steps = make_layer(nn.Conv2d(8, 4, 3), 4, 8)
+    model = nn.Sequential(TritonLayer(integer_form(layer, "first"), steps), TritonLayer(integer_form(layer, "second"), steps))
+    x = torch.randn(1, 8, 4, 4)
+    x[0, 3, 2, 1] = bad
+    model[0](torch.randn(1, 8, 4, 4)), model[1](x)
+    with pytest.raises(EngineError, match="second: its input was not finite"):
+        check_finite(model)
+    check_finite(model)
+
+
+def test_what_is_not_served_is_named():
+    layer, steps = make_layer(nn.Conv2d(8, 4, 3, dilation=2), 4, 8)
+    form = integer_form(layer, "middle.conv")
+    assert "dilation" in serves(form)
+    with pytest.raises(EngineError, match="middle.conv: engine triton: expected no dilation"):
+        TritonLayer(form, steps)
+    layer, steps = make_layer(nn.Conv2d(8, 4, 3), 4, 8)
+    form = integer_form(layer, "middle.conv")
+    with pytest.raises(EngineError, match="middle.conv: weights: expected 'packed' or 'int8', found 'int4'"):
+        TritonLayer(form, steps, "int4")
+    engine = TritonLayer(form, steps)
+    with pytest.raises(EngineError, match="middle.conv: expected 8 input channels, found 7"):
+        engine(torch.randn(1, 7, 4, 4))
+    with pytest.raises(EngineError, match="middle.conv: expected float32, float16 or bfloat16 input, found torch.float64"):
+        engine(torch.randn(1, 8, 4, 4).double())
+    steps.current = torch.tensor([0, 1])
+    with pytest.raises(EngineError, match="middle.conv: integer execution takes one step group a call"):
+        engine(torch.randn(2, 8, 4, 4))
+
+
+def test_packed_weights_are_an_eighth_of_float32():
+    layer, steps = make_layer(nn.Linear(640, 640), 4, 8)
+    form = integer_form(layer, "layer")
+    packed, wide = TritonLayer(form, steps), TritonLayer(form, steps, "int8")
+    assert packed.weight0.nbytes * 8 == wide.weight0.nbytes * 4 == layer.weight.nbytes
+    assert packed.resident_bytes < 0.14 * layer.weight.nbytes
+
+
+def test_candidate_tiles_serve_every_shape():
+    for m in (1, 77, 4096, 65536):
+        for o in (4, 320, 10240):
+            for span in (32, 64, 96, 160, 320, 1280):
+                for taps in (1, 9):
+                    found = triton_engine.fitting(m, o, span, taps, True, 132)
+                    assert found and all(span % c.bk == 0 for c in found), (m, o, span)
+    assert triton_engine.fitting(64, 1280, 1280, 9, False, 132)[0].split > 1  # few tiles, a long reduction
+    assert all(c.split == 1 for c in triton_engine.fitting(65536, 1280, 1280, 1, False, 132))
+
+
+def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
+    monkeypatch.setattr(triton_engine, "INTERPRET", False)
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
+            triton_engine.require_engine()
+    monkeypatch.setattr(triton_engine, "triton", None)
+    with pytest.raises(EngineError, match="expected the package triton"):
+        triton_engine.require_engine()
+
+
+def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test/1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    two = triton_engine.CANDIDATES[:2]
+    times = dict(zip(two, (2.0, 1.0), strict=True))
+    monkeypatch.setattr(triton_engine.ConfigCache, "seconds", lambda self, config, run: times[config])
+    assert triton_engine.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
+    times[two[0]] = 0.0
+    assert triton_engine.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
+    next(tmp_path.rglob("*.json")).write_text("{")
+    with pytest.warns(UserWarning, match="tuned again"):
+        assert triton_engine.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
+
+
+def test_operators_are_well_formed_for_torch_compile():
+    layer, steps = make_layer(nn.Conv2d(8, 4, 3, padding=1), 8, 8)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    x = torch.randn(1, 4, 4, 8)
+    args = (x, engine.table0[0], engine.flag, engine.levels, [1, 1], True)
+    torch.library.opcheck(torch.ops.questlib.quantize, args, test_utils=("test_schema", "test_faketensor"))
+    a, sums = triton_engine.quantize(*args)
+    tables = (engine.scale0[0], engine.bias, None, engine.correction0[0], engine.offset0)
+    args = (a, engine.weight0, *tables, sums, [3, 3], [1, 1], [], x.dtype)
+    torch.library.opcheck(torch.ops.questlib.integer_gemm, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def attention_pair(bits, p_bits, heads=2, dim=20):
+    """(engine, a simulation by fake quantization: q, k, v -> out) with random grids."""
+    steps, width = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1])), heads * dim
+    acts = [ActQuantizer(x, bits, steps, width, -1, torch.zeros(width, dtype=torch.int64), carrier=bits <= 4) for x in "qkv"]
+    acts.append(ActQuantizer("probs", p_bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True))
+    g = torch.Generator().manual_seed(bits)
+    for group in range(GROUPS):
+        for act in acts[:3]:
+            ratio = torch.randint(1, 9, (width,), generator=g).float() if bits <= 4 else None
+            if act.name == "v" and ratio is not None:
+                ratio = torch.where(torch.arange(width) < 20, ratio, ratio.clamp_min(5) * 2)
+            zero = torch.full((width,), float(2 ** (bits - 1) + group - 1))
+            act.set_group(group, torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits), zero, ratio)
+        acts[3].set_group(group, torch.full((1,), 0.15 / (2**p_bits - 1)), torch.zeros(1))
+    zeros = [torch.zeros(len(a.index), dtype=torch.int64) for a in acts]
+    tables = [act_grids(act, z, act.name) for act, z in zip(acts, zeros, strict=True)]
+    grids = [tuple(of[0] for of in group) for group in zip(*(t for t, _ in tables), strict=True)]
+
+    def simulate(q, k, v):
+        for act in acts:
+            act.calibrated.fill_(True)
+        q, k, v = (act(x).unflatten(-1, (heads, dim)).transpose(1, 2) for act, x in zip(acts, (q, k, v), strict=False))
+        return (acts[3]((q @ k.mT * dim**-0.5).softmax(-1)) @ v).transpose(1, 2).flatten(2)
+
+    return triton_engine.TritonAttention("middle.attention", grids, tables[2][1], steps), simulate, steps
+
+
+@pytest.mark.parametrize(("bits", "p_bits"), [(4, 8), (8, 8), (4, 4), (6, 8)])
+@pytest.mark.parametrize(("queries", "keys"), [(70, 70), (9, 77)])
+@torch.no_grad()
+def test_attention(bits, p_bits, queries, keys):
+    """Equal to the simulation, but for probabilities on an edge of rounding: the two softmaxes differ in their last bit."""
+    engine, simulate, steps = attention_pair(bits, p_bits)
+    q, k, v = torch.randn(2, queries, 40), torch.randn(2, keys, 40), torch.randn(2, keys, 40)
+    for group in range(GROUPS):
+        steps.current = group
+        expected = simulate(q, k, v)
+        error = (engine.attend(q, k, v, 2, 20**-0.5) - expected).abs() / expected.abs().max()
+        assert (error > 1e-5).float().mean() < 0.02 and error.max() < 0.05
+    check_finite(engine)
+    q[0, 0, 0] = float("nan")
+    engine.attend(q, k, v, 2, 1.0)
+    with pytest.raises(EngineError, match="middle.attention: its input was not finite"):
+        check_finite(engine)
+
+
+def test_tables_keep_their_precision_when_the_model_is_cast():
+    layer, steps = make_layer(nn.Linear(40, 8), 4, 4, carrier=True)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    x, before = torch.randn(5, 40), engine.table0.clone()
+    y = engine(x)
+    nn.Sequential(engine).half().to("cpu", torch.bfloat16)
+    assert engine.table0.dtype == torch.float32 and torch.equal(engine.table0, before) and torch.equal(engine(x), y)
+
+
+def test_even_weights_that_do_not_fit_a_code_are_shifted():
+    """-14..14 in steps of 2: below 16, but four bits only once halved."""
+    part = Part(0, 4, (torch.arange(-7, 8, dtype=torch.int8) * 2)[:12].reshape(3, 4), None, torch.ones(3))
+    part = part._replace(weight=part.weight.clone().index_fill_(0, torch.tensor([0]), 14))
+    part.weight[0, 0] = -14
+    assert triton_engine.channel_shifts(part).tolist() == [1, 1, 1, 1]
+    part.weight[0, 1] = 13
+    assert triton_engine.channel_shifts(part) is None
