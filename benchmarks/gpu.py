@@ -203,11 +203,11 @@ def check(job: Job, engine, form, reference, device: str) -> tuple[int, float, l
     def error(y, of):
         return ((y.float().cpu() - of).abs().max() / of.abs().max()).item()
 
-    for config in tiles(engine, mine, device, job.seed):
+    for config in each_tile(engine, mine, device, job.seed):
         try:
             exact = all(torch.equal(a.long().cpu(), b) for a, b in zip(mine.accumulators(sent), accs, strict=True))
             full, half = error(mine(sent), expected), error(mine(sent.half()), expected_half)
-        except engine.triton.runtime.errors.OutOfResources:
+        except engine.tiles.triton.runtime.errors.OutOfResources:
             continue  # a tile for larger GPUs; tuning passes it over
         checked, worst = checked + 1, max(worst, full)
         if not exact or not full <= 1e-5 or not half <= 2e-3:
@@ -266,20 +266,20 @@ def run_shards(section: str, n: int | None = None, flags: tuple[str, ...] = ()) 
         return [json.loads(out.read_text()) for out in outs]
 
 
-def tiles(engine, layer, device: str, seed: int):
+def each_tile(engine, layer, device: str, seed: int):
     """Tile configurations that serve this layer, one after the other in force; half of them with a split reduction."""
     if device == "cpu":
         yield "interpreted"
         return
-    chosen, engine.CACHE = engine.CACHE, engine.ConfigCache()
+    chosen, engine.tiles.CACHE = engine.tiles.CACHE, engine.tiles.ConfigCache()
     try:
-        fit = [c for c in engine.CANDIDATES if layer.weight0.shape[2] % c.bk == 0 and not (layer.ends[0] and c.bk > 64)]
+        fit = [c for c in engine.tiles.CANDIDATES if layer.weight0.shape[2] % c.bk == 0 and not (layer.ends[0] and c.bk > 64)]
         for i, config in enumerate(fit[seed % 3 :: 3]):  # each is compiled three times: a third of them for each layer
             config = config._replace(split=(1, 3)[(i + seed // 3) % 2])
-            engine.CACHE.choose = functools.partial(fixed, config)
+            engine.tiles.CACHE.choose = functools.partial(fixed, config)
             yield config
     finally:
-        engine.CACHE = chosen
+        engine.tiles.CACHE = chosen
 
 
 def fixed(config, *_):
@@ -419,8 +419,8 @@ def compile_layers(i: int, n: int) -> None:
     import torch
 
     engine, form, _ = load_engine()
-    engine.ConfigCache.load, engine.ConfigCache.save = (lambda self: setattr(self, "path", Path()),) * 2
-    engine.ConfigCache.seconds = lambda self, config, run: run_once(engine, config, run)
+    engine.tiles.ConfigCache.load, engine.tiles.ConfigCache.save = (lambda self: setattr(self, "path", Path()),) * 2
+    engine.tiles.ConfigCache.seconds = lambda self, config, run: run_once(engine, config, run)
     for shape, (_, w, a, kind, shift) in list(itertools.product(SHAPES, FORMATS))[i::n]:
         layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
         mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
@@ -431,7 +431,7 @@ def compile_layers(i: int, n: int) -> None:
 def run_once(engine, config, run: Callable) -> float:
     try:
         run(config)
-    except engine.triton.runtime.errors.OutOfResources:
+    except engine.tiles.triton.runtime.errors.OutOfResources:
         pass  # tuning will find the same
     return 0.0
 
@@ -463,7 +463,7 @@ def block_row(shape: Shape, batch: int, timer: Timer, engine, form) -> dict:
     runs = {"float16": functools.partial(plain, x), "float16 compiled": functools.partial(torch.compile(plain), x)}
 
     def fused(mine):
-        affine = engine.group_norm_affine(x, norm.weight, norm.bias, 32, norm.eps)
+        affine = torch.ops.questlib.group_norm_affine(x, norm.weight, norm.bias, 32, norm.eps)
         return mine(x, norm=affine, silu=True)
 
     for name, w, a, kind, shift in FORMATS:

@@ -1,4 +1,4 @@
-"""Triton kernels of the integer engine, launched by triton_engine.py only. int8 x int8 -> int32: exact in any order.
+"""Triton kernels of the integer engine, launched by triton_ops.py only. int8 x int8 -> int32: exact in any order.
 
 Layouts (channels innermost everywhere)
     x     float   [B, H, W, C], any strides but 1 in C; a Linear is B = H = 1, W = rows

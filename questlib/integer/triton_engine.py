@@ -1,313 +1,31 @@
-"""The Triton engine: quantized layers on NVIDIA GPUs; on CPU tensors with TRITON_INTERPRET=1 (set before triton is imported).
-
-Torch operators, so that torch.compile and CUDA graphs keep working: `questlib::quantize` (float -> int8) and
-`questlib::integer_gemm` (int8 x int8 or packed 4 bit -> float, or int32 accumulators). Layouts: kernels.py.
-"""
+"""The Triton engine: quantized layers on NVIDIA GPUs; on CPU tensors with TRITON_INTERPRET=1 (set before triton is imported)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import warnings
 from collections.abc import Callable
-from contextlib import nullcontext
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from questlib.errors import EngineError
+from questlib.integer import triton_tiles as tiles
 from questlib.integer.form import BYTE, INT32, Grid, IntegerForm, Part
+from questlib.integer.triton_ops import CHANNEL_BLOCK, integer_attention, integer_gemm, quantize
 from questlib.timesteps import StepGroups
 
-try:
-    import triton
-    import triton.language as tl
-
-    from questlib.integer import kernels
-except ImportError:  # CPU builds of torch come without triton
-    triton = kernels = None
-
-# the interpreter must be chosen before triton is first imported: its own library functions are decorated then
-INTERPRET = (
-    triton is not None and not isinstance(kernels.gemm, triton.JITFunction) and not isinstance(tl.zeros, triton.JITFunction)
-)
-CHANNEL_BLOCK = 64  # channels are padded to a multiple, so that no loop over them needs a mask
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-TUNE = True  # time the candidates at the first call of a shape class; False: the first candidate that fits
 
 
 def require_engine() -> None:
     """EngineError unless the kernels can run here."""
-    if triton is None:
+    if tiles.triton is None:
         raise EngineError("engine triton: expected the package triton (it comes with CUDA builds of torch), found none")
-    if not INTERPRET and not torch.cuda.is_available():
+    if not tiles.INTERPRET and not torch.cuda.is_available():
         raise EngineError(
             "engine triton needs an NVIDIA GPU, found none; for tests set TRITON_INTERPRET=1 before triton is imported"
         )
 
 
-# ---- tile configurations, chosen by timing and remembered on disk ----
-class Config(NamedTuple):
-    bm: int  # output pixels a tile
-    bn: int  # output channels a tile
-    bk: int  # bytes of w a step
-    warps: int
-    stages: int
-    split: int = 1  # programs that share one tile's reduction
-
-
-CANDIDATES = [
-    Config(128, 256, 64, 8, 3), Config(256, 128, 64, 8, 3), Config(256, 128, 128, 8, 3), Config(128, 128, 128, 8, 3),
-    Config(128, 128, 64, 8, 4), Config(128, 128, 64, 4, 4), Config(128, 64, 64, 4, 4), Config(64, 128, 128, 8, 3),
-    Config(64, 64, 128, 4, 4), Config(64, 64, 64, 4, 4), Config(32, 64, 64, 4, 5), Config(16, 64, 128, 4, 4),
-    Config(16, 64, 64, 4, 5), Config(128, 256, 32, 8, 4), Config(256, 128, 32, 8, 4), Config(128, 128, 32, 8, 5),
-    Config(128, 64, 32, 4, 5), Config(64, 64, 32, 4, 5), Config(16, 64, 32, 4, 5),
-]  # fmt: skip
-SPLITS = (2, 4, 8)
-TRIALS = 6  # the candidates of least estimated time are timed
-INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
-
-
-def fitting(m: int, o: int, span: int, taps: int, packed: bool, sms: int, bk: int = 128) -> list[Config]:
-    """Candidates for m pixels and o channels, best estimates first. sms: the GPU's multiprocessors; bk: the longest step."""
-    planes = 2 if packed else 1  # bytes of a for one byte of w
-
-    def cycles(c: Config) -> float:
-        """A wave of tiles: its steps, bound by arithmetic (4096 products a cycle), by the L2 cache (28 bytes) or by latency, then
-        its stores; a split reduction adds to memory and needs a second kernel."""
-        step = 60 + max(c.bm * c.bn * planes * c.bk / 4096, (c.bm * planes + c.bn) * c.bk / 28, 150)
-        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // sms)
-        store = 1500 + (c.bm * c.bn / 4 if c.split > 1 else 0)
-        return waves * (taps * span / c.bk / c.split * step + store) + (3000 + m * o / 300 if c.split > 1 else 0)
-
-    whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= bk]
-    split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
-    return sorted(whole + split, key=cycles)[:TRIALS]
-
-
-class ConfigCache:
-    """Chosen configurations by shape class, kept in the user's cache folder, one file for each GPU model, triton and kernels."""
-
-    def __init__(self) -> None:
-        self.chosen: dict[str, Config] = {}
-        self.path: Path | None = None
-
-    def load(self) -> None:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        gpu = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-        source = hashlib.sha256(Path(kernels.__file__).read_bytes()).hexdigest()[:8]  # other kernels are tuned anew
-        self.path = root / "questlib" / f"triton-{triton.__version__}-{source}-{gpu}.json"
-        if self.path.exists():
-            try:
-                self.chosen = {key: Config(*values) for key, values in json.loads(self.path.read_text()).items()} | self.chosen
-            except (ValueError, TypeError, AttributeError) as error:
-                warnings.warn(f"{self.path}: not readable ({error}); the kernels are tuned again", stacklevel=2)
-
-    def choose(self, key: str, candidates: Callable[[], list[Config]], run: Callable[[Config], object]) -> Config:
-        if self.path is None:
-            self.load()
-        if key not in self.chosen:
-            found = candidates()
-            if len(found) == 1 or not TUNE or torch.cuda.is_current_stream_capturing():
-                return found[0]
-            self.chosen[key] = min(found, key=lambda c: self.seconds(c, run))
-            self.save()
-        return self.chosen[key]
-
-    def seconds(self, config: Config, run: Callable[[Config], object]) -> float:
-        try:
-            return triton.testing.do_bench(lambda: run(config), warmup=2, rep=10, return_mode="median")
-        except triton.runtime.errors.OutOfResources:
-            return float("inf")
-
-    def save(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(self.chosen))
-            draft.replace(self.path)
-        except OSError as error:
-            warnings.warn(f"{self.path}: not written ({error}); the next process tunes its kernels again", stacklevel=2)
-
-
-CACHE = ConfigCache()
-
-
-# ---- operators ----
-def _on(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@torch.library.custom_op("questlib::quantize", mutates_args={"flag"})
-def quantize(
-    x: torch.Tensor, table: torch.Tensor, flag: torch.Tensor, levels: int, pad: list[int], sums: bool,
-    order: torch.Tensor | None = None, norm_scale: torch.Tensor | None = None, norm_shift: torch.Tensor | None = None,
-    silu: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [B, H, W, C] -> a' int8 [B, H + 2 pad_y, W + 2 pad_x, C'] and the sums of a, int32 (empty unless asked for).
-
-    table float32 [4, C or 1] as grid_table makes it, or [4, C'] with order int32 [C']: the channel of each column, -1 for none;
-    levels 2^bits - 1; flag int32 [1].
-    norm_scale, norm_shift float32 [B, C]: x * scale + shift first, then SiLU.
-    """
-    a, total = quantize_outputs(x, table, flag, levels, pad, sums, order)
-    (_, height, width, channels), padded = x.shape, a.shape[-1]
-    if a.numel():
-        rows = a.numel() // padded
-        block, columns = (8, 256) if sums else (32, CHANNEL_BLOCK)  # rows with sums: one warp a row, all its channels
-        block = 128 if INTERPRET else block  # interpreted programs cost by their number, not by their size
-        grid = (triton.cdiv(rows, block), 1 if sums else padded // columns)
-        norm, unused = norm_scale is not None, flag  # a kernel takes a pointer even where it reads none
-        with _on(x):
-            kernels.quantize[grid](
-                x, table, unused if order is None else order, a, total if sums else unused, flag,
-                norm_scale if norm else table, norm_shift if norm else table,
-                float(levels), rows, height, width, *pad, *x.stride()[:3], channels, padded,
-                UNIFORM=table.shape[1] == 1, ORDERED=order is not None, HAS_SUMS=sums, NORM=norm, SILU=silu,
-                BR=block, BC=columns, num_warps=4,
-            )  # fmt: skip
-    return a, total
-
-
-@quantize.register_fake
-def quantize_outputs(x, table, flag, levels, pad, sums, order=None, norm_scale=None, norm_shift=None, silu=False):
-    b, height, width, channels = x.shape
-    shape = (b, height + 2 * pad[0], width + 2 * pad[1])
-    padded = -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK if order is None else len(order)
-    a = torch.empty(*shape, padded, dtype=torch.int8, device=x.device)
-    return a, torch.empty(shape if sums else (0,), dtype=torch.int32, device=x.device)
-
-
-@torch.library.custom_op("questlib::group_norm_affine", mutates_args=())
-def group_norm_affine(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [B, C, H, W] -> scale and shift, float32 [B, C], with which GroupNorm(x) = x * scale + shift: `norm` of TritonLayer."""
-    scale, shift = group_norm_outputs(x, weight, bias, groups, eps)
-    rows = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-    if rows.stride(3) != 1 or rows.stride(1) != rows.shape[2] * rows.stride(2):
-        rows = rows.contiguous()
-    b, pixels, channels = len(rows), rows.shape[1] * rows.shape[2], rows.shape[3]
-    if not rows.numel():
-        return scale, shift
-    shares = min(64, triton.cdiv(pixels, 32))
-    sums = torch.empty(b, shares, 2, channels, dtype=torch.float32, device=x.device)
-    with _on(x):
-        kernels.moments[(shares, triton.cdiv(channels, 64), b)](
-            rows, sums, pixels, channels, triton.cdiv(pixels, shares), rows.stride(0), rows.stride(2), BR=32, BC=64
-        )
-        kernels.group_affine[(groups, b)](
-            sums, weight, bias, scale, shift, channels, shares, float(pixels * (channels // groups)), eps,
-            BS=triton.next_power_of_2(shares), BC=triton.next_power_of_2(channels // groups),
-        )  # fmt: skip
-    return scale, shift
-
-
-@group_norm_affine.register_fake
-def group_norm_outputs(x, weight, bias, groups, eps):
-    return tuple(torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
-
-
-@torch.library.custom_op("questlib::integer_gemm", mutates_args=())
-def integer_gemm(
-    a: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
-    correction: torch.Tensor | None, offset: torch.Tensor | None, sums: torch.Tensor | None,
-    window: list[int], stride: list[int], ends: list[int], dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """a' [B, H, W, C'] (padded already), w int8 [O, taps, C'] or uint8 [O, taps, C'/2] -> [B, H', W', O] of `dtype`.
-
-    out = float(acc) * scale_o + bias_o + residual; acc = dot + correction_o + offset_o * (window sums of `sums`).
-    ends: empty, or where the columns of packed w with shifts of at least 1, 2 and 3 end. dtype int32: acc itself, and scale, bias
-    and residual are ignored. All vectors [O]; residual shaped like the output.
-    """
-    out = gemm_output(a, w, scale, bias, residual, correction, offset, sums, window, stride, ends, dtype)
-    if not out.numel():
-        return out
-    o, span, padded = w.shape[0], w.shape[2], a.shape[3]
-    m, raw = out.numel() // o, dtype == torch.int32
-    if max(a.numel(), out.numel(), w.numel()) >= 2**31:
-        raise EngineError(f"engine triton: tensors of {max(a.numel(), out.numel())} elements are too large for 32-bit indices")
-    point = window == [1, 1] and stride == [1, 1]
-
-    def given(t: torch.Tensor | None) -> torch.Tensor:  # a kernel takes a pointer even where it reads none
-        return scale if t is None else t
-
-    def run(c: Config) -> torch.Tensor:
-        partial = torch.zeros_like(out, dtype=torch.int32) if c.split > 1 else out
-        grid = (triton.cdiv(m, c.bm) * triton.cdiv(o, c.bn), c.split)
-        kernels.gemm[grid](
-            a, w, partial, scale, given(bias), given(residual), given(correction), given(offset), given(sums),
-            m, o, span, padded, *window, a.shape[1], a.shape[2], out.shape[1], out.shape[2], *stride, *(ends or (0, 0, 0)),
-            POINT=point, PACKED=w.dtype == torch.uint8, SHIFTED=bool(ends), ASM=not INTERPRET, RAW=raw,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
-            HAS_CORRECTION=correction is not None, HAS_OFFSET=offset is not None,
-            BM=c.bm, BN=c.bn, BK=c.bk, ATOMIC=c.split > 1, GROUP=8, num_warps=c.warps, num_stages=c.stages,
-        )  # fmt: skip
-        if c.split == 1 or raw:
-            return partial
-        kernels.finish[(triton.cdiv(m, 16), triton.cdiv(o, 128))](
-            partial, out, scale, given(bias), given(residual), m, o,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BM=16, BN=128,
-        )  # fmt: skip
-        return out
-
-    if INTERPRET:
-        return run(next(c for c in INTERPRETED if span % c.bk == 0))
-    with _on(a):
-        sms, taps = torch.cuda.get_device_properties(a.device).multi_processor_count, window[0] * window[1]
-        key = f"{w.dtype}-{bool(ends)}-{dtype}-{window}-{stride}-{o}-{span}-{1 << (m - 1).bit_length()}"
-        return run(CACHE.choose(key, lambda: fitting(m, o, span, taps, w.dtype == torch.uint8, sms, 64 if ends else 128), run))
-
-
-@integer_gemm.register_fake
-def gemm_output(a, w, scale, bias, residual, correction, offset, sums, window, stride, ends, dtype):
-    high, wide = ((n - k) // s + 1 for n, k, s in zip(a.shape[1:3], window, stride, strict=True))
-    return torch.empty(a.shape[0], high, wide, w.shape[0], dtype=dtype, device=a.device)
-
-
-@torch.library.custom_op("questlib::integer_attention", mutates_args=())
-def integer_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, v_scale: torch.Tensor, heads: int, constants: list[int],
-    factor: float, p_inverse: float, p_levels: int, dtype: torch.dtype,
-) -> torch.Tensor:  # fmt: skip
-    """a' int8 of q [B, N, C'], k, v [B, M, C'] -> [B, N, C] = v_scale_c * sum_m p_m v_mc, p the codes 0..p_levels (at most 255)
-    round(softmax(factor * q k^T) * p_inverse). constants: a - a' of q and v. v_scale float32 [C]."""
-    out = attention_output(q, k, v, v_scale, heads, constants, factor, p_inverse, p_levels, dtype)
-    (batch, queries, width), keys, dim = out.shape, k.shape[1], out.shape[2] // heads
-    if not out.numel():
-        return out
-    # the tensor core wants the index that is summed over innermost
-    transposed = v.new_zeros(batch, width, -(-keys // 16) * 16)
-    transposed[..., :keys] = v[..., :width].transpose(1, 2)
-    q_constant, v_constant = constants
-    key_sum, shift = transposed, 0  # not read
-    if q_constant:
-        key_sum = k[..., :width].unflatten(-1, (heads, dim)).sum(-1, dtype=torch.int32).transpose(1, 2).contiguous()
-    if p_levels > BYTE:
-        shift = 128
-    v_sum = transposed.sum(-1, dtype=torch.int32) if shift else transposed
-    bd, small = max(32, triton.next_power_of_2(dim)), INTERPRET or queries < 128
-    bq, bk = (64, 64) if small or dim > 128 else (128, 64)
-    with _on(q):
-        kernels.attention[(triton.cdiv(queries, bq), batch * heads)](
-            q, k, transposed, out, key_sum, v_sum, v_scale, queries, keys, transposed.shape[2], heads, dim, q.shape[2],
-            q_constant, v_constant, factor / math.log(2), p_inverse, float(p_levels),
-            HAS_Q=q_constant != 0, HAS_V=v_constant != 0, P_CONSTANT=shift, EVEN=keys % bk == 0, ASM=not INTERPRET,
-            BQ=bq, BK=bk, BD=bd, num_warps=4 if bq == 64 else 8, num_stages=3,
-        )  # fmt: skip
-    return out
-
-
-@integer_attention.register_fake
-def attention_output(q, k, v, v_scale, heads, constants, factor, p_inverse, p_levels, dtype):
-    return torch.empty(*q.shape[:2], len(v_scale), dtype=dtype, device=q.device)
-
-
-# ---- layers ----
 def serves(form: IntegerForm) -> str | None:
     """None when TritonLayer can run this layer, otherwise the reason why not."""
     if not isinstance(form.layer, nn.Linear | nn.Conv2d):
@@ -387,7 +105,7 @@ def check_input(x: torch.Tensor, name: str, found: int | str, expected: int) -> 
     require_engine()
     if x.dtype not in FLOATS:
         raise EngineError(f"{name}: expected float32, float16 or bfloat16 input, found {x.dtype}")
-    if not INTERPRET and not x.is_cuda:
+    if not tiles.INTERPRET and not x.is_cuda:
         raise EngineError(f"{name}: engine triton needs input on an NVIDIA GPU, found {x.device}")
     if found != expected:
         raise EngineError(f"{name}: expected {expected} input channels, found {found}")

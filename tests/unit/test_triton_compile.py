@@ -18,7 +18,7 @@ MMA = {
     89: (r"mma\.sync\.aligned\.\S+\.s8\.s8", "IMMA"),
     90: (r"wgmma\.mma_async\S+\.s8\.s8", "IGMMA"),
 }
-CASES = [  # packed, point, bm, bn, bk, warps, stages, extra constants: from triton_engine.CANDIDATES
+CASES = [  # packed, point, bm, bn, bk, warps, stages, extra constants: from triton_tiles.CANDIDATES
     (True, True, 128, 128, 64, 8, 4, {}),
     (True, False, 128, 256, 64, 8, 3, {}),
     (True, False, 128, 128, 64, 8, 4, dict(SHIFTED=True)),

@@ -7,8 +7,8 @@ import questlib
 from questlib import convert, engine_report, quantize
 from questlib.errors import ConfigError, EngineError
 
-triton_engine = pytest.importorskip("questlib.integer.triton_engine")
-pytestmark = pytest.mark.skipif(not triton_engine.INTERPRET, reason="needs triton with TRITON_INTERPRET=1")
+triton_tiles = pytest.importorskip("questlib.integer.triton_tiles")
+pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRET, reason="needs triton with TRITON_INTERPRET=1")
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,10 @@ from questlib.timesteps import StepGroups
 
 triton_engine = pytest.importorskip("questlib.integer.triton_engine")
 pytest.importorskip("triton")
+from questlib.integer import triton_ops, triton_tiles  # noqa: E402
 from questlib.integer.triton_engine import TritonLayer, check_finite, serves  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not triton_engine.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1")
 GROUPS = 2
 
 
@@ -122,8 +123,8 @@ def test_weights_shifted_by_carrier_blocks(module, weights):
 
 
 def test_a_long_reduction_shared_by_several_programs(monkeypatch):
-    config = triton_engine.Config(64, 64, 32, 4, 1, split=3)
-    monkeypatch.setattr(triton_engine, "INTERPRETED", [config])
+    config = triton_tiles.Config(64, 64, 32, 4, 1, split=3)
+    monkeypatch.setattr(triton_tiles, "INTERPRETED", [config])
     layer, steps = make_layer(nn.Conv2d(40, 20, 3, padding=1), 8, 8)
     compare(layer, steps, torch.randn(1, 40, 6, 5))
 
@@ -171,7 +172,7 @@ def test_the_affine_form_of_a_groupnorm(channels_last):
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x = torch.randn(2, 40, 9, 7) * 3 + 5
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    scale, shift = triton_engine.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
+    scale, shift = triton_ops.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
     assert relative(x * scale[..., None, None] + shift[..., None, None], norm(x)) <= 1e-5
 
 
@@ -239,18 +240,18 @@ def test_candidate_tiles_serve_every_shape():
         for o in (4, 320, 10240):
             for span in (32, 64, 96, 160, 320, 1280):
                 for taps in (1, 9):
-                    found = triton_engine.fitting(m, o, span, taps, True, 132)
+                    found = triton_tiles.fitting(m, o, span, taps, True, 132)
                     assert found and all(span % c.bk == 0 for c in found), (m, o, span)
-    assert triton_engine.fitting(64, 1280, 1280, 9, False, 132)[0].split > 1  # few tiles, a long reduction
-    assert all(c.split == 1 for c in triton_engine.fitting(65536, 1280, 1280, 1, False, 132))
+    assert triton_tiles.fitting(64, 1280, 1280, 9, False, 132)[0].split > 1  # few tiles, a long reduction
+    assert all(c.split == 1 for c in triton_tiles.fitting(65536, 1280, 1280, 1, False, 132))
 
 
 def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
-    monkeypatch.setattr(triton_engine, "INTERPRET", False)
+    monkeypatch.setattr(triton_tiles, "INTERPRET", False)
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
             triton_engine.require_engine()
-    monkeypatch.setattr(triton_engine, "triton", None)
+    monkeypatch.setattr(triton_tiles, "triton", None)
     with pytest.raises(EngineError, match="expected the package triton"):
         triton_engine.require_engine()
 
@@ -259,15 +260,15 @@ def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test/1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    two = triton_engine.CANDIDATES[:2]
+    two = triton_tiles.CANDIDATES[:2]
     times = dict(zip(two, (2.0, 1.0), strict=True))
-    monkeypatch.setattr(triton_engine.ConfigCache, "seconds", lambda self, config, run: times[config])
-    assert triton_engine.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
+    monkeypatch.setattr(triton_tiles.ConfigCache, "seconds", lambda self, config, run: times[config])
+    assert triton_tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
     times[two[0]] = 0.0
-    assert triton_engine.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
+    assert triton_tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
     next(tmp_path.rglob("*.json")).write_text("{")
     with pytest.warns(UserWarning, match="tuned again"):
-        assert triton_engine.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
+        assert triton_tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
 
 
 def test_operators_are_well_formed_for_torch_compile():
@@ -276,7 +277,7 @@ def test_operators_are_well_formed_for_torch_compile():
     x = torch.randn(1, 4, 4, 8)
     args = (x, engine.table0[0], engine.flag, engine.levels, [1, 1], True)
     torch.library.opcheck(torch.ops.questlib.quantize, args, test_utils=("test_schema", "test_faketensor"))
-    a, sums = triton_engine.quantize(*args)
+    a, sums = triton_ops.quantize(*args)
     tables = (engine.scale0[0], engine.bias, None, engine.correction0[0], engine.offset0)
     args = (a, engine.weight0, *tables, sums, [3, 3], [1, 1], [], x.dtype)
     torch.library.opcheck(torch.ops.questlib.integer_gemm, args, test_utils=("test_schema", "test_faketensor"))
