@@ -53,7 +53,7 @@ def engine_figure(result: dict[str, Any], model: str) -> Figure:
         for ax, (key, unit, label) in zip(axes, panels, strict=True):
             colors = [COLORS[3] if name.startswith("w") else COLORS[0] for name in rows]
             bars = ax.barh(list(rows), [row[key] / unit for row in rows.values()], color=colors)
-            ax.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
+            ax.bar_label(bars, fmt="%.4g", fontsize=7, padding=2)
             ax.set_xlabel(label)
             ax.grid(axis="x", alpha=0.3)
         axes[0].invert_yaxis()
