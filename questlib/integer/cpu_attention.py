@@ -13,7 +13,7 @@ from questlib.integer.form import BYTE, INT32, Grid, Part, act_grids
 from questlib.layers import QuantAttnProcessor
 from questlib.quantizers import ActQuantizer
 
-CHUNK = 1 << 18  # attention scores of one head held at a time: they stay in the cache
+CHUNK = 1 << 20  # attention scores of one head held at a time: few enough to stay in the cache, enough for all threads
 SMALL = 1 << 19  # scores of one head below which a loop over heads costs more than it saves
 
 
