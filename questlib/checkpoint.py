@@ -23,6 +23,7 @@ from torch import nn
 from questlib.config import QuantConfig
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.integer.convert import choose_engine, convert
+from questlib.integer.form import packed_size
 from questlib.model import act_quantizers, freeze, insert, quant_layers, step_groups
 
 FORMAT = 1
@@ -42,7 +43,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     """Inverse of `pack`. CheckpointError when the number of bytes does not fit `shape`, or a code exceeds `bits`."""
     n = shape.numel()
-    expected = n if bits > 4 else (n + 1) // 2
+    expected = packed_size(n, bits)
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise CheckpointError(
             f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, found {packed.numel()}"

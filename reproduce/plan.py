@@ -11,11 +11,12 @@ from pathlib import Path
 
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError, check_writable
+from questlib.integer.convert import ENGINES as INTEGER_ENGINES
 from reproduce.scales import Scale, get_scale
 from reproduce.tables import Cell, Table, get_table
 
 FEATURES = ("mini", "inception")
-ENGINES = ("fake", "cpu", "reference", "triton")  # simulated, or integers: see questlib.integer.convert
+ENGINES = ("fake", *INTEGER_ENGINES)  # simulated, or integers
 MAX_SEED = 999  # sampling uses seed + 1000, and questlib.sampling keeps noise distinct below 2000
 
 

@@ -56,28 +56,27 @@ def table(name: str) -> Callable[[Path], str]:
     return lambda results: report.markdown(*report.committed(name, results)).rstrip()
 
 
+def equality(found: dict[str, Any]) -> list[str]:
+    first = found["results"][0]
+    counts = f"{first['metrics']['cpu']['n_samples']} images; reference and float64: {first['cpu_against_reference']['samples']}"
+    heading = f"`python benchmarks/equality.py CHECKPOINTS` ({found['model']}, {counts}):"
+    return [heading, report.as_markdown(engine.equality_table(found))]
+
+
+def speed(found: dict[str, Any]) -> list[str]:
+    parts = []
+    for model, about in found["models"].items():
+        where = f"{model}, batch {about['batch']}, {_machine(about['provenance']['machine'])}"
+        parts += [f"`python benchmarks/cpu_unet.py` ({where}):", report.as_markdown(engine.speed_table(found, model))]
+    return parts
+
+
 def engines(results: Path) -> str:
     """The integer engine: is it equal, and how fast; from benchmarks/results beside `results`."""
-    folder, parts = results.parent / "benchmarks" / "results", []
-    for name, command in (
-        ("equality", "python benchmarks/equality.py CHECKPOINTS"),
-        ("cpu_unet", "python benchmarks/cpu_unet.py"),
-    ):
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            parts.append(f"`{command}`: not measured yet.")
-            continue
-        found = json.loads(path.read_text())
-        if name == "equality":
-            runs = found["results"][0]
-            counts = (
-                f"{runs['metrics']['cpu']['n_samples']} images; reference and float64: {runs['cpu_against_reference']['samples']}"
-            )
-            parts += [f"`{command}` ({found['model']}, {counts}):", report.as_markdown(engine.equality_table(found))]
-            continue
-        for model, about in found["models"].items():
-            where = f"{model}, batch {about['batch']}, {_machine(about['provenance']['machine'])}"
-            parts += [f"`{command}` ({where}):", report.as_markdown(engine.speed_table(found, model))]
+    parts = []
+    for name, write in (("equality", equality), ("cpu_unet", speed)):
+        path = results.parent / "benchmarks" / "results" / f"{name}.json"
+        parts += write(json.loads(path.read_text())) if path.is_file() else [f"`benchmarks/{name}.py`: not measured yet."]
     return "\n\n".join(parts)
 
 

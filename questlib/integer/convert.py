@@ -14,14 +14,14 @@ from questlib.errors import ConfigError, EngineError
 from questlib.integer import triton_engine
 from questlib.integer.cpu import CpuLayer, saturates
 from questlib.integer.cpu_attention import CpuAttnProcessor
-from questlib.integer.form import IntegerForm, integer_form
+from questlib.integer.form import IntegerForm, integer_form, packed_size
 from questlib.integer.triton_attention import TritonAttnProcessor
 from questlib.layers import QuantAttnProcessor, QuantLayer
 from questlib.model import quant_layers, step_groups
 from questlib.quantizers import ActQuantizer
 from questlib.timesteps import StepGroups
 
-ENGINES = ("cpu", "triton", "reference")
+ENGINES = ("cpu", "reference", "triton")
 WEIGHTS = ("packed", "int8")
 LAYERS = (CpuLayer, triton_engine.TritonLayer)
 ATTENTION = (CpuAttnProcessor, TritonAttnProcessor)
@@ -99,7 +99,6 @@ def convert(
                     raise
     if dtype != torch.float32:
         _cast(unet, dtype)
-    unet.quest_engine = engine
     _tabulate_time(unet)
     if engine == "triton":  # kernels raise flags: a look after each call, not a wait in each layer
         unet.register_forward_hook(lambda module, args, out: triton_engine.check_finite(module))
@@ -174,9 +173,7 @@ def engine_report(unet: nn.Module) -> pd.DataFrame:
             simulated = quantized and (module.act.enabled or module.weights_on)
             engine = "fake" if simulated else str(module.weight.dtype).removeprefix("torch.")
             size = module.weight.numel() * module.weight.element_size()
-            packed = (
-                size if not simulated or module.wq is None else -(-module.weight.numel() * (4 if module.wq.bits <= 4 else 8) // 8)
-            )
+            packed = packed_size(module.weight.numel(), module.wq.bits) if simulated and module.wq is not None else size
             rows.append((name, engine, "simulated" if simulated else "not quantized", packed, size))
         elif isinstance(module, QuantAttnProcessor):
             rows.append((name.removesuffix(".processor"), "fake", "simulated", 0, 0))

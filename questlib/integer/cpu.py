@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from questlib.errors import EngineError
-from questlib.integer.form import Grid, IntegerForm, Part
+from questlib.integer.form import Grid, IntegerForm, Part, group_in_force
 from questlib.timesteps import StepGroups
 
 MIDDLE = 128
@@ -146,14 +146,6 @@ def send(x: torch.Tensor, grid: Grid, dim: int, inplace: bool = False) -> tuple[
     return codes.view(torch.uint8).bitwise_xor_(MIDDLE), MIDDLE
 
 
-def group_in_force(steps: StepGroups, name: str) -> int:
-    if not isinstance(steps.current, int):
-        raise EngineError(
-            f"{name}: integer execution takes one step group a call, found timesteps of several groups in the batch"
-        )
-    return steps.current
-
-
 def check_finite(x: torch.Tensor, name: str) -> None:
     """EngineError on NaN or infinity, which no integer code stands for. The sum is one cheap pass; it decides nothing alone."""
     if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
@@ -186,7 +178,7 @@ class CpuLayer(nn.Module):
             else:
                 parts.append((part, i))
         self.parts = [(p.start, p.stop, i, prepack(p, self.geometry, exact=exact)) for p, i in parts]
-        self.packed_bytes = -(-layer.weight.numel() * (4 if form.weight_bits <= 4 else 8) // 8)
+        self.packed_bytes = form.packed_bytes
         self.resident_bytes = sum(p.weight.numel() for p, _ in parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,26 +188,25 @@ class CpuLayer(nn.Module):
         out, sent = None, {}
         for start, stop, i, packed in self.parts:
             if i not in sent:
-                own = x if len(group) == 1 else x.narrow(self.dim, start, stop - start)
-                codes, zero = send(own, group[i], self.dim)
-                sent[i] = self._dense(codes), zero
+                sent[i] = self._sent(x if len(group) == 1 else x.narrow(self.dim, start, stop - start), group[i])
             bias = self.bias if out is None else None
             y = multiply(*sent[i], group[i].base, packed, self.geometry, bias, dtype)
             out = y if out is None else out.add_(y)
         return out.to(x.dtype)
 
-    def _dense(self, codes: torch.Tensor) -> torch.Tensor:
-        return codes.contiguous() if self.geometry is None else codes.contiguous(memory_format=torch.channels_last)
+    def _sent(self, x: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, int]:
+        codes, zero = send(x, grid, self.dim)
+        layout = torch.contiguous_format if self.geometry is None else torch.channels_last
+        return codes.contiguous(memory_format=layout), zero
 
     @torch.no_grad()
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:
         """int64 [..., O] or [B, O, H', W'] of each part as the kernels made them, exact below 2^24: float32 carries them."""
         group, found = self.grids[group_in_force(self.steps, self.name)], {}
         for start, stop, i, packed in self.parts:
-            own = x if len(group) == 1 else x.narrow(self.dim, start, stop - start)
-            codes, zero = send(own, group[i], self.dim)
+            codes, zero = self._sent(x if len(group) == 1 else x.narrow(self.dim, start, stop - start), group[i])
             plain = packed._replace(scale=torch.ones_like(packed.scale), offset=None)
-            y = multiply(self._dense(codes), zero, 1.0, plain, self.geometry, None, torch.float32).movedim(self.dim, -1).long()
+            y = multiply(codes, zero, 1.0, plain, self.geometry, None, torch.float32).movedim(self.dim, -1).long()
             if packed.offset is not None:
                 y = y[..., :-1] + (packed.offset.flatten() / packed.scale[:-1]).round().long() * y[..., -1:]
             # the high nibbles come first

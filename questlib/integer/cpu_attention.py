@@ -8,8 +8,8 @@ import torch
 from diffusers.models.attention_processor import Attention
 
 from questlib.errors import EngineError
-from questlib.integer.cpu import MIDDLE, group_in_force, multiply, prepack, send
-from questlib.integer.form import BYTE, INT32, Grid, Part, act_grids
+from questlib.integer.cpu import MIDDLE, multiply, prepack, send
+from questlib.integer.form import BYTE, INT32, Grid, Part, act_grids, group_in_force
 from questlib.layers import QuantAttnProcessor
 from questlib.quantizers import ActQuantizer
 

@@ -21,6 +21,7 @@ from questlib.errors import EngineError
 from questlib.integer.reference import split_ratio
 from questlib.layers import QuantLayer
 from questlib.quantizers import ActQuantizer
+from questlib.timesteps import StepGroups
 
 BYTE = 127
 INT32 = 2**31 - 1
@@ -59,6 +60,20 @@ class Part(NamedTuple):
     scale: torch.Tensor  # float32 [O]
 
 
+def packed_size(count: int, bits: int) -> int:
+    """Bytes of `count` weight codes in a checkpoint: up to 4 bits two codes share a byte."""
+    return (count + 1) // 2 if bits <= 4 else count
+
+
+def group_in_force(steps: StepGroups, name: str) -> int:
+    """The step group of the present call. EngineError when the batch has timesteps of several."""
+    if not isinstance(steps.current, int):
+        raise EngineError(
+            f"{name}: integer execution takes one step group a call, found timesteps of several groups in the batch"
+        )
+    return steps.current
+
+
 @dataclass(frozen=True)
 class IntegerForm:
     name: str
@@ -68,6 +83,11 @@ class IntegerForm:
     parts: tuple[Part, ...]
     grids: tuple[tuple[Grid, ...], ...]  # [step group][part]
     bias: torch.Tensor | None  # float32 [O]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of the weights in the checkpoint."""
+        return packed_size(self.layer.weight.numel(), self.weight_bits)
 
     @property
     def carrier(self) -> bool:

@@ -9,7 +9,7 @@ from torch import nn
 
 from questlib.errors import EngineError
 from questlib.integer import triton_tiles as tiles
-from questlib.integer.form import BYTE, INT32, Grid, IntegerForm, Part
+from questlib.integer.form import BYTE, INT32, Grid, IntegerForm, Part, group_in_force
 from questlib.integer.triton_ops import CHANNEL_BLOCK, integer_attention, integer_gemm, quantize
 from questlib.timesteps import StepGroups
 
@@ -94,12 +94,6 @@ def stored_weight(w: torch.Tensor, order: torch.Tensor, offset: torch.Tensor | N
     return w.to(torch.int8)
 
 
-def group_in_force(steps: StepGroups, name: str) -> int:
-    if not isinstance(steps.current, int):
-        raise EngineError(f"{name}: integer execution takes one step group a call, found timesteps of several groups")
-    return steps.current
-
-
 def check_input(x: torch.Tensor, name: str, found: int | str, expected: int) -> None:
     """EngineError, naming the layer, unless this engine can run on x, whose channels number `found`."""
     require_engine()
@@ -142,7 +136,7 @@ class TritonLayer(nn.Module):
         if not self.linear:
             self.window, self.stride, self.pad = ([*v] for v in (form.layer.kernel_size, form.layer.stride, form.layer.padding))
         self.spans = [(p.start, p.stop) for p in form.parts]
-        self.packed_bytes = -(-form.layer.weight.numel() * (4 if form.weight_bits <= 4 else 8) // 8)  # in the checkpoint
+        self.packed_bytes = form.packed_bytes
         self.channels, self.outputs = self.spans[-1][1], form.parts[0].weight.shape[0]
         self._hold("bias", form.bias)
         self._hold("flag", torch.zeros(1, dtype=torch.int32, device=form.parts[0].weight.device))

@@ -316,7 +316,8 @@ def attention_pair(bits, p_bits, heads=2, dim=20):
 def test_attention(bits, p_bits, queries, keys):
     """Equal to the simulation, but for probabilities on an edge of rounding: the two softmaxes differ in their last bit."""
     engine, simulate, steps = attention_pair(bits, p_bits)
-    q, k, v = torch.randn(2, queries, 40), torch.randn(2, keys, 40), torch.randn(2, keys, 40)
+    g = torch.Generator().manual_seed(0)  # one probability that flips is 2.8% of the smallest case's outputs
+    q, k, v = (torch.randn(2, n, 40, generator=g) for n in (queries, keys, keys))
     for group in range(GROUPS):
         steps.current = group
         expected = simulate(q, k, v)
