@@ -11,22 +11,25 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+from gpu_check import jobs  # noqa: E402
+from gpu_measure import floor_seconds  # noqa: E402
+from gpu_subjects import SHAPES, Shape, input_of, module_of  # noqa: E402
 
 
 def test_floors():
-    linear = gpu.Shape("m", 10, 20, 30)
+    linear = Shape("m", 10, 20, 30)
     assert linear.operations(2) == 2 * 2 * 30 * 10 * 20
     assert linear.bytes(2, 2.0, 0.5) == 2 * 30 * 10 * 2 + 200 * 0.5 + 2 * 30 * 20 * 2
-    conv = gpu.Shape("m", 10, 20, 16, 3, 2)
+    conv = Shape("m", 10, 20, 16, 3, 2)
     assert conv.operations(1) == 2 * 16 * 10 * 20 * 9
     assert conv.bytes(1, 1.0, 1.0) == 64 * 10 + 10 * 20 * 9 + 16 * 20 * 2
-    assert gpu.floor_seconds(100, 10, 10, 1) == 10 and gpu.floor_seconds(100, 30, 10, 1) == 30
+    assert floor_seconds(100, 10, 10, 1) == 10 and floor_seconds(100, 30, 10, 1) == 30
 
 
-@pytest.mark.parametrize("shape", gpu.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_shapes_are_what_they_say(shape):
     small = shape._replace(inputs=4, outputs=2)
-    y = gpu.module_of(small)(gpu.input_of(small, 1, "cpu", torch.float32))
+    y = module_of(small)(input_of(small, 1, "cpu", torch.float32))
     assert y.numel() == 2 * shape.pixels
 
 
@@ -50,7 +53,7 @@ def test_the_engine_loads_where_diffusers_is_missing():
     program = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n == 'diffusers' else find(n, *a)\n"
-        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu; from torch import nn\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu_subjects as gpu; from torch import nn\n"
         "engine, form, reference = gpu.load_engine()\n"
         "layer, steps = gpu.random_layer(nn.Linear(8, 4), 4, 4)\n"
         "print(engine.TritonLayer(form.integer_form(layer, 'layer'), steps).kind, 'diffusers.models.resnet' in sys.modules)"
@@ -64,6 +67,6 @@ def test_shares_of_a_section_run_in_processes_of_their_own():
     pytest.importorskip("triton")
     found = gpu.run_shards("correctness", 2, ("--interpret", "--quick"))
     assert [f["correctness"]["failures"] for f in found] == [[], []]
-    assert sum(f["correctness"]["checked"] for f in found) == len(gpu.jobs(small=True)[::24]) + 2
+    assert sum(f["correctness"]["checked"] for f in found) == len(jobs(small=True)[::24]) + 2
     with pytest.raises(RuntimeError, match="ended with code 2"):
         gpu.run_shards("nonsense", 1)

@@ -1,0 +1,164 @@
+"""How fast is one subject on the GPU? A row of results each for a layer, a block, an attention and a whole UNet."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+from gpu_subjects import BATCHES, FORMATS, SHAPES, Shape, attention_parts, input_of, load_engine, module_of, random_layer
+
+
+def floor_seconds(operations: float, moved: float, peak: float, bandwidth: float) -> float:
+    return max(operations / peak, moved / bandwidth)
+
+
+class Timer:
+    def __init__(self) -> None:
+        import torch
+
+        self.torch = torch
+        self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+
+    def graph(self, run: Callable):
+        """`run` captured in a CUDA graph: launches cost no time on the host, for any contender."""
+        torch = self.torch
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side), torch.no_grad():
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph), torch.no_grad():
+            run()
+        return graph.replay
+
+    def compare(self, runs: dict[str, Callable], repeats: int = 10) -> dict[str, float]:
+        """{name: median seconds}, in the order A B .. B A."""
+        torch = self.torch
+        replays = {name: self.graph(run) for name, run in runs.items()}
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for names in (list(runs), list(runs)[::-1]):
+            for name in names:
+                for warm in (True, False):
+                    events = []
+                    for _ in range(2 if warm else repeats):
+                        self.flush.zero_()
+                        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                        start.record(), replays[name](), end.record()
+                        events.append((start, end))
+                    torch.cuda.synchronize()
+                    if not warm:
+                        times[name] += [s.elapsed_time(e) / 1e3 for s, e in events]
+        return {name: statistics.median(values) for name, values in times.items()}
+
+
+def layer_row(shape: Shape, batch: int, timer: Timer, ceiling: dict[str, float], engine, form) -> dict:
+    import torch
+
+    x = input_of(shape, batch, "cuda", torch.float16)
+    runs, stored = {}, {}
+    for name, w, a, kind, shift in FORMATS:
+        layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
+        mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
+        runs[name] = functools.partial(mine, x)
+        runs[f"{name}, quantized before"] = functools.partial(
+            mine.multiplied, *mine.quantized(mine.rows(x), 0, 0), 0, 0, x.dtype, mine.bias
+        )
+        stored[name] = stored[f"{name}, quantized before"] = 0.5 if kind == "packed" else 1.0
+    for dtype in (torch.float16, torch.bfloat16):
+        plain = module_of(shape).to("cuda", dtype)
+        plain = plain.to(memory_format=torch.channels_last) if shape.taps == 3 else plain
+        runs[str(dtype).removeprefix("torch.")] = functools.partial(plain, x.to(dtype))
+    if shape.taps == 1 and batch * shape.pixels > 16:
+        a8 = torch.randint(-127, 128, (batch * shape.pixels, shape.inputs), device="cuda", dtype=torch.int8)
+        b8 = torch.randint(-127, 128, (shape.outputs, shape.inputs), device="cuda", dtype=torch.int8)
+        runs["torch._int_mm"] = functools.partial(torch._int_mm, a8, b8.T)
+    times, fraction = timer.compare(runs), {}
+    for name, seconds in times.items():
+        integer, before, product = "float" not in name, "before" in name, "_int_mm" in name
+        moved = shape.bytes(
+            batch, 1.0 if before or product else 2.0, stored.get(name, 1.0 if integer else 2.0), 4.0 if product else 2.0
+        )
+        peak = ceiling["int8" if integer else "bf16"]
+        fraction[name] = floor_seconds(shape.operations(batch), moved, peak, ceiling["bandwidth"]) / seconds
+    speedup = {n: times["float16"] / s for n, s in times.items() if n.startswith("W")}
+    return dict(shape=str(shape), batch=batch, seconds=times, fraction=fraction, speedup_over_float16=speedup)
+
+
+def compile_layers(i: int, n: int) -> None:
+    """Run every tile that tuning would try, once, for this process's share of the shapes: afterwards they come from the cache."""
+    import torch
+
+    engine, form, _ = load_engine()
+    engine.tiles.ConfigCache.load, engine.tiles.ConfigCache.save = (lambda self: setattr(self, "path", Path()),) * 2
+    engine.tiles.ConfigCache.seconds = lambda self, config, run: run_once(engine, config, run)
+    for shape, (_, w, a, kind, shift) in list(itertools.product(SHAPES, FORMATS))[i::n]:
+        layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
+        mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
+        for batch in BATCHES:
+            mine(input_of(shape, batch, "cuda", torch.float16))
+
+
+def run_once(engine, config, run: Callable) -> float:
+    try:
+        run(config)
+    except engine.tiles.triton.runtime.errors.OutOfResources:
+        pass  # tuning will find the same
+    return 0.0
+
+
+def block_row(shape: Shape, batch: int, timer: Timer, engine, form) -> dict:
+    """GroupNorm, SiLU and a convolution, as in a ResNet block: where quantization is fused into what stands before it."""
+    import torch
+    from torch import nn
+
+    x, norm = input_of(shape, batch, "cuda", torch.float16), nn.GroupNorm(32, shape.inputs).to("cuda", torch.float16)
+    plain = nn.Sequential(norm, nn.SiLU(), module_of(shape).to("cuda", torch.float16)).to(memory_format=torch.channels_last)
+    runs = {"float16": functools.partial(plain, x), "float16 compiled": functools.partial(torch.compile(plain), x)}
+
+    def fused(mine):
+        affine = torch.ops.questlib.group_norm_affine(x, norm.weight, norm.bias, 32, norm.eps)
+        return mine(x, norm=affine, silu=True)
+
+    for name, w, a, kind, shift in FORMATS:
+        layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
+        mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
+        runs[name] = functools.partial(fused, mine)
+    runs["W8A8, not fused"] = functools.partial(nn.Sequential(norm, nn.SiLU(), mine), x)
+    return dict(shape=f"norm, SiLU, {shape}", batch=batch, seconds=timer.compare(runs))
+
+
+def attention_row(queries: int, keys: int, dim: int, batch: int, timer: Timer, engine, form, heads: int = 8) -> dict:
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    q, k, v = (torch.randn(batch, n, heads * dim, device="cuda", dtype=torch.float16) for n in (queries, keys, keys))
+    runs = {}
+    for bits in (4, 8):
+        mine, _ = attention_parts(engine, form, bits, heads, dim, "cuda")
+        runs[f"A{bits}"] = functools.partial(mine.attend, q, k, v, heads, dim**-0.5)
+    runs["float16"] = functools.partial(
+        scaled_dot_product_attention, *(x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in (q, k, v))
+    )
+    return dict(shape=f"attention {queries}x{keys}x{dim}", batch=batch, seconds=timer.compare(runs))
+
+
+def unet_row(model, name: str, batch: int, timer: Timer) -> dict:
+    import torch
+
+    x = torch.randn(batch, 4, 64, 64, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
+    t, text = torch.tensor(500, device="cuda"), torch.randn(batch, 77, 768, device="cuda", dtype=torch.float16)
+    with torch.no_grad():
+        for _ in range(2):  # tunes, compiles, fills the tables of the time path, sets the step group
+            model(x, t, text)
+    if hasattr(model, "quest_hook"):
+        model.quest_hook.remove()  # it reads the timestep on the host, which a graph cannot hold
+    torch.cuda.reset_peak_memory_stats()
+    seconds = timer.compare({name: functools.partial(model, x, t, text)})[name]
+    weights = sum(v.numel() * v.element_size() for v in (*model.parameters(), *model.buffers()))
+    peak = torch.cuda.max_memory_allocated() - timer.flush.numel()
+    return dict(batch=batch, seconds=seconds, peak_bytes=peak, weight_bytes=weights)
