@@ -103,8 +103,8 @@ class Observer:
     """Extremes and a fixed-size sample of what reaches one quantizer, per channel, for the step group that is being seen."""
 
     def __init__(self, quantizer: ActQuantizer, config: QuantConfig, seed: int) -> None:
-        self.q, self.ema, self.carrier = quantizer, config.act_ema, quantizer.carrier
-        self.per_channel = self.carrier or quantizer.scale.shape[1] == len(quantizer.index) > 1
+        self.q, self.ema, self.snapped = quantizer, config.act_ema, quantizer.carrier or quantizer.token
+        self.per_channel = self.snapped or quantizer.scale.shape[1] == len(quantizer.index) > 1
         self.generator = torch.Generator().manual_seed(seed)
         self.lo = self.hi = None
         self.values: list[torch.Tensor] = []
@@ -128,9 +128,9 @@ class Observer:
         q = self.q
         x = torch.cat(self.values, 1)  # [C, n]
         symmetric = config.act_symmetric and not q.unsigned
-        if self.per_channel and len(q.index) > 1:
+        if self.snapped or (self.per_channel and len(q.index) > 1):
             scale, zero = ranges.search(x, self.lo, self.hi, q.bits, config.act_range, symmetric, config.range_norm)
-            if self.carrier:
+            if self.snapped:
                 self.free = (x, scale, zero)  # snapped once all groups are known: the shifts are common
             else:
                 q.set_group(group, scale, zero)
@@ -145,13 +145,16 @@ class Observer:
 
 
 def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
-    """Snap all groups' free scales to the carrier grid, each part of a split input with its own base."""
+    """Snap all groups' free scales to the carrier grid, each part of a split input with a base (per token: a clip) of its own."""
     for part in range(quantizer.scale.shape[1]):
         own = quantizer.index == part
         shift = ranges.block_shifts(torch.stack([s[own] for _, s, _ in free]))
         shift = shift if quantizer.shifts else torch.zeros_like(shift)
         for group, (x, s, z) in enumerate(free):
-            base, ratio, zero = ranges.snap_to_carrier(x[own], s[own], z[own], shift, quantizer.bits, norm)
+            if quantizer.token:
+                (base, ratio), zero = ranges.snap_to_tokens(x[own], s[own], shift, quantizer.bits, norm), torch.zeros_like(z[own])
+            else:
+                base, ratio, zero = ranges.snap_to_carrier(x[own], s[own], z[own], shift, quantizer.bits, norm)
             with torch.no_grad():
                 quantizer.scale[group, part] = base
                 quantizer.ratio[group, own] = ratio

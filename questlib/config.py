@@ -12,7 +12,7 @@ from questlib.errors import ConfigError
 OFF = 16  # a bit-width of 16 switches a quantizer off
 
 CHOICES = {
-    "act_granularity": ("tensor", "channel", "carrier"),
+    "act_granularity": ("tensor", "channel", "carrier", "token"),
     "act_range": ("minmax", "mse", "percentile"),
     "weight_range": ("minmax", "mse"),
     "te": ("ptq", "fp", "finetune"),
@@ -35,6 +35,7 @@ class QuantConfig:
     te_act_bits: int | None = None  # inputs of the time-embedding layers; None: act_bits
     # ranges (Sec. 3.1)
     # tensor | channel (free, fake only) | carrier (base * m_k * 2^e: runs in integers; only up to 4 bits, wider codes per tensor)
+    # token (linear layers and 1x1 convolutions: the range of each token as it comes, times static ratios m_k * 2^e; else carrier)
     act_granularity: str = "tensor"
     act_range: str = "mse"
     range_norm: float = 2.0  # the "mse" search minimizes |x_hat - x|^range_norm; above 2 it clips less (paper: 2)

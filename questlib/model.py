@@ -107,6 +107,14 @@ def _weight_bits(role: str, config: QuantConfig) -> int:
     return config.weight_bits if bits is None or config.weight_bits == OFF else bits
 
 
+def sees_tokens(layer: nn.Module) -> bool:
+    """Whether each output comes from one token (or pixel) alone, so that a scale of its own can be put on after the sum."""
+    if isinstance(layer, nn.Linear):
+        return True
+    shape = (*layer.kernel_size, *layer.stride, layer.groups)
+    return set(shape) == {1} and layer.padding in (0, (0, 0))
+
+
 def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.Module:
     """A deep copy of `unet` with quantizers in every Linear, Conv2d and attention; weights have their ranges, activations none.
 
@@ -120,7 +128,8 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
     roles, splits = layer_roles(unet), skip_splits(unet) if config.split_skip else {}
     steps = StepGroups(timesteps, contiguous_groups(len(timesteps), min(config.step_groups, len(timesteps))))
     modules = dict(unet.named_modules())
-    free, carrier = (config.act_granularity == kind for kind in ("channel", "carrier"))
+    free, token = (config.act_granularity == kind for kind in ("channel", "token"))
+    carrier = token or config.act_granularity == "carrier"
     for name, role in roles.items():
         if config.te == "fp" and role in TIME_ROLES:
             continue
@@ -131,7 +140,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         act = ActQuantizer(
             f"{name}.act", _act_bits(role, config), steps, channels, -1 if isinstance(layer, nn.Linear) else 1,
             torch.arange(channels) if free else split, carrier=carrier,
-            shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1,
+            shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1, token=token and sees_tokens(layer),
         )  # fmt: skip
         # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
         w_index = split if getattr(layer, "groups", 1) == 1 else torch.zeros(layer.weight.shape[1], dtype=torch.int64)

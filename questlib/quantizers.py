@@ -27,8 +27,8 @@ class LearnedQuant(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, scale, zero_point, bits):
-        u = x * (1.0 / scale)
+    def forward(ctx, x, scale, zero_point, bits, inverse=None):
+        u = x * (1.0 / scale if inverse is None else inverse)
         q = u.round().clamp_(-zero_point, 2**bits - 1 - zero_point)
         ctx.save_for_backward(u, q, scale)
         ctx.bounds = (-zero_point - 0.5, 2**bits - 0.5 - zero_point)
@@ -40,15 +40,16 @@ class LearnedQuant(torch.autograd.Function):
         inside = (u >= ctx.bounds[0]) & (u <= ctx.bounds[1])
         grad_x = grad * inside if ctx.needs_input_grad[0] else None
         grad_s = sum_to(grad * torch.where(inside, q - u, q), scale.shape) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_s, None, None
+        return grad_x, grad_s, None, None, None
 
 
 class ActQuantizer(nn.Module):
-    """Static activation quantizer, one set of parameters for each step group.
+    """Activation quantizer, one set of parameters for each step group: static, or with the range of each token as it comes.
 
-    scale     float32 [G, P] parameter; P sets of parameters, channel c uses set index[c]
+    scale     float32 [G, P] parameter; P sets of parameters, channel c uses set index[c]; per token: the share of the range
+              that is kept
     ratio     float32 [G, C] integers m_k * 2^e of the carrier format, or 1: effective scale = scale[:, index] * ratio
-    zero_point float32 [G, C] integers 0..2^b - 1
+    zero_point float32 [G, C] integers 0..2^b - 1; per token: unused
     `dim` is the channel dimension of the input (1 for convolutions, -1 for linears and attention operands).
     """
 
@@ -63,10 +64,12 @@ class ActQuantizer(nn.Module):
         unsigned: bool = False,
         carrier: bool = False,
         shifts: bool = False,
+        token: bool = False,
     ):
         super().__init__()
         self.name, self.bits, self.dim, self.unsigned = name, bits, dim, unsigned
         self.carrier = carrier and bits <= 4  # wider codes leave no headroom in a byte: one scale a tensor
+        self.token = token
         self.shifts = shifts  # whether the other operand has room for the 2^e of the carrier format
         self.__dict__["steps"] = steps  # shared state of the whole UNet, registered once there
         groups, sets = steps.num_groups, int(index.max()) + 1
@@ -95,6 +98,27 @@ class ActQuantizer(nn.Module):
         shape[0], shape[self.dim] = lead[0], scale.shape[-1]
         return scale.reshape(shape), zero.reshape(shape)
 
+    def token_grids(self, x: torch.Tensor) -> tuple[ranges.TokenGrid, torch.Tensor]:
+        """Grids of x's tokens, with a place for each part where x has its channels, and the ratio, shaped to broadcast over x."""
+        g, shape = self.steps.current, [1] * x.ndim
+        ratio, clip = self.ratio[g], self.scale[g]  # [C], [P] or [B, C], [B, P]
+        shape[0], shape[self.dim] = ratio.shape[0] if ratio.ndim == 2 else 1, ratio.shape[-1]
+        ratio, u, grids = ratio.reshape(shape), x * (1.0 / ratio.reshape(shape)), []
+        for part in range(clip.shape[-1]):
+            own = u if clip.shape[-1] == 1 else u.index_select(self.dim, (self.index == part).nonzero()[:, 0])
+            shape[self.dim] = 1
+            grids.append(ranges.token_grid(own, clip[..., part].reshape(shape), self.bits, self.dim))
+        return ranges.TokenGrid(*(torch.cat(v, self.dim) for v in zip(*grids, strict=True))), ratio
+
+    def grid_for(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Scale, zero point and (per token) 1 / scale, to broadcast over x."""
+        if not self.token:
+            return *self.parameters_for(x.ndim), None
+        grid, ratio = self.token_grids(x)
+        if grid.scale.shape[self.dim] > 1:
+            grid = ranges.TokenGrid(*(v.index_select(self.dim, self.index) for v in grid))
+        return grid.scale * ratio, grid.zero_point, grid.inverse * (1.0 / ratio)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer.update(x.detach())
@@ -107,10 +131,10 @@ class ActQuantizer(nn.Module):
                     f"{self.name}: activation scales were never calibrated; run questlib.quantize with calibration data"
                 )
             self._ready = True
-        scale, zero = self.parameters_for(x.ndim)
+        scale, zero, inverse = self.grid_for(x)
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-            return LearnedQuant.apply(x, scale, zero, self.bits)
-        return ranges.fake_quant(x, scale, zero, self.bits)
+            return LearnedQuant.apply(x, scale, zero, self.bits, inverse)
+        return ranges.fake_quant(x, scale, zero, self.bits, inverse)
 
 
 class WeightQuantizer(nn.Module):

@@ -5,6 +5,9 @@ Uniform affine quantization (paper, Sec. 3.1): q = clamp(round(x / s) + z, 0, 2^
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 
 EPS = 1e-8
@@ -23,9 +26,15 @@ def affine(lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool = Fals
     return scale, (-lo / scale).round().clamp(0, levels)
 
 
-def fake_quant(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
-    """Quantize and dequantize. round(x * (1/s)): one formula everywhere, so that every engine can match it exactly."""
-    return (x * (1.0 / scale)).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(scale)
+def fake_quant(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, bits: int, inverse: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Quantize and dequantize. round(x * (1/s)): one formula everywhere, so that every engine can match it exactly.
+
+    inverse: 1/s where it is not computed from `scale` (per-token grids).
+    """
+    inverse = 1.0 / scale if inverse is None else inverse
+    return (x * inverse).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(scale)
 
 
 def _error(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool, norm: float = 2.0) -> torch.Tensor:
@@ -86,6 +95,33 @@ def search(
     return affine(lo, hi, bits, symmetric)
 
 
+# ---- per-token dynamic grids: s_tk = clip * range_t / (2^b - 1) * ratio_k ----
+
+
+class TokenGrid(NamedTuple):
+    """One entry a token (and part) where x has its channels; zero_point integers, so that q - z is one whatever the token."""
+
+    inverse: torch.Tensor  # 1 / scale
+    zero_point: torch.Tensor
+    scale: torch.Tensor
+
+
+def token_grid(u: torch.Tensor, clip: torch.Tensor, bits: int, dim: int) -> TokenGrid:
+    """u = x / ratio [..., C at dim, ...] and clip (scalar, or broadcastable) -> the grid of each token's range, zero included.
+
+    Codes of 8 bits have their zero in the middle: q - z must fit a signed byte. The gradient of `scale` reaches `clip` alone.
+    """
+    with torch.no_grad():
+        lo, hi = u.aminmax(dim=dim, keepdim=True)
+        levels = 2**bits - 1
+        lo, hi = lo.clamp_max(0.0), hi.clamp_min(0.0)
+        span = (2 * torch.maximum(-lo, hi) if bits == 8 else hi - lo).clamp_min(EPS)
+        unit = levels / span
+        zero = torch.full_like(lo, 128.0) if bits == 8 else (-lo * unit).clamp(0, levels).round()
+        inverse = unit * (1.0 / clip)
+    return TokenGrid(inverse, zero, span * (clip / levels))
+
+
 # ---- carrier headroom (design/integer.md): s_k = base * m_k * 2^e, applied exactly in 8-bit lanes ----
 
 CARRIER_MULTIPLIER = 8  # m_k in 1..8: |(q - z) m_k| <= 15 * 8 = 120 fits a signed byte
@@ -111,14 +147,40 @@ def snap_to_carrier(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Free scales [C] -> base (0-d), ratio [C] = m_k * 2^e, zero_point [C]; base has the least |error|^norm on x [C, n]."""
     levels, best = 2**bits - 1, None
-    unit = scale / 2**shift
     centre = (levels / 2 - zero) * scale  # keep the middle of the range where the search put it
-    for r in torch.linspace(0.35, 1.3, 39).tolist():
-        base = unit.max() * (r / CARRIER_MULTIPLIER)
-        ratio = (unit / base).round().clamp(1, CARRIER_MULTIPLIER) * 2**shift
+    for base, ratio in carrier_ratios(scale, shift):
         s = base * ratio
         z = torch.where(zero == 0, zero, (levels / 2 - centre / s).round().clamp(0, levels))
         err = power(fake_quant(x, s[:, None], z[:, None], bits) - x, norm).sum()
         if best is None or err < best[0]:
             best = (err, base, ratio, z)
     return best[1:]
+
+
+def carrier_ratios(scale: torch.Tensor, shift: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Candidates (base, ratio [C] = m_k * 2^e) for free scales [C]."""
+    unit = scale / 2**shift
+    for r in torch.linspace(0.35, 1.3, 39).tolist():
+        base = unit.max() * (r / CARRIER_MULTIPLIER)
+        yield base, (unit / base).round().clamp(1, CARRIER_MULTIPLIER) * 2**shift
+
+
+def snap_to_tokens(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, bits: int, norm: float = 2.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens x [C, n], free scales [C] -> clip (0-d), ratio [C] with the least |error|^norm: first the ratios, then the clip.
+
+    More than 4 bits leave no headroom for ratios: they are 1.
+    """
+
+    def error(ratio: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+        grid = token_grid(x * (1.0 / ratio)[:, None], clip, bits, 0)
+        inverse, full = grid.inverse * (1.0 / ratio)[:, None], grid.scale * ratio[:, None]
+        return power(fake_quant(x, full, grid.zero_point, bits, inverse) - x, norm).sum()
+
+    one = torch.ones((), dtype=scale.dtype, device=scale.device)
+    ratio = torch.ones_like(scale)
+    if bits <= 4:
+        ratio = min((r for _, r in carrier_ratios(scale, shift)), key=lambda r: error(r, one).item())
+    clip = min((one * c for c in torch.linspace(0.4, 1.0, 25).flip(0).tolist()), key=lambda c: error(ratio, c).item())
+    return clip, ratio

@@ -20,6 +20,7 @@ from torch import nn
 
 from questlib.errors import EngineError
 from questlib.integer.form import Grid, IntegerForm, Part, group_in_force
+from questlib.ranges import token_grid
 from questlib.timesteps import StepGroups
 
 MIDDLE = 128
@@ -146,6 +147,19 @@ def send(x: torch.Tensor, grid: Grid, dim: int, inplace: bool = False) -> tuple[
     return codes.view(torch.uint8).bitwise_xor_(MIDDLE), MIDDLE
 
 
+def send_tokens(x: torch.Tensor, grid: Grid, dim: int) -> tuple[torch.Tensor, int, torch.Tensor]:
+    """As `send`, each token on the grid of its own range: (uint8, zero point, scale float32 with one entry where x has C)."""
+    shape = [1] * x.ndim
+    shape[dim] = -1
+    inverse = grid.inverse.reshape(shape)
+    own = token_grid(x * inverse, grid.token.clip, grid.token.bits, dim)
+    high = 2**grid.token.bits - 1 - own.zero_point
+    codes = (x * (own.inverse * inverse)).round_().clamp_(-own.zero_point, high).to(torch.int8)
+    if not grid.uniform:
+        codes = codes.mul_(grid.multiplier.reshape(shape).to(torch.int8))
+    return codes.view(torch.uint8).bitwise_xor_(MIDDLE), MIDDLE, own.scale
+
+
 def check_finite(x: torch.Tensor, name: str) -> None:
     """EngineError on NaN or infinity, which no integer code stands for. The sum is one cheap pass; it decides nothing alone."""
     if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
@@ -165,12 +179,12 @@ class CpuLayer(nn.Module):
         self.geometry = None
         if conv:
             self.geometry = Geometry(list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups)
-        self.dim = 1 if conv else -1
+        self.dim, self.shape, self.token = (1, (-1, 1, 1), form.token) if conv else (-1, (-1,), form.token)
         parts: list[tuple[Part, int]] = []
         self.engine = "reference" if exact else "cpu-int8"
         for i, part in enumerate(form.parts):
             # bytes as sent: codes up to 2^bits - 1, or carried values up to 128 + limit
-            top = max(2**form.act_bits - 1 if g[i].uniform else MIDDLE + g[i].limit for g in form.grids)
+            top = max(2**form.act_bits - 1 if g[i].uniform and not form.token else MIDDLE + g[i].limit for g in form.grids)
             risk = 2 * top * int(part.weight.int().abs().max()) > INT16
             if risk and not exact and (saturates() if split is None else split):
                 parts += [(p, i) for p in nibbles(part)]
@@ -184,27 +198,31 @@ class CpuLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         group = self.grids[group_in_force(self.steps, self.name)]
         check_finite(x, self.name)
-        dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) and len(self.parts) == 1 else torch.float32
+        native = x.dtype in (torch.float32, torch.bfloat16) and len(self.parts) == 1 and not self.token
+        dtype = x.dtype if native else torch.float32
         out, sent = None, {}
         for start, stop, i, packed in self.parts:
             if i not in sent:
                 sent[i] = self._sent(x if len(group) == 1 else x.narrow(self.dim, start, stop - start), group[i])
+            codes, zero, scale = sent[i]
             bias = self.bias if out is None else None
-            y = multiply(*sent[i], group[i].base, packed, self.geometry, bias, dtype)
+            y = multiply(codes, zero, group[i].base, packed, self.geometry, None if self.token else bias, dtype)
+            if self.token:
+                y = y * scale if bias is None else torch.addcmul(bias.reshape(self.shape), y, scale)
             out = y if out is None else out.add_(y)
         return out.to(x.dtype)
 
-    def _sent(self, x: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, int]:
-        codes, zero = send(x, grid, self.dim)
+    def _sent(self, x: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+        codes, zero, scale = send_tokens(x, grid, self.dim) if self.token else (*send(x, grid, self.dim), None)
         layout = torch.contiguous_format if self.geometry is None else torch.channels_last
-        return codes.contiguous(memory_format=layout), zero
+        return codes.contiguous(memory_format=layout), zero, scale
 
     @torch.no_grad()
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:
         """int64 [..., O] or [B, O, H', W'] of each part as the kernels made them, exact below 2^24: float32 carries them."""
         group, found = self.grids[group_in_force(self.steps, self.name)], {}
         for start, stop, i, packed in self.parts:
-            codes, zero = self._sent(x if len(group) == 1 else x.narrow(self.dim, start, stop - start), group[i])
+            codes, zero, _ = self._sent(x if len(group) == 1 else x.narrow(self.dim, start, stop - start), group[i])
             plain = packed._replace(scale=torch.ones_like(packed.scale), offset=None)
             y = multiply(codes, zero, 1.0, plain, self.geometry, None, torch.float32).movedim(self.dim, -1).long()
             if packed.offset is not None:

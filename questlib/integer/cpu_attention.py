@@ -59,18 +59,19 @@ class CpuAttnProcessor(QuantAttnProcessor):
         out = torch.empty(batch, n, width)
         # an offset of k would add the same to all scores of a query, which the softmax does not see
         (q, zero), (k, _), (v, v_offset) = send(query, gq, -1), as_weight(key, gk), as_weight(value, gv)
+        q, k = (x.unflatten(-1, (heads, dim)).transpose(1, 2).contiguous() for x in (q, k))  # [B, heads, N or M, dim]
+        v = v.unflatten(-1, (heads, dim)).permute(0, 2, 3, 1).contiguous()  # [B, heads, dim, M]
         rows = max(1, CHUNK // m)
         for b, h in itertools.product(range(batch), range(heads)):
             own = slice(h * dim, (h + 1) * dim)
-            keys = prepack(Part(0, dim, k[b, :, own], None, torch.ones(m)), None, rows, self.exact)
+            keys = prepack(Part(0, dim, k[b, h], None, torch.ones(m)), None, rows, self.exact)
             offset = None if v_offset == 0 else torch.full((dim,), v_offset, dtype=torch.int32)
-            values = prepack(Part(0, m, v[b, :, own].T, offset, powers[own]), None, rows, self.exact)
+            values = prepack(Part(0, m, v[b, h], offset, powers[own]), None, rows, self.exact)
             for r in range(0, n, rows):
-                part = q[b, r : r + rows, own].contiguous()
-                scores = multiply(part, zero, gq.base * gk.base * scale, keys, None, None, torch.float32)
+                scores = multiply(q[b, h, r : r + rows], zero, gq.base * gk.base * scale, keys, None, None, torch.float32)
                 if mask is not None:
                     scores = scores + mask[b * heads + h, r : r + rows] if mask.shape[1] > 1 else scores + mask[b * heads + h]
-                probs, _ = send(scores.softmax(-1), gp, -1, inplace=True)
+                probs, _ = send(torch.softmax(scores, -1, out=scores), gp, -1, inplace=True)
                 out[b, r : r + rows, own] = multiply(probs, 0, gp.base * gv.base, values, None, None, torch.float32)
         return out
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from questlib.errors import EngineError
 from questlib.integer.form import integer_form
 from questlib.layers import QuantLayer
 
@@ -17,7 +18,7 @@ def one_output(layer: QuantLayer, x: torch.Tensor, output: int = 0, position: in
 
     layer: quantized, one group, input in one part; x as the layer takes it. Returns (one row a term: x, code, zero point,
     multiplier, a = (code - zero point) * multiplier, weight w, product a w; and the sums and results of both ways to compute it).
-    EngineError when the layer has no integer form.
+    EngineError when the layer has no integer form, or grids a token.
     """
     form = integer_form(layer, layer.act.name.removesuffix(".act"))
     grid, part = form.grids[layer.act.steps.current][0], form.parts[0]
@@ -32,6 +33,8 @@ def one_output(layer: QuantLayer, x: torch.Tensor, output: int = 0, position: in
     def each(values: torch.Tensor) -> torch.Tensor:
         return values.expand(len(layer.act.index)).repeat_interleave(repeat)
 
+    if form.token:
+        raise EngineError(f"{form.name}: expected a static activation grid, found one a token")
     inverse, low, high = each(grid.inverse), each(grid.low), each(grid.high)
     multiplier = each(torch.ones(1, dtype=torch.int32) if grid.uniform else grid.multiplier)
     centred = (terms * inverse).round().clamp(low, high).int()

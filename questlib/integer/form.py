@@ -2,6 +2,7 @@
 
     y_o = bias_o + sum_p base_p s_op acc_op,    acc_op = sum_k a_k (w_ok + offset_op),    a_k = (q_k - z_k) m_k
 
+Per token, base_p and z are each token's own, from the range of its channels as they come (`Grid.token`).
 Part p is one half of a split input (one part otherwise). w is a signed byte: the centred code, shifted by 2^e_k (carrier format).
 Codes of more than 4 bits do not fit a byte once centred; their part has an `offset` per output channel, and engines add
 offset_o * sum_k a_k. a_k is a signed byte for codes of up to 4 bits; for wider ones (uniform grids only) it is q - z,
@@ -27,14 +28,22 @@ BYTE = 127
 INT32 = 2**31 - 1
 
 
+class Token(NamedTuple):
+    """How a token's range becomes its grid (ranges.token_grid)."""
+
+    clip: torch.Tensor  # float32, one value: the share of the range that is kept
+    bits: int
+
+
 class Grid(NamedTuple):
     """One part of an activation in one step group: a = clamp(round(x * inverse), low, high) * multiplier, x ~ base * a * 2^e."""
 
-    inverse: torch.Tensor  # float32 [C], or [1] for a uniform grid: 1 / scale, as fake quantization computes it
-    low: torch.Tensor  # int32 like inverse: -zero_point
-    high: torch.Tensor  # int32 like inverse: 2^bits - 1 - zero_point
+    inverse: torch.Tensor  # float32 [C], or [1] for a uniform grid: 1 / scale, as fake quantization computes it; token: 1 / ratio
+    low: torch.Tensor  # int32 like inverse: -zero_point; token: the least that any zero point gives
+    high: torch.Tensor  # int32 like inverse: 2^bits - 1 - zero_point; token: the most
     multiplier: torch.Tensor | None  # int32 [C] in 1..8; None for a uniform grid
-    base: float
+    base: float  # token: 1
+    token: Token | None = None
 
     @property
     def uniform(self) -> bool:
@@ -47,7 +56,8 @@ class Grid(NamedTuple):
         return int((torch.maximum(-self.low, self.high) * m).max())
 
     def to(self, device: torch.device | str) -> Grid:
-        return Grid(*(v.to(device) if torch.is_tensor(v) else v for v in self))
+        token = None if self.token is None else self.token._replace(clip=self.token.clip.to(device))
+        return Grid(*(v.to(device) if torch.is_tensor(v) else v for v in self[:-1]), token)
 
 
 class Part(NamedTuple):
@@ -93,6 +103,10 @@ class IntegerForm:
     def carrier(self) -> bool:
         return not all(g.uniform for group in self.grids for g in group)
 
+    @property
+    def token(self) -> bool:
+        return self.grids[0][0].token is not None
+
     def digest(self) -> torch.Tensor:
         """sha256 uint8 [32] of everything that is executed. Engines keep it in their state_dict, in place of weights whose layout
         is theirs alone: it tells models apart."""
@@ -104,7 +118,8 @@ class IntegerForm:
 
     @property
     def format(self) -> str:
-        return f"W{self.weight_bits}A{self.act_bits} {'carrier' if self.carrier else 'tensor'}"
+        kinds = (("token", self.token), ("carrier", self.carrier))
+        return f"W{self.weight_bits}A{self.act_bits} {' '.join(k for k, has in kinds if has) or 'tensor'}"
 
 
 def act_grids(act: ActQuantizer, part_index: torch.Tensor, name: str) -> tuple[tuple[tuple[Grid, ...], ...], torch.Tensor]:
@@ -119,7 +134,7 @@ def act_grids(act: ActQuantizer, part_index: torch.Tensor, name: str) -> tuple[t
     shift = torch.zeros(channels, dtype=torch.int64)
     for g in range(act.ratio.shape[0]):
         multiplier, shift = split_ratio(top, act.ratio[g], name)
-        inverse = 1.0 / (act.scale.detach()[g, act.index] * act.ratio[g])
+        inverse = 1.0 / (act.ratio[g] if act.token else act.scale.detach()[g, act.index] * act.ratio[g])
         zero = act.zero_point[g].round().to(torch.int32)
         parts = []
         for part in range(int(part_index.max()) + 1):
@@ -131,6 +146,10 @@ def act_grids(act: ActQuantizer, part_index: torch.Tensor, name: str) -> tuple[t
             if len(inv.unique()) == len(z.unique()) == 1 and int(m.max()) == 1:
                 inv, z, m = inv[:1], z[:1], None
             grid = Grid(inv.clone(), -z, 2**act.bits - 1 - z, m, float(bases))
+            if act.token:
+                z = torch.full_like(z, 128 if act.bits == 8 else 2**act.bits - 1)
+                high = 2**act.bits - 1 - (z if act.bits == 8 else 0)
+                grid = Grid(inv.clone(), -z, torch.zeros_like(z) + high, m, 1.0, Token(bases.clone(), act.bits))
             if not (torch.isfinite(inv).all() and (inv > 0).all()):
                 raise EngineError(f"{name}: activation scales must be positive and finite")
             if grid.limit > BYTE and m is not None:

@@ -4,8 +4,8 @@
     acc_{o,p} = sum_{k in part p}  [(qa_k - za_k) m_k] * [(qw_ok - zw_op) 2^{e_k}]
 
 where part p is one half of a split input (one part otherwise), and the activation scale is base_p * m_k * 2^{e_k} with integers
-m_k and e_k (m_k = 1, e_k = 0 for one scale a tensor). With 4-bit codes both brackets fit a signed byte; padding adds nothing,
-since its code is the zero point.
+m_k and e_k (m_k = 1, e_k = 0 for one scale a tensor). Per token, base_p and za are the token's own. With 4-bit codes both
+brackets fit a signed byte; padding adds nothing, since its code is the zero point.
 Free per-channel scales (act_granularity "channel": the paper's and the release's W4A4) have no such form and are refused.
 """
 
@@ -26,7 +26,8 @@ BYTE = 127
 
 
 class Carried(NamedTuple):
-    """An activation in integers: values int64 like x; base float32 [P]; shift int64 [C], to be put on the weights."""
+    """An activation in integers: values int64 like x; base float32 [P], or per token like x with P where x has its channels;
+    shift int64 [C], to be put on the weights."""
 
     values: torch.Tensor
     base: torch.Tensor
@@ -45,14 +46,16 @@ def carry(x: torch.Tensor, act: ActQuantizer) -> Carried:
             f"{act.name}: free per-channel scales cannot run in integers; use act_granularity 'carrier' or 'tensor'"
         )
     multiplier, shift = split_ratio(act.ratio.amax(0), act.ratio[group], act.name)
-    scale, zero = act.parameters_for(x.ndim)
-    codes = (x * (1.0 / scale)).round().clamp(-zero, 2**act.bits - 1 - zero).long()  # q - z
+    scale, zero, inverse = act.grid_for(x)
+    inverse = 1.0 / scale if inverse is None else inverse
+    codes = (x * inverse).round().clamp(-zero, 2**act.bits - 1 - zero).long()  # q - z
     shape = [1] * x.ndim
     shape[act.dim] = channels
     values = codes * multiplier.reshape(shape)
     if act.bits <= 4 and values.numel() and int(values.abs().max()) > BYTE:
         raise ConfigError(f"{act.name}: carried value {int(values.abs().max())} does not fit a signed byte")
-    return Carried(values, act.scale[group].detach(), shift)
+    base = act.token_grids(x)[0].scale if act.token else act.scale[group]
+    return Carried(values, base.detach(), shift)
 
 
 def split_ratio(top: torch.Tensor, ratio: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,8 +115,9 @@ def layer_forward(layer: QuantLayer, x: torch.Tensor) -> tuple[torch.Tensor, tor
     for part in range(parts):
         own = (wq.index == part).long().reshape(1, -1, *[1] * (ndim - 2))
         acc = accumulate(act, w * own, layer)
-        own_base = base[part if len(base) > 1 else 0].double()
-        y = y + acc.double() * (own_base * wq.scale[:, part].double()).reshape(out_shape)
+        dim = layer.act.dim if layer.act.token else 0
+        own_base = base.narrow(dim, part if base.shape[dim] > 1 else 0, 1).double()
+        y = y + acc.double() * own_base * wq.scale[:, part].double().reshape(out_shape)
         accs.append(acc)
     if layer.bias is not None:
         y = y + layer.bias.double().reshape(out_shape)

@@ -50,13 +50,15 @@ def test_bad_counts(pipe):
 
 @pytest.mark.parametrize("name", ["minmax", "quest-paper", "quest-release", "quest"])
 @pytest.mark.parametrize("a", [4, 8])
-def test_ranges_are_set_for_every_group(pipe, calib, name, a):
-    config = QuantConfig.preset(name, 4, a, calib_batch=8)
+@pytest.mark.parametrize("granularity", [{}, {"act_granularity": "token"}], ids=["preset", "token"])
+def test_ranges_are_set_for_every_group(pipe, calib, name, a, granularity):
+    config = QuantConfig.preset(name, 4, a, calib_batch=8, **granularity)
     q = insert(pipe.unet, config, calib.t)
     init_ranges(q, calib, config)
     for act in act_quantizers(q):
         assert bool(act.calibrated) and act.observer is None
         assert act.scale.shape[0] == q.quest_steps.num_groups
+        assert not act.token or (act.scale <= 1).all()
         assert (act.scale > 0).all() and torch.isfinite(act.scale).all()
         assert (
             (act.zero_point == act.zero_point.round()).all() and act.zero_point.min() >= 0 and act.zero_point.max() < 2**act.bits

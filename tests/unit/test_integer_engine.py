@@ -28,7 +28,7 @@ def relative(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
 
-def random_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, **shape) -> QuantLayer:
+def random_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, token=False, **shape) -> QuantLayer:
     """A layer with random weights and grids, two step groups."""
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -38,12 +38,14 @@ def random_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=Fals
     if split:
         index[channels // 3 :] = 1
     steps = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1]))
-    act = ActQuantizer("layer.act", act_bits, steps, channels, -1 if kind == "linear" else 1, index, carrier=carrier)
+    dim = -1 if kind == "linear" else 1
+    act = ActQuantizer("layer.act", act_bits, steps, channels, dim, index, carrier=carrier, token=token)
     shift = 2 ** torch.randint(0, 4 if weight_bits <= 4 and groups == 1 else 1, (channels,), generator=g)
     for group in range(2):
         ratio = torch.randint(5, 9, (channels,), generator=g) * shift if act.carrier else None
         zero = torch.randint(0, 2**act_bits, (channels if act.carrier else int(index.max()) + 1,), generator=g).float()
         scale = 0.02 + torch.rand(int(index.max()) + 1, generator=g) * 0.05
+        scale = 10 * scale + 0.3 if token else scale
         act.set_group(group, scale, zero if act.carrier else zero[index], ratio)
     act.calibrated.fill_(True)
     wq = WeightQuantizer(layer.weight, weight_bits, index[: channels // groups], "minmax")
@@ -88,6 +90,32 @@ def test_random_layers(case, bits, split, seed):
         assert engines[2].engine == "cpu-int8-split" and engines[1].engine == "reference"
 
 
+@pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 8), (8, 4), (5, 7), (3, 2)], ids=str)
+@pytest.mark.parametrize("case", [0, 1, 5])
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("carrier", [False, True])
+def test_layers_with_a_grid_a_token(case, bits, split, carrier):
+    """Tokens of very different sizes, one of them all zeros: equal to fake quantization, to int64, and to the reference."""
+    kind, shape = CASES[case]
+    layer = random_layer(kind, *bits, seed=case, split=split, carrier=carrier, token=True, **shape)
+    generator = torch.Generator().manual_seed(9)
+    x = torch.randn(3, 11, 37 if case == 0 else 64, generator=generator) if kind == "linear" else None
+    x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
+    x = x * torch.logspace(-3, 3, x.shape[1 if kind == "linear" else 2]).unsqueeze(-1)
+    x.movedim(layer.act.dim, -1)[0, 0] = 0.0
+    form = integer_form(layer, "layer")
+    assert form.token and form.format.endswith("token" + " carrier" * (layer.act.carrier))
+    engines = [cpu.CpuLayer(form, layer.act.steps, **kw) for kw in ({}, {"exact": True}, {"split": True})]
+    for group in (0, 1):
+        layer.act.steps.current = group
+        expected, (y, sums) = layer(x), layer_forward(layer, x)
+        outs = [e(x) for e in engines]
+        assert all(relative(y, expected) <= 1e-5 for y in (*outs, y))
+        assert torch.equal(outs[0], outs[1]) or cpu.saturates()
+        for engine in engines:
+            assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
+
+
 def test_groups_and_channels_last():
     layer = random_layer("conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1)
     x = torch.randn(2, 8, 6, 6)
@@ -106,10 +134,16 @@ def test_half_precision_outside_the_integers(dtype):
     assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(6 if dtype == torch.bfloat16 else 9)
 
 
-@pytest.fixture(scope="module", params=[("quest", 4, 4), ("quest", 8, 8), ("q-diffusion", 4, 8)], ids=str)
+TOKEN = {"act_granularity": "token"}
+
+
+MODELS = [("quest", 4, 4, {}), ("quest", 8, 8, {}), ("q-diffusion", 4, 8, {}), ("quest", 4, 4, TOKEN), ("quest", 4, 8, TOKEN)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=str)
 def models(request, pipe, calib):
-    preset, w, a = request.param
-    config = QuantConfig.preset(preset, w, a, adaround_iters=3, act_iters=2, tla_iters=3, cma_iters=3, batch_size=4,
+    preset, w, a, overrides = request.param
+    config = QuantConfig.preset(preset, w, a, **overrides, adaround_iters=3, act_iters=2, tla_iters=3, cma_iters=3, batch_size=4,
                                 recon_samples=8, calib_batch=8)  # fmt: skip
     fake = quantize(pipe.unet, config, calib)
     finetune(fake, pipe.unet, calib, config)

@@ -46,6 +46,63 @@ def test_training_and_inference_paths_agree_exactly(dim):
     assert len(expected.unique()) <= 5 * 16
 
 
+def token_act(bits, dim=-1, channels=6, index=None, carrier=True):
+    steps = StepGroups(torch.arange(2) * 100, torch.arange(2))
+    index = torch.zeros(channels, dtype=torch.int64) if index is None else index
+    q = ActQuantizer("layer.act", bits, steps, channels, dim, index, carrier=carrier, token=True)
+    for g in (0, 1):
+        ratio = torch.tensor([1.0, 2, 3, 5, 8, 1])[:channels] if q.carrier else None
+        q.set_group(g, torch.full((int(index.max()) + 1,), 0.9 - 0.2 * g), torch.zeros(channels), ratio)
+    q.calibrated.fill_(True)
+    return q
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("dim", [1, -1])
+def test_each_token_has_a_grid_of_its_own(bits, dim):
+    """Its range, times the clip, over the ratios; at most 2^b codes; nothing of one token reaches another."""
+    torch.manual_seed(0)
+    q = token_act(bits, dim)
+    q.steps.current = 0
+    x = torch.randn(3, 6, 5, 6) * torch.logspace(-4, 4, 5)[:, None]
+    y = q(x)
+    tokens, back = x.movedim(dim, -1).reshape(-1, 6), y.movedim(dim, -1).reshape(-1, 6)
+    ratio = q.ratio[0]
+    for a, b in zip(tokens.double(), back.double(), strict=True):
+        u = a / ratio
+        span = 2 * u.abs().max() if bits == 8 else u.clamp_min(0).max() - u.clamp_max(0).min()
+        step = 0.9 * span / (2**bits - 1)
+        codes = b / (step * ratio)
+        assert (codes - codes.round()).abs().max() < 1e-3 and codes.max() - codes.min() < 2**bits - 0.5
+        # half a step for the code, half for the zero point, and what the clip cuts off
+        assert ((a - b).abs() / ratio).max() <= 1.001 * (step + 0.1 * span)
+    assert torch.equal(q(x[1:2])[0], y[1])
+
+
+def test_tokens_train_the_clip_and_take_each_samples_group():
+    q = token_act(4)
+    x = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))
+    q.steps.current = torch.tensor([1, 0])
+    mixed = q(x)
+    for i, g in enumerate((1, 0)):
+        q.steps.current = g
+        assert torch.equal(q(x[i : i + 1])[0], mixed[i])
+    leaf = x.clone().requires_grad_()
+    y = q(leaf)  # group 0
+    with torch.no_grad():
+        assert torch.equal(y, q(x))
+    y.square().sum().backward()
+    assert q.scale.grad[0].abs().sum() > 0 and not q.scale.grad[1].any() and leaf.grad.abs().sum() > 0
+
+
+def test_parts_of_a_token_have_ranges_of_their_own():
+    q = token_act(4, index=torch.tensor([0, 0, 0, 1, 1, 1]))
+    q.steps.current = 0
+    x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
+    y = q(x * torch.tensor([1.0, 1, 1, 1000, 1000, 1000]))
+    assert torch.equal(y[:, :3], q(x)[:, :3])
+
+
 def test_gradients_are_lsq():
     """Against autograd through the straight-through formulation, written out."""
     x = (torch.randn(3, 4, dtype=torch.float64) * 3).requires_grad_()

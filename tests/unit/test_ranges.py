@@ -77,3 +77,19 @@ def test_carrier_grid_is_integers_that_fit_a_byte(channels):
     s1, z1 = ranges.search(x.reshape(1, -1), x.min()[None], x.max()[None], 4, "mse")
     one = (ranges.fake_quant(x, s1[:, None], z1[:, None], 4) - x).square().sum()
     assert free <= ours * 1.001 and ours < 0.8 * one
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_grids_a_token_fit_tokens_of_different_sizes(bits):
+    """Channels with outliers, tokens with sizes of their own: far closer than any static grid; ratios only at 4 bits."""
+    g = torch.Generator().manual_seed(0)
+    spread = torch.logspace(-1.0, 1.0, 96)[torch.randperm(96, generator=g)]
+    x = torch.randn(96, 400, generator=g) * spread[:, None] * torch.logspace(-1.5, 1.5, 400)
+    s, z = ranges.search(x, x.amin(1), x.amax(1), bits, "mse")
+    clip, ratio = ranges.snap_to_tokens(x, s, ranges.block_shifts(s[None]), bits)
+    assert 0.4 <= clip <= 1 and torch.equal(ratio, ratio.round()) and (len(ratio.unique()) > 2) == (bits <= 4)
+    grid = ranges.token_grid(x / ratio[:, None], clip, bits, 0)
+    ours = ranges.fake_quant(x, grid.scale * ratio[:, None], grid.zero_point, bits, grid.inverse / ratio[:, None]) - x
+    free = ranges.fake_quant(x, s[:, None], z[:, None], bits) - x
+    size = x.square().mean(0)  # of each token
+    assert (ours.square().mean(0) / size).mean() < 0.5 * (free.square().mean(0) / size).mean()
