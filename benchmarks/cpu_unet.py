@@ -26,7 +26,8 @@ from diffusers import UNet2DConditionModel
 
 import questlib
 from questlib.config import QuantConfig
-from questlib.model import act_quantizers, insert
+from questlib.integer.synthetic import random_grids
+from questlib.model import insert
 from questlib.models.loading import load_pipeline
 from reproduce.provenance import PeakMemory, provenance
 
@@ -42,19 +43,6 @@ def float_unet(model: str) -> torch.nn.Module:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(**SD14) if model == "sd14" else load_pipeline(model).unet
     return unet.eval().requires_grad_(False)
-
-
-def random_grids(unet: torch.nn.Module, seed: int = 0) -> None:
-    """Plausible activation grids without calibration: speed does not depend on them, only on their kind."""
-    generator = torch.Generator().manual_seed(seed)
-    for act in act_quantizers(unet):
-        channels = act.zero_point.shape[1]
-        shift = 2 ** torch.randint(0, 2, (channels,), generator=generator) if act.shifts else 1
-        for group in range(act.scale.shape[0]):
-            ratio = torch.randint(1, 9, (channels,), generator=generator) * shift if act.carrier else None
-            zero = torch.full((channels,), 0.0 if act.unsigned else 2.0 ** (act.bits - 1))
-            act.set_group(group, torch.full_like(act.scale[group], 1 / 255 if act.unsigned else 0.05), zero, ratio)
-        act.calibrated.fill_(True)
 
 
 def make_checkpoint(model: str, bits: tuple[int, int], folder: Path) -> int:

@@ -26,7 +26,7 @@ def jobs(small: bool) -> list[Job]:
 
     cases = [
         (lambda: nn.Linear(75, 70), (3, 37, 75), {}), (lambda: nn.Linear(256, 192), (130, 256), {}),
-        (lambda: nn.Linear(64, 64), (20, 64), dict(shift=True)),
+        (lambda: nn.Linear(64, 64), (20, 64), dict(shift=True)), (lambda: nn.Linear(200, 40), (3, 20, 200), dict(token=True)),
         (lambda: nn.Conv2d(150, 20, 3, padding=1), (1, 150, 5, 4), dict(shift=True)),
         (lambda: nn.Conv2d(48, 20, 1), (2, 48, 5, 4), dict(split=30)),
         (lambda: nn.Conv2d(40, 36, 3, padding=1), (2, 40, 7, 6), {}), (lambda: nn.Conv2d(64, 33, 3, 2, 1), (1, 64, 9, 8), {}),

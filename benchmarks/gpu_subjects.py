@@ -67,32 +67,11 @@ def load_engine() -> tuple:
     return triton_engine, form, reference
 
 
-def random_layer(module, w_bits: int, a_bits: int, split: int | None = None, seed: int = 0, shift: bool = False):
-    """A quantized layer: (layer, steps). Codes of 4 bits in the carrier format, wider ones with one scale."""
-    import torch
-    from torch import nn
+def random_layer(module, w_bits: int, a_bits: int, **choices):
+    """(layer, steps) as synthetic.random_layer makes them; activations of up to 4 bits in the carrier format."""
+    from questlib.integer import synthetic
 
-    from questlib.layers import convert_layer
-    from questlib.quantizers import ActQuantizer, WeightQuantizer
-    from questlib.timesteps import StepGroups
-
-    g, linear, device = torch.Generator().manual_seed(seed), isinstance(module, nn.Linear), module.weight.device
-    channels = module.in_features if linear else module.in_channels
-    index = torch.zeros(channels, dtype=torch.int64)
-    index[channels if split is None else split :] = 1
-    parts, steps = int(index.max()) + 1, StepGroups(torch.arange(2), torch.arange(2))
-    act = ActQuantizer("layer.act", a_bits, steps, channels, -1 if linear else 1, index, carrier=a_bits <= 4)
-    for group in range(2):
-        ratio = None
-        if a_bits <= 4:
-            block = torch.randint(0, 4, (channels,), generator=torch.Generator().manual_seed(seed)) if shift else 0
-            ratio = (torch.randint(5 if shift else 1, 9, (channels,), generator=g) << block).float()
-        zero = torch.randint(0, 2**a_bits, (parts,), generator=g)[index].float()
-        act.set_group(group, torch.rand(parts, generator=g) * 4 / 2**a_bits + 0.01, zero, ratio)
-    act.calibrated.fill_(True)
-    wq = WeightQuantizer(module.weight, w_bits, index.to(device), "minmax")
-    convert_layer(module.requires_grad_(False), "conv", act.to(device), wq)
-    return module, steps
+    return synthetic.random_layer(module, w_bits, a_bits, carrier=a_bits <= 4, **choices)
 
 
 def module_of(shape: Shape):
@@ -139,7 +118,8 @@ def random_unet(name: str, bits: int = 32, device: str = "cuda", **size):
     from diffusers import UNet2DConditionModel
 
     from questlib import QuantConfig
-    from questlib.model import act_quantizers, insert
+    from questlib.integer.synthetic import random_grids
+    from questlib.model import insert
 
     size = dict(sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280)) | size
     with torch.device(device):
@@ -148,22 +128,5 @@ def random_unet(name: str, bits: int = 32, device: str = "cuda", **size):
         return unet.eval().requires_grad_(False)
     config = QuantConfig.preset(name, bits, bits, weight_range="minmax", step_groups=2)
     unet = insert(unet, config, torch.arange(0, 1000, 20)).to(device)
-    for act in act_quantizers(unet):
-        top = 2**act.bits - 1
-        zero = torch.zeros_like(act.zero_point[0]) if act.unsigned else torch.full_like(act.zero_point[0], (top + 1) // 2)
-        for group in range(act.scale.shape[0]):
-            act.set_group(group, torch.full_like(act.scale[0], 6.0 / top), zero, carrier_ratio(act))
-        act.calibrated.fill_(True)
+    random_grids(unet)
     return unet
-
-
-def carrier_ratio(act):
-    """Multipliers 1..8, and where there is room one block of 64 shifted by 1 (never in q and k: their product has none)."""
-    import torch
-
-    if not act.carrier:
-        return None
-    ratio = torch.randint(1, 9, act.ratio.shape[1:], device=act.ratio.device).float()
-    if len(ratio) > 64 and not act.name.endswith((".q", ".k")):
-        ratio[:64] = 16.0
-    return ratio

@@ -29,11 +29,28 @@ def integer(x):
 
 
 @triton.jit
+def values(
+    X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM: tl.constexpr, SILU: tl.constexpr
+):  # fmt: skip
+    """What is quantized: (x, normalized and activated, float32; how many of each row were NaN or infinite, and are 0 here)."""
+    x = tl.load(X + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    finite = tl.abs(x) < float("inf")
+    bad = tl.sum((~finite).to(tl.int32), 1)
+    x = tl.where(finite, x, 0.0)
+    if NORM:
+        at = b[:, None] * channels + channel[None, :]
+        x = x * tl.load(NORM_SCALE + at, mask=mask, other=0.0) + tl.load(NORM_SHIFT + at, mask=mask, other=0.0)
+    if SILU:
+        x = x / (1.0 + tl.exp(-x))
+    return x, bad
+
+
+@triton.jit
 def quantize(
-    X, TABLE, ORDER, OUT, SUMS, FLAG, NORM_SCALE, NORM_SHIFT, levels, rows, height, width, pad_y, pad_x,
+    X, TABLE, ORDER, OUT, SUMS, FLAG, NORM_SCALE, NORM_SHIFT, CLIP, SCALES, levels, rows, height, width, pad_y, pad_x,
     stride_b, stride_y, stride_x, channels, padded,
     UNIFORM: tl.constexpr, ORDERED: tl.constexpr, HAS_SUMS: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
-    BR: tl.constexpr, BC: tl.constexpr,
+    TOKEN: tl.constexpr, MIDDLE: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """x -> a' int8. TABLE float32 [4, C or 1]: inverse scale, low (high: low + levels), multiplier, constant (a' = a + constant).
 
@@ -41,7 +58,9 @@ def quantize(
     the weights 2^e of the channels in the sums.
 
     NORM: x * NORM_SCALE[b, c] + NORM_SHIFT[b, c] first (the application of a GroupNorm), then SILU, both in float32.
-    FLAG int32 [1] becomes 1 when an x is NaN or infinite. Grid (rows / BR, C' / BC), or (rows / BR, 1) with HAS_SUMS.
+    TOKEN: each row has a grid of its own (ranges.token_grid), and TABLE's first row is 1 / ratio; CLIP float32 [2]: 1 / clip and
+    clip / levels; SCALES float32 [rows] is written. MIDDLE: zero in the middle of the codes.
+    FLAG int32 [1] becomes 1 when an x is NaN or infinite. Grid (rows / BR, C' / BC), or (rows / BR, 1) with HAS_SUMS or TOKEN.
     """
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     wide, high = width + 2 * pad_x, height + 2 * pad_y
@@ -51,24 +70,30 @@ def quantize(
     total = tl.zeros((BR,), tl.int32)
     bad = tl.zeros((BR,), tl.int32)
     first = tl.program_id(1) * BC
-    last = padded if HAS_SUMS else first + BC
+    last = padded if HAS_SUMS or TOKEN else first + BC
+    if TOKEN:
+        least, most = tl.zeros((BR,), tl.float32), tl.zeros((BR,), tl.float32)
+        for start in range(0, padded, BC):
+            c = start + tl.arange(0, BC)
+            channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
+            mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
+            x, _ = values(X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU)
+            at = TABLE + (0 if UNIFORM else c[None, :]) + 0 * r[:, None]
+            u = x * tl.load(at, mask=mask, other=0.0)
+            least, most = tl.minimum(least, tl.min(u, 1)), tl.maximum(most, tl.max(u, 1))
+        span = tl.maximum(2.0 * tl.maximum(-least, most) if MIDDLE else most - least, 1e-8)
+        unit = tl.div_rn(tl.full((BR,), 1.0, tl.float32) * levels, span)
+        zero = tl.minimum(tl.maximum(-least * unit, 0.0), levels)  # the clamp keeps the sum below from being fused
+        zero = tl.full((BR,), 128.0, tl.float32) if MIDDLE else (zero + ROUND) - ROUND
+        inverse_own = unit * tl.load(CLIP)
+        tl.store(SCALES + r, span * tl.load(CLIP + 1), mask=r < rows)
     for start in range(first, last, BC):
         c = start + tl.arange(0, BC)
-        if ORDERED:
-            channel = tl.load(ORDER + c, mask=c < padded, other=-1)
-            known, columns = channel >= 0, padded
-        else:
-            channel, known, columns = c, c < channels, channels
-        mask = inside[:, None] & known[None, :]
-        x = tl.load(X + source[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
-        finite = tl.abs(x) < float("inf")
-        bad += tl.sum((~finite).to(tl.int32), 1)
-        x = tl.where(finite, x, 0.0)
-        if NORM:
-            at = b[:, None] * channels + channel[None, :]
-            x = x * tl.load(NORM_SCALE + at, mask=mask, other=0.0) + tl.load(NORM_SHIFT + at, mask=mask, other=0.0)
-        if SILU:
-            x = x / (1.0 + tl.exp(-x))
+        channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
+        columns = padded if ORDERED else channels
+        mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
+        x, wrong = values(X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU)
+        bad += wrong
         if UNIFORM:
             inverse, low, multiplier, constant = tl.load(TABLE), tl.load(TABLE + 1), tl.load(TABLE + 2), tl.load(TABLE + 3)
         else:  # read in x's own layout [BR, BC] (from the cache), so that nothing is exchanged between threads
@@ -77,6 +102,8 @@ def quantize(
             low = tl.load(at + columns, mask=mask, other=0.0)
             multiplier = tl.load(at + 2 * columns, mask=mask, other=0.0)
             constant = 0.0
+        if TOKEN:
+            inverse, low = inverse_own[:, None] * inverse, -zero[:, None]
         # the clamp stands between product and sum, so they cannot be fused; its bounds are integers: no change of order
         u = tl.minimum(tl.maximum(x * inverse, low), low + levels)
         carried = ((u + ROUND) - ROUND) * multiplier  # integers in float32 from here on: exact, and no slow conversion
@@ -166,16 +193,18 @@ def shift_at(k, end1, end2, end3):
 
 @triton.jit
 def gemm(
-    A, W, OUT, SCALE, BIAS, RESIDUAL, CORRECTION, OFFSET, SUMS,
+    A, W, OUT, SCALE, ROW_SCALE, BIAS, RESIDUAL, CORRECTION, OFFSET, SUMS,
     M, N, span, padded, taps_y, taps_x, high, wide, out_high, out_wide, stride_y, stride_x, end1, end2, end3,
     POINT: tl.constexpr, PACKED: tl.constexpr, SHIFTED: tl.constexpr, ASM: tl.constexpr, RAW: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_CORRECTION: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    HAS_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_CORRECTION: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ATOMIC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out^T [N, M] = w x a^T as an implicit GEMM over the taps of the window: N output channels, M output pixels. The weight is
     the left operand, so that unpacked codes go to the tensor core from registers. POINT: 1 x 1 with stride 1, pixel to pixel.
 
     span: bytes of w a tap, C' or C'/2, a multiple of BK. SHIFTED: packed codes of the columns before end_j count 2^j fold.
+    HAS_ROW: ROW_SCALE float32 [M] multiplies each pixel's outputs (1 x 1, stride 1).
     RAW: out is int32, the true accumulators. ATOMIC: the programs of grid axis 1 share the reduction and add to out, int32 and
     zeroed before; integer sums do not depend on the order.
     """
@@ -245,6 +274,8 @@ def gemm(
         tl.store(OUT + place, acc, mask=mask)
     else:
         out = acc.to(tl.float32) * tl.load(SCALE + rn, mask=in_n, other=0.0)[:, None]
+        if HAS_ROW:
+            out *= tl.load(ROW_SCALE + rm, mask=in_m, other=0.0)[None, :]
         if HAS_BIAS:
             out += tl.load(BIAS + rn, mask=in_n, other=0.0)[:, None]
         if HAS_RESIDUAL:
@@ -254,7 +285,8 @@ def gemm(
 
 @triton.jit
 def finish(
-    ACC, OUT, SCALE, BIAS, RESIDUAL, M, N, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
+    ACC, OUT, SCALE, ROW_SCALE, BIAS, RESIDUAL, M, N, HAS_ROW: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of `gemm` for int32 accumulators in memory (after a split reduction)."""
     rm = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -263,79 +295,10 @@ def finish(
     place = rm[:, None] * N + rn[None, :]
     mask = (rm < M)[:, None] & in_n[None, :]
     out = tl.load(ACC + place, mask=mask, other=0).to(tl.float32) * tl.load(SCALE + rn, mask=in_n, other=0.0)[None, :]
+    if HAS_ROW:
+        out *= tl.load(ROW_SCALE + rm, mask=rm < M, other=0.0)[:, None]
     if HAS_BIAS:
         out += tl.load(BIAS + rn, mask=in_n, other=0.0)[None, :]
     if HAS_RESIDUAL:
         out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def power2(x, ASM: tl.constexpr):
-    """2^x; the hardware's instruction alone, without the care for subnormal results."""
-    if ASM:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    return tl.exp2(x)
-
-
-@triton.jit
-def scores(q, K, KEY_SUM, key, keys, stride, channel, dim, q_constant, factor, HAS_Q: tl.constexpr, EVEN: tl.constexpr):
-    """factor * (q' + q_constant) k'^T [BQ, BK] float32 for the keys `key` [BK], -inf beyond the last. Constants of k would add
-    the same to all scores of a query, which the softmax does not see."""
-    k = tl.load(K + key[None, :] * stride + channel[:, None], mask=(key < keys)[None, :] & (channel < dim)[:, None], other=0)
-    s = tl.dot(q, k, out_dtype=tl.int32)
-    if HAS_Q:
-        s += q_constant * tl.load(KEY_SUM + key, mask=key < keys, other=0)[None, :]
-    s = s.to(tl.float32) * factor
-    return s if EVEN else tl.where((key < keys)[None, :], s, float("-inf"))
-
-
-@triton.jit
-def attention(
-    Q, K, VT, OUT, KEY_SUM, V_SUM, V_SCALE, queries, keys, keys_padded, heads, dim, stride, q_constant, v_constant,
-    factor, p_inverse, p_high, HAS_Q: tl.constexpr, HAS_V: tl.constexpr, P_CONSTANT: tl.constexpr, EVEN: tl.constexpr,
-    ASM: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """softmax(ln 2 factor q k^T), quantized to codes 0..p_high, times v. Two passes over the keys: codes need the final sums.
-
-    q', k' int8 [B, queries or keys, stride], head h at channels h dim..; VT: v'^T int8 [B, heads dim, keys_padded], zero beyond
-    the keys; KEY_SUM int32 [B, heads, keys]: sums of k' over a head's channels; V_SUM int32 [B, heads dim]: of v' over the keys;
-    out [B, queries, heads dim] = V_SCALE * sum p (v' + v_constant). Codes travel as p - P_CONSTANT, to fit a signed byte.
-    EVEN: keys are a multiple of BK.
-    """
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row, channel, key = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BK)
-    in_q, in_d = (row < queries)[:, None], (channel < dim)[None, :]
-    q = tl.load(Q + (batch * queries + row)[:, None] * stride + head * dim + channel[None, :], mask=in_q & in_d, other=0)
-    k_head = K + batch * keys * stride + head * dim
-    v_head = VT + (batch * heads + head) * dim * keys_padded
-    sum_head = KEY_SUM + (batch * heads + head) * keys
-
-    top = tl.full((BQ,), float("-inf"), tl.float32)
-    total = tl.zeros((BQ,), tl.float32)
-    for start in range(0, keys, BK):
-        s = scores(q, k_head, sum_head, start + key, keys, stride, channel, dim, q_constant, factor, HAS_Q, EVEN)
-        larger = tl.maximum(top, tl.max(s, 1))
-        total = total * power2(top - larger, ASM) + tl.sum(power2(s - larger[:, None], ASM), 1)
-        top = larger
-
-    share = p_inverse / total
-    acc = tl.zeros((BQ, BD), tl.int32)
-    mass = tl.zeros((BQ,), tl.int32)
-    for start in range(0, keys, BK):
-        s = scores(q, k_head, sum_head, start + key, keys, stride, channel, dim, q_constant, factor, HAS_Q, EVEN)
-        p = tl.minimum(power2(s - top[:, None], ASM) * share[:, None], p_high)
-        if HAS_V:
-            mass += tl.sum(integer(p), 1)
-        code = (p + (ROUND - P_CONSTANT)).to(tl.int32, bitcast=True).to(tl.int8)  # the low byte of p's integer less the constant
-        at = start + key
-        v = tl.load(v_head + channel[None, :] * keys_padded + at[:, None], mask=in_d & (at < keys_padded)[:, None], other=0)
-        acc = tl.dot(code, v, acc, out_dtype=tl.int32)
-    c = head * dim + channel
-    if P_CONSTANT:
-        acc += P_CONSTANT * tl.load(V_SUM + batch * heads * dim + c, mask=channel < dim, other=0)[None, :]
-    if HAS_V:
-        acc += v_constant * mass[:, None]
-    out = acc.to(tl.float32) * tl.load(V_SCALE + c, mask=channel < dim, other=0.0)[None, :]
-    place = (batch * queries + row)[:, None] * (heads * dim) + c[None, :]
-    tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=in_q & in_d)

@@ -70,8 +70,8 @@ def column_order(shift: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
 
 
 def sent_constant(grid: Grid) -> int:
-    """What is added to a so that it fits a signed byte: 0, or for 8-bit grids z - 128 (a' = q - 128)."""
-    return 0 if grid.limit <= BYTE else -int(grid.low[0]) - 128
+    """What is added to a so that it fits a signed byte: 0, or for static 8-bit grids z - 128 (a' = q - 128)."""
+    return 0 if grid.limit <= BYTE or grid.token is not None else -int(grid.low[0]) - 128
 
 
 def grid_table(grid: Grid) -> torch.Tensor:
@@ -114,8 +114,9 @@ class TritonLayer(nn.Module):
     """One quantized Linear ([..., K]) or Conv2d ([B, C, H, W], result channels_last) in integers.
 
     For each part p and step group g: weight{p}, table{p} [G, 4, C or 1], scale{p} [G, O] = base * s_o, correction{p} int32
-    [G, O] and offset{p} int32 [O] (both absent where they would be zero); for packed weights with shifts 2^e also order{p} int32
-    [C'], and ends[p]. All are plain buffers outside the state_dict: `.to(device)` moves them, `.half()` leaves them alone.
+    [G, O] and offset{p} int32 [O] (both absent where they would be zero); per token clip{p} [G, 2]; for packed weights with
+    shifts 2^e also order{p} int32 [C'], and ends[p]. All are plain buffers outside the state_dict: `.to(device)` moves
+    them, `.half()` leaves them alone.
     """
 
     engine = "triton"
@@ -159,6 +160,8 @@ class TritonLayer(nn.Module):
             weighted = torch.cat([table[:, :3], (2.0**shift).expand(len(grids), 1, -1)], 1)
             table = torch.where(order >= 0, weighted[..., order.clamp_min(0)], 0)
         self.ends.append(ends if shifted else [])
+        clips = [None if g.token is None else torch.cat([1.0 / g.token.clip, g.token.clip / self.levels]) for g in grids]
+        self._hold(f"clip{i}", None if clips[0] is None else torch.stack(clips))
         self._hold(f"order{i}", order if shifted else None)
         self._hold(f"weight{i}", weight)
         self._hold(f"table{i}", table)
@@ -183,20 +186,21 @@ class TritonLayer(nn.Module):
         return rows if rows.stride(-1) == 1 else rows.contiguous()
 
     def quantized(self, rows: torch.Tensor, i: int, g: int, norm=(None, None), silu: bool = False) -> tuple[torch.Tensor, ...]:
-        """What part i multiplies in step group g: (a', sums) of rows [B, H, W, C]."""
+        """What part i multiplies in step group g: (a', sums, scales of tokens) of rows [B, H, W, C]."""
         start, stop = self.spans[i]
         norm = [v if v is None else v[:, start:stop].float().contiguous() for v in norm]
         table, sums = getattr(self, f"table{i}")[g], getattr(self, f"offset{i}") is not None
-        order = getattr(self, f"order{i}")
-        return quantize(rows[..., start:stop], table, self.flag, self.levels, self.pad, sums, order, *norm, silu)
+        order, clip = getattr(self, f"order{i}"), getattr(self, f"clip{i}")
+        clip = None if clip is None else clip[g]
+        return quantize(rows[..., start:stop], table, self.flag, self.levels, self.pad, sums, order, *norm, silu, clip)
 
-    def multiplied(self, a, sums, i: int, g: int, dtype: torch.dtype, bias=None, residual=None) -> torch.Tensor:
+    def multiplied(self, a, sums, scales, i: int, g: int, dtype: torch.dtype, bias=None, residual=None) -> torch.Tensor:
         """Part i of the output, [B, H', W', O]; with dtype int32 its accumulators."""
         offset, correction = getattr(self, f"offset{i}"), getattr(self, f"correction{i}")
         return integer_gemm(
             a, getattr(self, f"weight{i}"), getattr(self, f"scale{i}")[g], bias, residual,
             None if correction is None else correction[g], offset, None if offset is None else sums,
-            self.window, self.stride, self.ends[i], dtype,
+            self.window, self.stride, self.ends[i], dtype, scales if len(scales) else None,
         )  # fmt: skip
 
     def _shaped(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -210,8 +214,8 @@ class TritonLayer(nn.Module):
         rows, g, out = self.rows(x), group_in_force(self.steps, self.name), None
         for i in range(len(self.spans)):
             last = i == len(self.spans) - 1  # the parts before it stay in float32
-            a, sums = self.quantized(rows, i, g, norm, silu)
-            out = self.multiplied(a, sums, i, g, x.dtype if last else torch.float32, self.bias if i == 0 else None, out)
+            sent = self.quantized(rows, i, g, norm, silu)
+            out = self.multiplied(*sent, i, g, x.dtype if last else torch.float32, self.bias if i == 0 else None, out)
         return self._shaped(out, x)
 
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -263,7 +267,7 @@ class TritonAttention(nn.Module):
             (query, key, value), (self.table_q, self.table_k, self.table_v), self.levels[:3], strict=True
         ):
             rows = x.reshape(1, 1, -1, self.width)
-            a, _ = quantize(rows if rows.stride(-1) == 1 else rows.contiguous(), table[g], self.flag, levels, [0, 0], False)
+            a, *_ = quantize(rows if rows.stride(-1) == 1 else rows.contiguous(), table[g], self.flag, levels, [0, 0], False)
             sent.append(a.reshape(*x.shape[:2], -1))
         base, p_inverse, *constants = self.bases[g]
         return integer_attention(

@@ -26,40 +26,44 @@ def _on(x: torch.Tensor):
 def quantize(
     x: torch.Tensor, table: torch.Tensor, flag: torch.Tensor, levels: int, pad: list[int], sums: bool,
     order: torch.Tensor | None = None, norm_scale: torch.Tensor | None = None, norm_shift: torch.Tensor | None = None,
-    silu: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x [B, H, W, C] -> a' int8 [B, H + 2 pad_y, W + 2 pad_x, C'] and the sums of a, int32 (empty unless asked for).
+    silu: bool = False, clip: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x [B, H, W, C] -> a' int8 [B, H + 2 pad_y, W + 2 pad_x, C'], the sums of a, int32 (empty unless asked for), and the scale
+    of each row, float32 (empty without clip).
 
     table float32 [4, C or 1] as grid_table makes it, or [4, C'] with order int32 [C']: the channel of each column, -1 for none;
     levels 2^bits - 1; flag int32 [1].
     norm_scale, norm_shift float32 [B, C]: x * scale + shift first, then SiLU.
+    clip float32 [2]: 1 / clip and clip / levels of grids a token, whose table starts with 1 / ratio.
     """
-    a, total = quantize_outputs(x, table, flag, levels, pad, sums, order)
+    a, total, scales = quantize_outputs(x, table, flag, levels, pad, sums, order, clip=clip)
     (_, height, width, channels), padded = x.shape, a.shape[-1]
     if a.numel():
-        rows = a.numel() // padded
-        block, columns = (8, 256) if sums else (32, CHANNEL_BLOCK)  # rows with sums: one warp a row, all its channels
+        rows, whole = a.numel() // padded, sums or clip is not None
+        block, columns = (8, 256) if whole else (32, CHANNEL_BLOCK)  # whole rows: one warp a row, all its channels
         block = 128 if tiles.INTERPRET else block  # interpreted programs cost by their number, not by their size
-        grid = (tiles.triton.cdiv(rows, block), 1 if sums else padded // columns)
+        grid = (tiles.triton.cdiv(rows, block), 1 if whole else padded // columns)
         norm, unused = norm_scale is not None, flag  # a kernel takes a pointer even where it reads none
         with _on(x):
             tiles.kernels.quantize[grid](
                 x, table, unused if order is None else order, a, total if sums else unused, flag,
                 norm_scale if norm else table, norm_shift if norm else table,
+                table if clip is None else clip, scales if len(scales) else table,
                 float(levels), rows, height, width, *pad, *x.stride()[:3], channels, padded,
                 UNIFORM=table.shape[1] == 1, ORDERED=order is not None, HAS_SUMS=sums, NORM=norm, SILU=silu,
-                BR=block, BC=columns, num_warps=4,
+                TOKEN=clip is not None, MIDDLE=levels == 255, BR=block, BC=columns, num_warps=4,
             )  # fmt: skip
-    return a, total
+    return a, total, scales
 
 
 @quantize.register_fake
-def quantize_outputs(x, table, flag, levels, pad, sums, order=None, norm_scale=None, norm_shift=None, silu=False):
+def quantize_outputs(x, table, flag, levels, pad, sums, order=None, norm_scale=None, norm_shift=None, silu=False, clip=None):
     b, height, width, channels = x.shape
     shape = (b, height + 2 * pad[0], width + 2 * pad[1])
     padded = -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK if order is None else len(order)
     a = torch.empty(*shape, padded, dtype=torch.int8, device=x.device)
-    return a, torch.empty(shape if sums else (0,), dtype=torch.int32, device=x.device)
+    total = torch.empty(shape if sums else (0,), dtype=torch.int32, device=x.device)
+    return a, total, torch.empty((0,) if clip is None else shape, dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("questlib::group_norm_affine", mutates_args=())
@@ -96,15 +100,16 @@ def group_norm_outputs(x, weight, bias, groups, eps):
 def integer_gemm(
     a: torch.Tensor, w: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor | None,
     correction: torch.Tensor | None, offset: torch.Tensor | None, sums: torch.Tensor | None,
-    window: list[int], stride: list[int], ends: list[int], dtype: torch.dtype,
+    window: list[int], stride: list[int], ends: list[int], dtype: torch.dtype, row_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """a' [B, H, W, C'] (padded already), w int8 [O, taps, C'] or uint8 [O, taps, C'/2] -> [B, H', W', O] of `dtype`.
 
-    out = float(acc) * scale_o + bias_o + residual; acc = dot + correction_o + offset_o * (window sums of `sums`).
+    out = float(acc) * scale_o * row_scale + bias_o + residual; acc = dot + correction_o + offset_o * (window sums of `sums`).
     ends: empty, or where the columns of packed w with shifts of at least 1, 2 and 3 end. dtype int32: acc itself, and scale, bias
-    and residual are ignored. All vectors [O]; residual shaped like the output.
+    and residual are ignored. All vectors [O] but row_scale, [B, H, W] (window and stride 1); residual shaped like
+    the output.
     """
-    out = gemm_output(a, w, scale, bias, residual, correction, offset, sums, window, stride, ends, dtype)
+    out = gemm_output(a, w, scale, bias, residual, correction, offset, sums, window, stride, ends, dtype, row_scale)
     if not out.numel():
         return out
     o, span, padded = w.shape[0], w.shape[2], a.shape[3]
@@ -120,17 +125,17 @@ def integer_gemm(
         partial = torch.zeros_like(out, dtype=torch.int32) if c.split > 1 else out
         grid = (tiles.triton.cdiv(m, c.bm) * tiles.triton.cdiv(o, c.bn), c.split)
         tiles.kernels.gemm[grid](
-            a, w, partial, scale, given(bias), given(residual), given(correction), given(offset), given(sums),
+            a, w, partial, scale, given(row_scale), given(bias), given(residual), given(correction), given(offset), given(sums),
             m, o, span, padded, *window, a.shape[1], a.shape[2], out.shape[1], out.shape[2], *stride, *(ends or (0, 0, 0)),
             POINT=point, PACKED=w.dtype == torch.uint8, SHIFTED=bool(ends), ASM=not tiles.INTERPRET, RAW=raw,
-            HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+            HAS_ROW=row_scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
             HAS_CORRECTION=correction is not None, HAS_OFFSET=offset is not None,
             BM=c.bm, BN=c.bn, BK=c.bk, ATOMIC=c.split > 1, GROUP=8, num_warps=c.warps, num_stages=c.stages,
         )  # fmt: skip
         if c.split == 1 or raw:
             return partial
         tiles.kernels.finish[(tiles.triton.cdiv(m, 16), tiles.triton.cdiv(o, 128))](
-            partial, out, scale, given(bias), given(residual), m, o,
+            partial, out, scale, given(row_scale), given(bias), given(residual), m, o, HAS_ROW=row_scale is not None,
             HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BM=16, BN=128,
         )  # fmt: skip
         return out
@@ -148,7 +153,7 @@ def integer_gemm(
 
 
 @integer_gemm.register_fake
-def gemm_output(a, w, scale, bias, residual, correction, offset, sums, window, stride, ends, dtype):
+def gemm_output(a, w, scale, bias, residual, correction, offset, sums, window, stride, ends, dtype, row_scale=None):
     high, wide = ((n - k) // s + 1 for n, k, s in zip(a.shape[1:3], window, stride, strict=True))
     return torch.empty(a.shape[0], high, wide, w.shape[0], dtype=dtype, device=a.device)
 
@@ -177,7 +182,7 @@ def integer_attention(
     bd, small = max(32, tiles.triton.next_power_of_2(dim)), tiles.INTERPRET or queries < 128
     bq, bk = (64, 64) if small or dim > 128 else (128, 64)
     with _on(q):
-        tiles.kernels.attention[(tiles.triton.cdiv(queries, bq), batch * heads)](
+        tiles.kernels_attention.attention[(tiles.triton.cdiv(queries, bq), batch * heads)](
             q, k, transposed, out, key_sum, v_sum, v_scale, queries, keys, transposed.shape[2], heads, dim, q.shape[2],
             q_constant, v_constant, factor / math.log(2), p_inverse, float(p_levels),
             HAS_Q=q_constant != 0, HAS_V=v_constant != 0, P_CONSTANT=shift, EVEN=keys % bk == 0, ASM=not tiles.INTERPRET,

@@ -16,9 +16,9 @@ try:
     import triton
     import triton.language as tl
 
-    from questlib.integer import kernels
+    from questlib.integer import kernels, kernels_attention
 except ImportError:  # CPU builds of torch come without triton
-    triton = kernels = None
+    triton = kernels = kernels_attention = None
 
 # the interpreter must be chosen before triton is first imported: its own library functions are decorated then
 INTERPRET = (

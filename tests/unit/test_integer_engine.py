@@ -17,41 +17,23 @@ from questlib.integer import cpu, cpu_attention
 from questlib.integer.explain import one_output
 from questlib.integer.form import integer_form
 from questlib.integer.reference import layer_forward
-from questlib.layers import QuantAttnProcessor, QuantLayer, convert_layer
+from questlib.integer.synthetic import random_layer
+from questlib.layers import QuantAttnProcessor, QuantLayer
 from questlib.model import act_quantizers, insert, quant_layers
-from questlib.quantizers import ActQuantizer, WeightQuantizer
 from questlib.sampling import denoise
-from questlib.timesteps import StepGroups
 
 
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
 
-def random_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, token=False, **shape) -> QuantLayer:
+def make_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, token=False, **shape) -> QuantLayer:
     """A layer with random weights and grids, two step groups."""
-    g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     layer = torch.nn.Linear(**shape) if kind == "linear" else torch.nn.Conv2d(groups=groups, **shape)
-    channels = layer.in_features if kind == "linear" else layer.in_channels
-    index = torch.zeros(channels, dtype=torch.int64)
-    if split:
-        index[channels // 3 :] = 1
-    steps = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1]))
-    dim = -1 if kind == "linear" else 1
-    act = ActQuantizer("layer.act", act_bits, steps, channels, dim, index, carrier=carrier, token=token)
-    shift = 2 ** torch.randint(0, 4 if weight_bits <= 4 and groups == 1 else 1, (channels,), generator=g)
-    for group in range(2):
-        ratio = torch.randint(5, 9, (channels,), generator=g) * shift if act.carrier else None
-        zero = torch.randint(0, 2**act_bits, (channels if act.carrier else int(index.max()) + 1,), generator=g).float()
-        scale = 0.02 + torch.rand(int(index.max()) + 1, generator=g) * 0.05
-        scale = 10 * scale + 0.3 if token else scale
-        act.set_group(group, scale, zero if act.carrier else zero[index], ratio)
-    act.calibrated.fill_(True)
-    wq = WeightQuantizer(layer.weight, weight_bits, index[: channels // groups], "minmax")
-    convert_layer(layer, "conv", act, wq)
-    layer.requires_grad_(False).freeze()
-    return layer
+    channels, shift = shape.get("in_features") or shape["in_channels"], carrier and weight_bits <= 4 and groups == 1
+    third = channels // 3 if split else None
+    return random_layer(layer, weight_bits, act_bits, split=third, carrier=carrier, shift=shift, token=token, seed=seed)[0]
 
 
 CASES = [
@@ -72,7 +54,7 @@ BITS = [(8, 8), (4, 8), (4, 4), (8, 4), (2, 3), (5, 7)]
 def test_random_layers(case, bits, split, seed):
     """Every format: output equal to fake quantization, sums equal to int64, reference equal bit for bit, nibbles exact."""
     kind, shape = CASES[case]
-    layer = random_layer(kind, *bits, seed=seed, split=split, carrier=bool(seed), **shape)
+    layer = make_layer(kind, *bits, seed=seed, split=split, carrier=bool(seed), **shape)
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(3, 11, layer.in_features, generator=generator) if kind == "linear" else None
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
@@ -97,7 +79,7 @@ def test_random_layers(case, bits, split, seed):
 def test_layers_with_a_grid_a_token(case, bits, split, carrier):
     """Tokens of very different sizes, one of them all zeros: equal to fake quantization, to int64, and to the reference."""
     kind, shape = CASES[case]
-    layer = random_layer(kind, *bits, seed=case, split=split, carrier=carrier, token=True, **shape)
+    layer = make_layer(kind, *bits, seed=case, split=split, carrier=carrier, token=True, **shape)
     generator = torch.Generator().manual_seed(9)
     x = torch.randn(3, 11, 37 if case == 0 else 64, generator=generator) if kind == "linear" else None
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
@@ -117,7 +99,7 @@ def test_layers_with_a_grid_a_token(case, bits, split, carrier):
 
 
 def test_groups_and_channels_last():
-    layer = random_layer("conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1)
+    layer = make_layer("conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1)
     x = torch.randn(2, 8, 6, 6)
     engine = cpu.CpuLayer(integer_form(layer, "layer"), layer.act.steps)
     y = engine(x.to(memory_format=torch.channels_last))
@@ -128,7 +110,7 @@ def test_groups_and_channels_last():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outside_the_integers(dtype):
     """The codes are those of the input as it is; only the output is rounded to `dtype`."""
-    layer = random_layer("conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1)
+    layer = make_layer("conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1)
     x = torch.randn(2, 8, 6, 6).to(dtype)
     y = cpu.CpuLayer(integer_form(layer, "layer"), layer.act.steps)(x)
     assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(6 if dtype == torch.bfloat16 else 9)
@@ -265,7 +247,7 @@ def test_mixed_step_groups_are_refused(models):
 
 
 def test_overflow_is_refused_by_name():
-    layer = random_layer("linear", 8, 8, seed=0, in_features=300_000, out_features=1)
+    layer = make_layer("linear", 8, 8, seed=0, in_features=300_000, out_features=1)
     with pytest.raises(EngineError, match="middle: accumulators up to .* could overflow int32"):
         integer_form(layer, "middle")
 
@@ -301,7 +283,7 @@ def test_older_instruction_sets_are_exact(isa):
     """Without VNNI 8-bit products saturate: found out at load, and the layer is split."""
     code = (
         "import torch, test_integer_engine as t; from questlib.integer import cpu\n"
-        "layer = t.random_layer('linear', 8, 8, seed=0, in_features=64, out_features=16)\n"
+        "layer = t.make_layer('linear', 8, 8, seed=0, in_features=64, out_features=16)\n"
         "e = cpu.CpuLayer(t.integer_form(layer, 'x'), layer.act.steps)\n"
         "layer.act.steps.current = 0; x = 9 * torch.randn(50, 64)\n"
         "assert torch.equal(e.accumulators(x)[0], t.layer_forward(layer, x)[1][0])\n"
@@ -319,7 +301,7 @@ def test_older_instruction_sets_are_exact(isa):
 @pytest.mark.parametrize("case", [0, 3])
 def test_one_output_number_by_number(case):
     kind, shape = CASES[case]
-    layer = random_layer(kind, 4, 4, seed=1, carrier=True, **shape)
+    layer = make_layer(kind, 4, 4, seed=1, carrier=True, **shape)
     layer.act.steps.current = 1
     x = torch.randn(2, 3, 37) if kind == "linear" else torch.randn(2, 16, 9, 8)
     table, sums = one_output(layer, x, output=2, position=4)

@@ -14,46 +14,25 @@ from questlib import quantize
 from questlib.errors import EngineError
 from questlib.integer.form import Part, act_grids, integer_form
 from questlib.integer.reference import layer_forward
-from questlib.layers import convert_layer
 from questlib.model import quant_layers
-from questlib.quantizers import ActQuantizer, WeightQuantizer
+from questlib.quantizers import ActQuantizer
 from questlib.timesteps import StepGroups
 
 triton_engine = pytest.importorskip("questlib.integer.triton_engine")
 pytest.importorskip("triton")
 from questlib.integer import triton_ops, triton_tiles  # noqa: E402
+from questlib.integer.synthetic import GROUPS, random_layer  # noqa: E402
 from questlib.integer.triton_engine import TritonLayer, check_finite, serves  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1")
-GROUPS = 2
 
 
 def relative(a, b):
     return ((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
 
-def make_layer(module, w_bits, a_bits, carrier=False, split=None, seed=0, shift=False):
-    """A quantized layer with random grids for two step groups: (layer, steps)."""
-    g = torch.Generator().manual_seed(seed)
-    linear = isinstance(module, nn.Linear)
-    channels = module.in_features if linear else module.in_channels
-    index = torch.zeros(channels, dtype=torch.int64)
-    index[split if split is not None else channels :] = 1
-    steps = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1]))
-    act = ActQuantizer("layer.act", a_bits, steps, channels, -1 if linear else 1, index, carrier=carrier)
-    wq = WeightQuantizer(module.weight, w_bits, index, "minmax")
-    block = torch.randint(0, 4, (channels,), generator=g) if shift else torch.zeros(channels, dtype=torch.int64)
-    for group in range(GROUPS):
-        ratio = None
-        if carrier:
-            ratio = (torch.randint(1, 9, (channels,), generator=g).clamp_min(5 if shift else 1) << block).float()
-        zero = torch.randint(0, 2**a_bits, (channels,) if carrier else (1,), generator=g).float().expand(channels).clone()
-        for part in range(1, int(index.max()) + 1):
-            zero[index == part] = float(torch.randint(0, 2**a_bits, (1,), generator=g))
-        act.set_group(group, torch.rand(int(index.max()) + 1, generator=g) * 4 / 2**a_bits + 0.01, zero, ratio)
-    act.calibrated.fill_(True)
-    convert_layer(module.requires_grad_(False), "conv", act, wq)
-    return module, steps
+def make_layer(module, w_bits, a_bits, carrier=False, split=None, **choices):
+    return random_layer(module, w_bits, a_bits, carrier=carrier, split=split, **choices)
 
 
 def compare(layer, steps, x, weights="packed"):
@@ -80,6 +59,30 @@ def test_linear(w, a, carrier, weights):
     engine = compare(layer, steps, torch.randn(2, 37, 75) * 2, weights)
     assert engine.kind == (weights if w <= 4 else "int8")
     assert engine.weight0.numel() == 70 * 128 // (2 if engine.kind == "packed" else 1)
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+@pytest.mark.parametrize(
+    ("w", "a", "carrier", "shift"),
+    [
+        (4, 4, True, True),
+        (4, 4, True, False),
+        (4, 8, False, False),
+        (8, 8, False, False),
+        (8, 4, True, False),
+        (4, 6, False, False),
+    ],
+)
+@pytest.mark.parametrize("split", [None, 80])
+def test_a_grid_a_token(w, a, carrier, shift, weights, split):
+    """Tokens of very different sizes, one of them all zeros; linears and 1 x 1 convolutions."""
+    torch.manual_seed(0)
+    for module, shape in ((nn.Linear(150, 20), (2, 19, 150)), (nn.Conv2d(150, 20, 1), (2, 150, 5, 4))):
+        layer, steps = make_layer(module, w, a, carrier, split, shift=shift, token=True)
+        x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2]).unsqueeze(-1)
+        x.movedim(layer.act.dim, -1)[0, 0] = 0.0
+        engine = compare(layer, steps, x, weights)
+        assert engine.format.endswith("token" + " carrier" * carrier)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -277,7 +280,7 @@ def test_operators_are_well_formed_for_torch_compile():
     x = torch.randn(1, 4, 4, 8)
     args = (x, engine.table0[0], engine.flag, engine.levels, [1, 1], True)
     torch.library.opcheck(torch.ops.questlib.quantize, args, test_utils=("test_schema", "test_faketensor"))
-    a, sums = triton_ops.quantize(*args)
+    a, sums, _ = triton_ops.quantize(*args)
     tables = (engine.scale0[0], engine.bias, None, engine.correction0[0], engine.offset0)
     args = (a, engine.weight0, *tables, sums, [3, 3], [1, 1], [], x.dtype)
     torch.library.opcheck(torch.ops.questlib.integer_gemm, args, test_utils=("test_schema", "test_faketensor"))
