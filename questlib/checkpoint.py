@@ -84,19 +84,19 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
 
 
 def from_pretrained(
-    path: str | Path, engine: str = "fake", *, dtype: torch.dtype = torch.float32, fallback: bool = False
+    path: str | Path, engine: str = "fake", *, dtype: torch.dtype = torch.float32, weights: str = "packed", fallback: bool = False
 ) -> nn.Module:
     """Load what `save_pretrained` wrote: a frozen quantized UNet.
 
     engine: "fake", simulated quantization, whose outputs equal the saved model's bit for bit; or integers ("cpu", "reference",
-    "auto": see `questlib.integer.convert`, also for dtype and fallback).
+    "auto": see `questlib.integer.convert`, also for dtype, weights and fallback).
     CheckpointError for damaged files, missing or unexpected tensors; EngineError when the engine cannot run here or a layer has
     no integer form.
     """
     if engine != "fake":
         choose_engine(engine)  # before any long work
-    elif dtype != torch.float32 or fallback:
-        raise ConfigError("dtype and fallback are choices of the integer engines, not of engine 'fake'")
+    elif dtype != torch.float32 or weights != "packed" or fallback:
+        raise ConfigError("dtype, weights and fallback are choices of the integer engines, not of engine 'fake'")
     path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
@@ -135,4 +135,6 @@ def from_pretrained(
     uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
     if uncalibrated:
         raise CheckpointError(f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}")
-    return freeze(unet) if engine == "fake" else convert(unet, engine, dtype=dtype, fallback=fallback, inplace=True)
+    return (
+        freeze(unet) if engine == "fake" else convert(unet, engine, dtype=dtype, weights=weights, fallback=fallback, inplace=True)
+    )

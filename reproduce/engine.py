@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -31,6 +32,15 @@ def equality_table(result: dict[str, Any]) -> pd.DataFrame:
             row[f"{head} simulated / in integers"] = f"{fake[name]:.3f} / {cpu[name]:.3f}"
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def formats_table(result: dict[str, Any]) -> pd.DataFrame:
+    """Of benchmarks/formats.py: one row a role, the geometric mean of its layers' errors in each format, weights quantized."""
+    layers = pd.DataFrame(result["layers"]).T
+    mark = "quantized weights, "
+    errors = layers[[c for c in layers if c.startswith(mark)]].astype(float).rename(columns=lambda c: c.removeprefix(mark))
+    table = np.exp(np.log(errors).groupby(layers["role"], sort=False).mean())
+    return table.map("{:.4f}".format).assign(layers=layers.groupby("role").size()).reset_index()
 
 
 def speed_table(result: dict[str, Any], model: str) -> pd.DataFrame:

@@ -74,6 +74,8 @@ def convert(
     step_groups(unet)  # ConfigError for a plain UNet
     if weights not in WEIGHTS:
         raise ConfigError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
+    if weights != WEIGHTS[0] and engine != "triton":
+        raise ConfigError(f"weights: a choice of engine triton, found {weights!r} for engine {engine}")
     if engine != "triton" and unet.device.type != "cpu":
         raise EngineError(f"engine {engine} needs the model on the CPU, found {unet.device}")
     unet = unet if inplace else copy.deepcopy(unet)

@@ -180,8 +180,10 @@ def test_from_pretrained(models, tmp_path):
         assert torch.equal(questlib.from_pretrained(tmp_path, engine=engine)(x, t).sample, expected)
     half = questlib.from_pretrained(tmp_path, engine="cpu", dtype=torch.bfloat16)
     assert half(x.bfloat16(), t).sample.dtype == torch.bfloat16
-    with pytest.raises(ConfigError, match="dtype and fallback are choices of the integer engines"):
+    with pytest.raises(ConfigError, match="choices of the integer engines"):
         questlib.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="a choice of engine triton, found 'int8' for engine cpu"):
+        questlib.from_pretrained(tmp_path, engine="cpu", weights="int8")
 
 
 @pytest.mark.parametrize("n", [8, 64])
