@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from questlib import ranges
 from questlib.config import OFF, QuantConfig
-from questlib.distributed import share
+from questlib.distributed import processes, share
 from questlib.errors import CheckpointError, ConfigError
 from questlib.model import act_quantizers, set_mode
 from questlib.models.conditioning import Conditioning
@@ -117,7 +116,7 @@ def calibrate(
             "calibrate: num_samples and num_inference_steps and batch_size must be >= 1, found "
             f"{num_samples}, {num_inference_steps}, {batch_size}"
         )
-    unet, state = pipe.unet, PartialState()
+    unet, state = pipe.unet, processes()
     scheduler = make_scheduler(pipe, sampler, eta)
     conditioning = Conditioning(pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts, shuffle=seed)
     batches = shard_ranges(num_samples, batch_size)

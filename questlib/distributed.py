@@ -7,9 +7,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 
 
+def processes() -> PartialState:
+    """The processes of this job. On a machine without CUDA they are CPU processes that talk by gloo, whatever launched them."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
 def share(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torch.Tensor]:
     """The tensors of process `owner`, on every process, on the CPU and bit for bit; what the others pass does not count."""
-    state = PartialState()
+    state = processes()
     if state.num_processes == 1:
         return tensors
     mine = state.process_index == owner
@@ -23,12 +28,12 @@ def share(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torc
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all processes."""
-    return reduce(tensor, "mean") if PartialState().num_processes > 1 else tensor
+    return reduce(tensor, "mean") if processes().num_processes > 1 else tensor
 
 
 @torch.no_grad()
 def synchronize(module: torch.nn.Module) -> None:
     """Give every process the parameters and buffers of process 0: rounding on different devices may differ in the last bits."""
-    if PartialState().num_processes > 1:
+    if processes().num_processes > 1:
         for value in (*module.parameters(), *module.buffers()):
             broadcast(value.data, 0)

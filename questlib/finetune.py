@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
 from questlib.calibrate import Batch, Calibration
 from questlib.config import OFF, QuantConfig
-from questlib.distributed import mean, synchronize
+from questlib.distributed import mean, processes, synchronize
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.layers import QuantLayer
 from questlib.model import TIME_ROLES, act_quantizers, freeze, quant_layers, step_groups
@@ -159,9 +158,9 @@ def finetune(
     Log: seconds, loss [[stage, iteration, local, global], ...], trained_weights, trained_fraction.
     """
     step_groups(unet)
-    todo, processes = stages(unet, config), PartialState().num_processes
-    if config.batch_size % processes:
-        raise ConfigError(f"batch_size: expected a multiple of {processes} processes, found {config.batch_size}")
+    todo, world = stages(unet, config), processes().num_processes
+    if config.batch_size % world:
+        raise ConfigError(f"batch_size: expected a multiple of {world} processes, found {config.batch_size}")
     log = {"seconds": 0.0, "loss": [], "trained_weights": 0, "trained_fraction": 0.0}
     if not todo:
         return log
@@ -242,13 +241,13 @@ def _batch(calib: Calibration, config: QuantConfig, stage: Stage, i: int, genera
     else:
         step = torch.randint(steps, (config.batch_size,), generator=generator)
     which = torch.randint(n, (config.batch_size,), generator=generator)
-    state = PartialState()
+    state = processes()
     own = slice(state.process_index, None, state.num_processes)
     return calib.batch(step[own], which[own])
 
 
 def _save_state(path, key, unet, stage, iteration, log, opt, schedule, generator) -> None:
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     tmp = Path(path).with_suffix(f".tmp{os.getpid()}")
     state = dict(key=key, stage=stage, iteration=iteration, log=log, model=unet.state_dict(), opt=opt.state_dict(),
