@@ -1,4 +1,4 @@
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR"""
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; on several GPUs: accelerate launch -m questlib ..."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import re
 import sys
 from pathlib import Path
 
+from questlib import arguments
 from questlib.calibrate import calibrate
 from questlib.checkpoint import save_pretrained
 from questlib.config import PRESETS, QuantConfig
+from questlib.distributed import processes
 from questlib.errors import ConfigError, QuestError, check_writable
 from questlib.finetune import finetune
 from questlib.models.loading import load_pipeline
@@ -41,11 +43,15 @@ def parse_overrides(pairs: list[str]) -> dict:
 
 def run_quantize(args: argparse.Namespace) -> None:
     config = QuantConfig.preset(args.preset, *parse_bits(args.bits), **parse_overrides(args.set))
+    choices = arguments.choices(args)
     check_writable(args.out)
-    pipe = load_pipeline(args.pipeline)
-    calib = calibrate(pipe, args.samples, args.steps, eta=args.eta, seed=args.seed, progress=True)
+    state = processes()
+    pipe = load_pipeline(args.pipeline).to(state.device)
+    calib = calibrate(pipe, args.samples, batch_size=args.batch_size, progress=True, **choices)
     unet = quantize(pipe.unet, config.replace(seed=args.seed), calib, cache_dir=args.out / "cache", progress=True)
     log = finetune(unet, pipe.unet, calib, unet.quest_config, state_path=args.out / "finetune.pt", progress=True)
+    if not state.is_main_process:
+        return
     size = save_pretrained(unet, args.out)
     full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     (args.out / "log.json").write_text(json.dumps({"quantize": unet.quest_log, "finetune": log}))
@@ -61,9 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument("--bits", default="W4A4", help="WxAy with x, y in 2..8, or 16 for off (default W4A4)")
     q.add_argument("--out", type=Path, required=True, help="folder for model.safetensors, config.json, log.json")
     q.add_argument("--samples", type=int, default=64, help="calibration trajectories (default 64)")
-    q.add_argument("--steps", type=int, default=20, help="sampler steps (default 20)")
-    q.add_argument("--eta", type=float, default=0.0, help="DDIM eta (default 0)")
-    q.add_argument("--seed", type=int, default=0)
+    q.add_argument("--batch-size", type=int, default=64, help="trajectories at once; processes share batches out (default 64)")
+    arguments.add(q)
     q.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig")
     args = parser.parse_args(argv)
     try:

@@ -71,6 +71,9 @@ class QuantConfig:
     lr_decay: bool = False  # cosine to zero over each stage (paper: constant)
     batch_size: int = 32
     seed: int = 0
+    # memory
+    forward_batch: int = 64  # at most so many inputs at once go through the UNet where activations are recorded
+    save_memory: bool = False  # finetuning: gradient checkpointing, the teacher's targets wait on the CPU; same gradients
 
     def __post_init__(self) -> None:
         for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "first_last_weight_bits", "te_act_bits"):
@@ -82,7 +85,7 @@ class QuantConfig:
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, found {getattr(self, key)!r}")
-        for key in ("step_groups", "calib_batch", "batch_size", "recon_samples"):
+        for key in ("step_groups", "calib_batch", "batch_size", "recon_samples", "forward_batch"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: expected at least 1, found {getattr(self, key)}")
         for key in ("adaround_iters", "act_iters", "tla_iters", "cma_iters"):

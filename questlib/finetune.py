@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +21,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
-from questlib.calibrate import Calibration
+from questlib.calibrate import Batch, Calibration
 from questlib.config import OFF, QuantConfig
-from questlib.errors import CheckpointError, QuestError
+from questlib.distributed import mean, processes, synchronize
+from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.layers import QuantLayer
 from questlib.model import TIME_ROLES, act_quantizers, freeze, quant_layers, step_groups
 
@@ -61,10 +62,14 @@ def stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
 
 
 @contextmanager
-def recorded(unet: nn.Module, names: list[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside the block, the dict holds the last output of each named layer, with its gradient history."""
+def recorded(unet: nn.Module, names: list[str], device: str | None = None) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside the block, the dict holds the last output of each named layer, with its gradient history; on `device` if given."""
     outputs: dict[str, torch.Tensor] = {}
-    handles = [unet.get_submodule(n).register_forward_hook(lambda m, a, out, n=n: outputs.__setitem__(n, out)) for n in names]
+
+    def hook(name: str) -> Callable:
+        return lambda module, args, out: outputs.__setitem__(name, out if device is None else out.to(device))
+
+    handles = [unet.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         yield outputs
     finally:
@@ -86,20 +91,22 @@ def run_time_layers(unet: nn.Module, t: torch.Tensor) -> None:
 def local_loss(student: dict, teacher: dict, normalize: bool) -> torch.Tensor:
     """L_TLA and L_CMA: the sum over layers of the mean squared difference.
 
-    normalize: the mean over layers of the error relative to the teacher's power: layers, and L_G beside them, count alike.
+    normalize: the mean over layers of the error relative to the teacher's power: layers, and L_G beside them, count alike. The
+    power is that of the whole batch, of all processes, so that their mean gradient is the gradient of one process's larger batch.
     """
+    powers = mean(torch.stack([target.pow(2).mean() for target in teacher.values()])) if normalize else None
     total = 0.0
-    for name, target in teacher.items():
-        error = (student[name] - target).pow(2).mean()
-        total = total + (error / target.pow(2).mean().clamp_min(1e-8) if normalize else error)
+    for i, (name, target) in enumerate(teacher.items()):
+        error = (student[name] - target.to(student[name].device)).pow(2).mean()
+        total = total + (error / powers[i].to(error.device).clamp_min(1e-8) if normalize else error)
     return total / len(teacher) if normalize else total
 
 
 def losses(
-    student: nn.Module, teacher: nn.Module, stage: Stage, config: QuantConfig, x: torch.Tensor, t: torch.Tensor,
-    eps: torch.Tensor, te_t: torch.Tensor, te_targets: dict[str, torch.Tensor],
+    student: nn.Module, teacher: nn.Module, stage: Stage, config: QuantConfig, batch: Batch, te_t: torch.Tensor,
+    te_targets: dict[str, torch.Tensor],
 ) -> tuple[torch.Tensor | float, torch.Tensor]:  # fmt: skip
-    """(local, global) loss of one batch: x, eps [B, C, h, w]; t [B]; te_t [T] and te_targets for the TE layers."""
+    """(local, global) loss of one batch; te_t [T] and te_targets are for the TE layers."""
     local: torch.Tensor | float = 0.0
     names = list(stage.layers)
     if stage.name == "tla":
@@ -107,16 +114,16 @@ def losses(
             with recorded(student, names) as own:
                 run_time_layers(student, te_t)
             local = local_loss(own, te_targets, config.normalize_local)
-        out = student(x, t).sample
+        out = batch.run(student)
     elif stage.local:
-        with torch.no_grad(), recorded(teacher, names) as target:
-            teacher(x, t)
+        with torch.no_grad(), recorded(teacher, names, "cpu" if config.save_memory else None) as target:
+            batch.run(teacher)
         with recorded(student, names) as own:
-            out = student(x, t).sample
+            out = batch.run(student)
         local = local_loss(own, target, config.normalize_local)
     else:
-        out = student(x, t).sample
-    return local, (out - eps).pow(2).mean()
+        out = batch.run(student)
+    return local, (out - batch.eps.to(out.device)).pow(2).mean()
 
 
 def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
@@ -146,10 +153,14 @@ def finetune(
 
     With `state_path` the state is saved every 100 iterations and at each stage's end, and resumed from when the file exists; a
     resumed run continues bit for bit. CheckpointError when the file belongs to another configuration or calibration.
+    Under `accelerate launch` every process calls this with the same calibration: each takes its part of every batch, gradients
+    are averaged, process 0 writes the state. ConfigError when the batch cannot be shared out evenly.
     Log: seconds, loss [[stage, iteration, local, global], ...], trained_weights, trained_fraction.
     """
     step_groups(unet)
-    todo = stages(unet, config)
+    todo, world = stages(unet, config), processes().num_processes
+    if config.batch_size % world:
+        raise ConfigError(f"batch_size: expected a multiple of {world} processes, found {config.batch_size}")
     log = {"seconds": 0.0, "loss": [], "trained_weights": 0, "trained_fraction": 0.0}
     if not todo:
         return log
@@ -159,6 +170,9 @@ def finetune(
     key = hashlib.sha256(f"{config.hash()}-{calib.hash()}".encode()).hexdigest()
     state = _load_state(state_path, key)
     freeze(unet)
+    synchronize(unet)
+    if config.save_memory:
+        unet.enable_gradient_checkpointing()
     te_t = calib.t.to(unet.device)
     for number, stage in enumerate(todo):
         if state is not None and state["stage"] > number:
@@ -184,19 +198,23 @@ def finetune(
         for i in tqdm(
             range(start, stage.iters), desc=stage.name, disable=not progress, mininterval=2, initial=start, total=stage.iters
         ):
-            x, t, eps = (v.to(unet.device) for v in _batch(calib, config, stage, i, generator))
-            local, total = losses(unet, teacher, stage, config, x, t, eps, te_t, te_targets)
+            batch = _batch(calib, config, stage, i, generator)
+            local, total = losses(unet, teacher, stage, config, batch, te_t, te_targets)
             loss = local + config.global_weight * total
-            if not torch.isfinite(loss):
+            local, total = mean(torch.stack([torch.as_tensor(local).detach().to(total.device), total.detach()])).tolist()
+            if not math.isfinite(local + total):  # of all processes: they stop together
                 raise QuestError(
-                    f"finetune: loss is {loss.item()} in stage {stage.name} at iteration {i}; lower the learning rates"
+                    f"finetune: loss is {local} (local), {total} (global) in stage {stage.name} at iteration {i}; "
+                    "lower the learning rates"
                 )
             opt.zero_grad(set_to_none=True)
             loss.backward()
+            for p in params:
+                p.grad = None if p.grad is None else mean(p.grad)
             opt.step(), schedule.step()
             for p in params[len(stage.layers) :]:
                 p.data.clamp_min_(1e-8)  # a scale stays positive
-            log["loss"].append([stage.name, i, float(torch.as_tensor(local).detach()), float(total.detach())])
+            log["loss"].append([stage.name, i, local, total])
             if state_path is not None and (i + 1) % SAVE_EVERY == 0 and i + 1 < stage.iters:
                 log["seconds"] = time.perf_counter() - clock
                 _save_state(state_path, key, unet, number, i + 1, log, opt, schedule, generator)
@@ -207,22 +225,30 @@ def finetune(
     if state is not None:  # every stage was done when it was saved
         log = state["log"]
         unet.load_state_dict(state["model"], strict=False)
+    unet.disable_gradient_checkpointing()
     freeze(unet)
     return log
 
 
-def _batch(calib: Calibration, config: QuantConfig, stage: Stage, i: int, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Random pairs (x_t, t, eps): over all steps, or (sequential, release) the i-th share of the stage is one step's."""
+def _batch(calib: Calibration, config: QuantConfig, stage: Stage, i: int, generator: torch.Generator) -> Batch:
+    """Random calls: over all steps, or (sequential, release) the i-th share of the stage is one step's.
+
+    Of several processes, each draws the same batch and takes its part of it.
+    """
     steps, n = calib.x.shape[:2]
     if config.tla_order == "sequential":
         step = torch.full((config.batch_size,), min(i * steps // stage.iters, steps - 1))
     else:
         step = torch.randint(steps, (config.batch_size,), generator=generator)
     which = torch.randint(n, (config.batch_size,), generator=generator)
-    return calib.x[step, which], calib.t[step], calib.eps[step, which]
+    state = processes()
+    own = slice(state.process_index, None, state.num_processes)
+    return calib.batch(step[own], which[own])
 
 
 def _save_state(path, key, unet, stage, iteration, log, opt, schedule, generator) -> None:
+    if not processes().is_main_process:
+        return
     tmp = Path(path).with_suffix(f".tmp{os.getpid()}")
     state = dict(key=key, stage=stage, iteration=iteration, log=log, model=unet.state_dict(), opt=opt.state_dict(),
                  schedule=schedule.state_dict(), rng=generator.get_state())  # fmt: skip

@@ -6,8 +6,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from questlib.quantizers import ActQuantizer, WeightQuantizer
+
+SCORES = 2**28  # attention scores in one piece (1 GiB); above, head by head
 
 
 class QuantLayer(nn.Module):
@@ -90,7 +93,20 @@ class QuantAttnProcessor(nn.Module):
         """query [B, N, C], key, value [B, M, C], as the projections give them -> [B, N, C]. Engines replace this method."""
         batch = query.shape[0]
         query, key, value = (attn.head_to_batch_dim(x) for x in (self.q(query), self.k(key), self.v(value)))
-        # [B * heads, N, M]; regrouped to [B, heads, N, M] so that the quantizer sees the batch first
-        probs = attn.get_attention_scores(query, key, attention_mask)
-        probs = self.probs(probs.unflatten(0, (batch, -1))).flatten(0, 1)
-        return attn.batch_to_head_dim(torch.bmm(probs, value))
+
+        def heads(query, key, value, mask=None) -> torch.Tensor:
+            # [B * heads, N, M]; regrouped to [B, heads, N, M] so that the quantizer sees the batch first
+            probs = attn.get_attention_scores(query, key, mask)
+            return torch.bmm(self.probs(probs.unflatten(0, (batch, -1))).flatten(0, 1), value)
+
+        count = attn.heads
+        if (
+            attention_mask is not None
+            or query.shape[0] * query.shape[1] * key.shape[1] <= SCORES
+            or self.probs.observer is not None
+        ):
+            return attn.batch_to_head_dim(heads(query, key, value, attention_mask))
+        # One head after another, whose scores are computed again for the gradient: [N, M] is 64 MiB at 64x64 latents.
+        split = [x.unflatten(0, (batch, count)).unbind(1) for x in (query, key, value)]  # count x [B, N, C / count]
+        out = [checkpoint(heads, *qkv, use_reentrant=False) for qkv in zip(*split, strict=True)]
+        return attn.batch_to_head_dim(torch.stack(out, 1).flatten(0, 1))

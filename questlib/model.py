@@ -126,6 +126,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         raise ConfigError("this UNet is quantized already; start from the full-precision one")
     unet = copy.deepcopy(unet).eval().requires_grad_(False)
     roles, splits = layer_roles(unet), skip_splits(unet) if config.split_skip else {}
+    timesteps = timesteps.unique().flip(0)  # PLMS calls one twice
     steps = StepGroups(timesteps, contiguous_groups(len(timesteps), min(config.step_groups, len(timesteps))))
     modules = dict(unet.named_modules())
     free, token = (config.act_granularity == kind for kind in ("channel", "token"))

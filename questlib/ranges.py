@@ -12,6 +12,7 @@ import torch
 
 EPS = 1e-8
 GRID = torch.linspace(0.1, 1.0, 37)
+CACHED = 2**17  # float32 values
 PERCENTILES = (0.999, 0.9999, 0.99999)
 
 
@@ -89,7 +90,11 @@ def search(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and zero point [P] by `method` (minmax | mse | percentile). x [P, n]: sampled values; lo, hi [P]: true extremes."""
     if method == "mse":
-        lo, hi = mse_bounds(x, lo, hi, bits, symmetric, norm)
+        # Some rows at a time, so that the 111 passes over them stay in a core's cache: three times as fast on large weights. Rows
+        # do not depend on each other, but a lone row is summed in another order: hence two or more.
+        parts = max(1, min(x.numel() // CACHED, len(x) // 2))
+        found = [mse_bounds(*rows, bits, symmetric, norm) for rows in zip(*(v.chunk(parts) for v in (x, lo, hi)), strict=True)]
+        lo, hi = (torch.cat(bounds) for bounds in zip(*found, strict=True))
     elif method == "percentile":
         lo, hi = percentile_bounds(x, bits, symmetric)
     return affine(lo, hi, bits, symmetric)

@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
-from questlib.calibrate import Calibration
+from questlib.calibrate import Batch, Calibration
 from questlib.config import QuantConfig
 from questlib.layers import QuantLayer
 from questlib.model import act_quantizers, quant_layers, set_mode
@@ -30,8 +30,8 @@ class _BlockDone(Exception):
     """Ends a forward pass once the block of interest has run."""
 
 
-def blocks(unet: nn.Module, x: torch.Tensor, t: torch.Tensor) -> list[str]:
-    """Names of the units of reconstruction in the order in which a forward on (x, t) runs them; every layer is in exactly one."""
+def blocks(unet: nn.Module, inputs: Batch) -> list[str]:
+    """Names of the units of reconstruction in the order in which a forward runs them; every layer is in exactly one."""
     found: list[str] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
@@ -48,40 +48,40 @@ def blocks(unet: nn.Module, x: torch.Tensor, t: torch.Tensor) -> list[str]:
     handles = [unet.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: order.append(n)) for n in found]
     try:
         with torch.no_grad():
-            unet(x[:1].to(unet.device), t.reshape(-1)[:1].to(unet.device))
+            inputs[:1].run(unet)
     finally:
         for handle in handles:
             handle.remove()
     return list(dict.fromkeys(order))  # a block that never runs has nothing to reconstruct
 
 
-def pick_samples(calib: Calibration, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`count` pairs (x_t, t), steps in equal shares: x [count, ...], t int64 [count]."""
+def pick_samples(calib: Calibration, count: int, seed: int) -> Batch:
+    """`count` pairs (x_t, t), steps in equal shares."""
     steps, n = calib.x.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     step = torch.arange(count) % steps
     which = torch.randint(n, (count,), generator=generator)
-    return calib.x[step, which], calib.t[step]
+    return calib.batch(step, which)
 
 
 @torch.no_grad()
-def capture(unet: nn.Module, name: str, x: torch.Tensor, t: torch.Tensor, batch: int = 64) -> tuple[list, list]:
-    """Run the UNet and return what block `name` received (by position or keyword) and gave: two lists, one entry a batch."""
-    inputs, outputs = [], []
+def capture(unet: nn.Module, name: str, inputs: Batch, size: int = 64) -> tuple[list, list]:
+    """What block `name` received (by position or keyword) and gave in a run of the UNet: two lists, `size` inputs an entry."""
+    received, gave = [], []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
-        inputs.append((args, kwargs))
-        outputs.append(out)
+        received.append((args, kwargs))
+        gave.append(out)
         raise _BlockDone  # what comes after the block is not needed
 
     handle = unet.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     try:
-        for xb, tb in zip(x.split(batch), t.split(batch), strict=True):
+        for part in inputs.split(size):
             with suppress(_BlockDone):
-                unet(xb.to(unet.device), tb.to(unet.device))
+                part.run(unet)
     finally:
         handle.remove()
-    return inputs, outputs
+    return received, gave
 
 
 def _join(batches: list) -> Callable[[torch.Tensor], tuple[tuple, dict]]:
@@ -106,12 +106,12 @@ def _each_block(
     student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, desc: str, progress: bool
 ) -> Iterator:
     """For each block: the student's block, a function idx -> call arguments, the teacher's outputs, and the step groups [n]."""
-    x, t = pick_samples(calib, config.recon_samples, config.seed)
-    groups = torch.as_tensor(student.quest_steps.lookup(t)).expand(len(t))
-    for name in tqdm(blocks(student, x, t), desc=desc, disable=not progress, mininterval=2):
-        inputs, _ = capture(student, name, x, t)
-        _, targets = capture(teacher, name, x, t)
-        yield student.get_submodule(name), _join(inputs), torch.cat(targets), groups
+    inputs = pick_samples(calib, config.recon_samples, config.seed)
+    groups = torch.as_tensor(student.quest_steps.lookup(inputs.t)).expand(len(inputs))
+    for name in tqdm(blocks(student, inputs), desc=desc, disable=not progress, mininterval=2):
+        calls, _ = capture(student, name, inputs, config.forward_batch)
+        _, targets = capture(teacher, name, inputs, config.forward_batch)
+        yield student.get_submodule(name), _join(calls), torch.cat(targets), groups
 
 
 def _minimize(block, rows, target, groups, steps, params: list[dict], iters: int, config: QuantConfig, regularizer=None) -> None:

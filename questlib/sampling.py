@@ -1,25 +1,45 @@
-"""Sampling: the noise of sample i depends on (seed, i) alone, shards are written atomically and resumed."""
+"""Sampling: any diffusers sampler; the noise of sample i depends on (seed, i) alone; folders of samples, resumable."""
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from tqdm import tqdm
 
 from questlib.errors import ConfigError, QuestError
+from questlib.models.conditioning import Condition, Conditioning
 from questlib.models.loading import model_digest
+from questlib.shards import Samples, read_samples, shard_ranges, write_samples
+
+SAMPLERS = {  # by name: class, and what must be said beside the pipeline's own settings
+    "ddim": (DDIMScheduler, {}),
+    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
+    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
+}
 
 
-class Samples(NamedTuple):
-    images: torch.Tensor  # uint8 [N, 3, H, W]
-    latents: torch.Tensor  # float32 [N, C, h, w], before decoding
+def make_scheduler(pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0) -> SchedulerMixin:
+    """The pipeline's scheduler (None), or another sampler on its noise schedule: ddim | plms | dpm-solver++.
+
+    ConfigError for another name, and for eta with a sampler that has none.
+    """
+    scheduler = pipe.scheduler
+    if sampler is not None:
+        if sampler not in SAMPLERS:
+            raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
+        kind, settings = SAMPLERS[sampler]
+        # Clipping x_0 to -1..1 is for pixels alone: never by a class's default, only where the pipeline's scheduler says so.
+        clip = {"clip_sample": scheduler.config.get("clip_sample", False)} if kind is DDIMScheduler else {}
+        scheduler = kind.from_config(scheduler.config, **settings, **clip)
+    if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
+        raise ConfigError(f"eta: {type(scheduler).__name__} has none; expected 0, found {eta}")
+    return scheduler
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -27,17 +47,27 @@ def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
     return [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in indices]
 
 
+def initial_noise(unet, generators: list[torch.Generator]) -> torch.Tensor:
+    """x_T [N, C, h, w] on the UNet's device, each sample from its own generator."""
+    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)
+
+
 @torch.no_grad()
-def denoise(unet, scheduler, latents, num_inference_steps: int, *, eta: float = 0.0, generators=None) -> torch.Tensor:
-    """Unconditional DDIM from x_T = `latents` [N, C, h, w] to x_0; eta > 0 draws each sample's noise from its own generator."""
+def denoise(
+    unet, scheduler: SchedulerMixin, latents: torch.Tensor, num_inference_steps: int, *, eta: float = 0.0,
+    generators: list[torch.Generator] | None = None, condition: Condition | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """From x_T = `latents` [N, C, h, w] to x_0; noise that the sampler adds comes from each sample's own generator."""
+    scheduler = type(scheduler).from_config(scheduler.config)  # multistep samplers hold state: a fresh one for each batch
+    accepts = inspect.signature(scheduler.step).parameters
+    extra = {k: v for k, v in {"eta": eta, "generator": generators}.items() if k in accepts}
+    condition = condition or Condition()
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     x = latents * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        eps = unet(scheduler.scale_model_input(x, t), t).sample
-        noise = None
-        if eta > 0:
-            noise = torch.cat([torch.randn(1, *x.shape[1:], generator=g) for g in generators]).to(x)
-        x = scheduler.step(eps, t, x, eta=eta, variance_noise=noise).prev_sample
+        eps = condition.predict(unet, scheduler.scale_model_input(x, t), t)
+        x = scheduler.step(eps, t, x, **extra).prev_sample
     return x
 
 
@@ -49,52 +79,62 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64)
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _read_shard(shard: Path, about: dict[str, str]) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(shard, "pt") as f:
-            if f.metadata() != about:
-                raise QuestError(f"sampling: {shard} belongs to another run: expected {about}, found {f.metadata()}")
-            return {k: f.get_tensor(k) for k in ("images", "latents")}
-    except SafetensorError as error:
-        raise QuestError(f"sampling: {shard} is damaged ({error}); remove it") from error
+class Drawing:
+    """How a pipeline draws samples: `draw(indices)`. `unet` replaces the pipeline's own (a quantized one).
+
+    sampler: None (the pipeline's own) or see `make_scheduler`; guidance_scale, labels, prompts: see `Conditioning`.
+    ConfigError for choices that the pipeline or the sampler cannot serve.
+    """
+
+    def __init__(
+        self, pipe: DiffusionPipeline, *, num_inference_steps: int = 20, eta: float = 0.0, seed: int = 0,
+        sampler: str | None = None, guidance_scale: float = 1.0, labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None, unet=None,
+    ) -> None:  # fmt: skip
+        if num_inference_steps < 1:
+            raise ConfigError(f"sampling: num_inference_steps must be >= 1, found {num_inference_steps}")
+        self.pipe, self.unet = pipe, pipe.unet if unet is None else unet
+        self.steps, self.eta, self.seed = num_inference_steps, eta, seed
+        self.scheduler = make_scheduler(pipe, sampler, eta)
+        self.conditioning = Conditioning(pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts)
+
+    def run(self, num_samples: int, batch_size: int) -> dict[str, Any]:
+        """What decides the samples, as run.json holds it."""
+        settings = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        return {
+            "num_samples": num_samples, "batch_size": batch_size, "seed": self.seed, "steps": self.steps, "eta": self.eta,
+            "sampler": type(self.scheduler).__name__, "schedule": {k: str(v) for k, v in settings.items()},
+            "unet": model_digest(self.unet), **self.conditioning.about,
+        }  # fmt: skip
+
+    def draw(self, indices: range) -> Samples:
+        generators = sample_generators(self.seed, indices)
+        latents = denoise(
+            self.unet, self.scheduler, initial_noise(self.unet, generators), self.steps, eta=self.eta, generators=generators,
+            condition=self.conditioning.at(indices),
+        )  # fmt: skip
+        if not torch.isfinite(latents).all():
+            raise QuestError(f"sampling: samples {indices.start}..{indices.stop - 1} are not finite")
+        return Samples(decode(self.pipe, latents).cpu().contiguous(), latents.float().cpu().contiguous())
 
 
 def sample(
-    pipe: DiffusionPipeline, num_samples: int, *, num_inference_steps: int = 20, eta: float = 0.0, seed: int = 0,
-    batch_size: int = 100, out_dir: str | Path | None = None, unet=None, progress: bool = True,
+    pipe: DiffusionPipeline, num_samples: int, *, batch_size: int = 100, out_dir: str | Path | None = None, progress: bool = True,
+    **drawing: Any,
 ) -> Samples:  # fmt: skip
-    """Draw `num_samples` images with `pipe`'s scheduler and autoencoder; `unet` replaces the pipeline's own (a quantized one).
+    """Draw `num_samples` images; other keywords are those of `Drawing`.
 
-    With `out_dir`, each batch is a file there; a second call reads what is done and goes on.
-    Raises ConfigError for counts below one, QuestError when `out_dir` holds shards of another run or model, or damaged ones.
+    With `out_dir`, each batch is a file there (see `questlib.shards`); a second call reads what is done and goes on.
+    Raises ConfigError for counts below one, QuestError when `out_dir` holds another run or damaged shards, or cannot be written,
+    and when samples are not finite.
     """
-    counts = {"num_samples": num_samples, "num_inference_steps": num_inference_steps, "batch_size": batch_size}
-    if min(counts.values()) < 1:
-        raise ConfigError(f"sampling: {', '.join(counts)} must be >= 1, found {', '.join(map(str, counts.values()))}")
-    unet = pipe.unet if unet is None else unet
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-    about = {"seed": str(seed), "steps": str(num_inference_steps), "eta": str(eta)}
-    if out_dir is not None:
-        about["unet"] = model_digest(unet)  # shards of another model must not pass for this one's
-    shards = []
-    starts = range(0, num_samples, batch_size)
-    for start in tqdm(starts, desc="sample", disable=not progress, mininterval=2):
-        indices = range(start, min(start + batch_size, num_samples))
-        shard = None if out_dir is None else Path(out_dir) / f"{start:06d}-{len(indices)}.safetensors"
-        if shard is not None and shard.exists():
-            tensors = _read_shard(shard, about)
-        else:
-            generators = sample_generators(seed, indices)
-            x_t = torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)
-            latents = denoise(unet, scheduler, x_t, num_inference_steps, eta=eta, generators=generators)
-            if not torch.isfinite(latents).all():
-                raise QuestError(f"sampling: samples {indices.start}..{indices.stop - 1} are not finite")
-            tensors = {"images": decode(pipe, latents).cpu().contiguous(), "latents": latents.float().cpu().contiguous()}
-            if shard is not None:
-                shard.parent.mkdir(parents=True, exist_ok=True)
-                tmp = shard.with_suffix(f".tmp{os.getpid()}")
-                save_file(tensors, tmp, metadata=about)
-                os.replace(tmp, shard)
-        shards.append(tensors)
-    return Samples(torch.cat([s["images"] for s in shards]), torch.cat([s["latents"] for s in shards]))
+    if min(num_samples, batch_size) < 1:
+        raise ConfigError(f"sampling: num_samples, batch_size must be >= 1, found {num_samples}, {batch_size}")
+    how = Drawing(pipe, **drawing)
+    if out_dir is None:
+        ranges = tqdm(shard_ranges(num_samples, batch_size), desc="sample", disable=not progress, mininterval=2)
+        shards = [how.draw(indices) for indices in ranges]
+    else:
+        write_samples(out_dir, how.run(num_samples, batch_size), how.draw, progress=progress)
+        shards = list(read_samples(out_dir))
+    return Samples(torch.cat([s.images for s in shards]), torch.cat([s.latents for s in shards]))

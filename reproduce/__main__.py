@@ -1,4 +1,4 @@
-"""python -m reproduce table2|table3|ablation --scale smoke|mini|paper; python -m reproduce readme | notebooks."""
+"""python -m reproduce table2|table3|ablation --scale smoke|mini|paper; python -m reproduce sample | readme | notebooks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ class Parser(argparse.ArgumentParser):
 def parser() -> Parser:
     p = Parser(prog="python -m reproduce", description=__doc__)
     p.add_argument(
-        "what", help=f"{', '.join(all_tables())}; readme: write its generated blocks; notebooks: execute them in place"
+        "what",
+        help=f"{', '.join(all_tables())}; sample: see sample --help; readme: write its generated blocks; "
+        "notebooks: execute them in place",
     )
     p.add_argument("--scale", default="mini", help=f"{', '.join(SCALES)} (default: mini)")
     p.add_argument("--cells", help="some of the table's cells, separated by commas (default: all)")
@@ -67,9 +69,14 @@ def stopped(number: int, frame: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv) if argv[:1] != ["sample"] else None
     signal.signal(signal.SIGTERM, stopped)
     try:
+        if args is None:
+            from reproduce import sample
+
+            return sample.run(sample.add_arguments(Parser(prog="python -m reproduce sample")).parse_args(argv[1:]))
         if args.what == "readme":
             from reproduce import readme
 

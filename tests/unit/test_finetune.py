@@ -26,8 +26,8 @@ def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name,
         with torch.no_grad(), recorded(pipe.unet, list(stage.layers) if stage.name == "tla" else []) as targets:
             run_time_layers(pipe.unet, calib.t)
         step = torch.arange(10) % 5  # every step, so that every group's scales are used
-        x, t, eps = calib.x[step, 0], calib.t[step], calib.eps[step, 0]
-        local, total = losses(q, pipe.unet, stage, config, x, t, eps, calib.t, targets)
+        batch = calib.batch(step, torch.zeros(10, dtype=torch.int64))
+        local, total = losses(q, pipe.unet, stage, config, batch, calib.t, targets)
         (local + total).backward()
         names = {id(p): n for n, p in q.named_parameters()}
         dead = [names[id(p)] for p in params if p.grad is None or not (p.grad != 0).any()]
@@ -42,7 +42,7 @@ def test_local_losses_reach_their_own_layers_alone(pipe, calib, fast):
     trainable(q, stage, config)
     with torch.no_grad(), recorded(pipe.unet, list(stage.layers)) as targets:
         run_time_layers(pipe.unet, calib.t)
-    local, _ = losses(q, pipe.unet, stage, config, calib.x[0], calib.t[:1].expand(6), calib.eps[0], calib.t, targets)
+    local, _ = losses(q, pipe.unet, stage, config, calib.batch(torch.zeros(6).long(), torch.arange(6)), calib.t, targets)
     local.backward()
     assert all(m.weight.grad.abs().sum() > 0 for m in stage.layers.values())
     others = [a for n, m in quant_layers(q).items() if n not in stage.layers for a in act_quantizers(m)]
@@ -141,7 +141,7 @@ def test_sequential_order_visits_one_step_after_another(calib):
     from questlib.finetune import Stage, _batch
 
     config = QuantConfig(tla_order="sequential", batch_size=2)
-    seen = [int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator())[1][0]) for i in range(10)]
+    seen = [int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator()).t[0]) for i in range(10)]
     assert seen == [int(t) for t in calib.t for _ in range(2)]
 
 

@@ -17,7 +17,7 @@ def error(student, teacher, calib, acts):
 def test_blocks_cover_each_layer_once_in_order_of_execution(pipe, calib, fast):
     q = insert(pipe.unet, fast(), calib.t)
     set_mode(q, weights=False, acts=False)
-    names = blocks(q, calib.x[0], calib.t[0])
+    names = blocks(q, calib.batch(0, torch.arange(6)))
     covered = [n for b in names for n in quant_layers(q) if n == b or n.startswith(b + ".")]
     assert sorted(covered) == sorted(quant_layers(q))
     order = []
@@ -28,9 +28,8 @@ def test_blocks_cover_each_layer_once_in_order_of_execution(pipe, calib, fast):
 
 
 def test_capture_gives_the_blocks_own_calls(pipe, calib):
-    x, t = pick_samples(calib, 7, 0)
     name = "up_blocks.0.resnets.0"
-    inputs, outputs = capture(pipe.unet, name, x, t, batch=4)
+    inputs, outputs = capture(pipe.unet, name, pick_samples(calib, 7, 0), 4)
     assert [len(o) for o in outputs] == [4, 3]
     with torch.no_grad():
         again = pipe.unet.get_submodule(name)(*inputs[1][0], **inputs[1][1])

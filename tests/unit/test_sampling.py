@@ -50,7 +50,7 @@ def test_killed_and_restarted_nothing_is_lost_or_doubled(ldm, tmp_path, monkeypa
     monkeypatch.setattr(module, "denoise", dies)
     with pytest.raises(KeyboardInterrupt):
         draw(ldm, batch_size=2, out_dir=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000-2.safetensors", "000002-2.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000-2.safetensors", "000002-2.safetensors", "run.json"]
     resumed = draw(ldm, batch_size=2, out_dir=tmp_path)
     assert calls == [2, 2, 1, 1]
     assert torch.equal(resumed.latents, draw(ldm, batch_size=2).latents)
@@ -62,7 +62,7 @@ def test_shards_of_another_run_or_model_are_refused(ldm, calib, fast, tmp_path):
         draw(ldm, batch_size=5, out_dir=tmp_path, seed=1)
     with pytest.raises(QuestError, match="belongs to another run"):
         draw(ldm, batch_size=5, out_dir=tmp_path, unet=quantize(ldm.unet, fast("minmax"), calib))
-    file = next(tmp_path.iterdir())
+    file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(QuestError, match="damaged"):
         draw(ldm, batch_size=5, out_dir=tmp_path)
