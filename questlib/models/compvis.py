@@ -7,7 +7,6 @@ until they are written, so that memory holds little more than the page cache.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import shutil
@@ -25,6 +24,7 @@ from transformers import CLIPTokenizer
 
 from questlib.errors import CheckpointError, ConfigError, QuestError, check_writable
 from questlib.models.compvis_parts import COND, UNET, VAE, Part, Source, condition_part, unet_part, vae_part
+from questlib.models.download import check_sha256
 from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder, LatentDiffusionPipeline
 from questlib.models.samplers import make_scheduler
 
@@ -36,6 +36,16 @@ BOOKKEEPING = ("pytorch_lightning.", "lightning.", "lightning_fabric.", "numpy."
 IGNORED_PREFIXES = (f"{VAE}loss.", f"{COND}transformer.text_model.embeddings.position_ids", "posterior_", "sqrt_", "log_one_")
 IGNORED = {"betas", "alphas_cumprod", "alphas_cumprod_prev", "lvlb_weights", "logvar", "scale_factor",
            f"{EMA}decay", f"{EMA}num_updates"}  # fmt: skip
+
+
+class StandIn:
+    """In place of a class of the training framework: takes any arguments and any state, does nothing."""
+
+    def __init__(self, *args) -> None:
+        pass
+
+    def __setstate__(self, state) -> None:
+        pass
 
 
 def config_names() -> list[str]:
@@ -69,25 +79,21 @@ def read_state_dict(path: str | Path, sha256: str | None = None) -> dict[str, to
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"checkpoint {path}: no such file")
-    if sha256 is not None:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != sha256.lower():
-            raise CheckpointError(f"checkpoint {path}: expected sha256 {sha256.lower()}, found {found}")
+    check_sha256(path, sha256)
+    content = code = None
     try:
         mapped = zipfile.is_zipfile(path)  # not so before torch 1.6
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if mapped else []
         code = sorted(n for n in names if not n.startswith(BOOKKEEPING))
-        if code:
-            raise CheckpointError(f"checkpoint {path}: its pickle names code, which was not executed: {', '.join(code)}")
-        stand_ins = [(type("StandIn", (), {"__init__": lambda self, *args, **kwargs: None}), n) for n in names]
-        with torch.serialization.safe_globals(stand_ins):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if not code:
+            with torch.serialization.safe_globals([(type("StandIn", (StandIn,), {}), n) for n in names]):
+                content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # not torch's advice to load without weights_only, which its message opens with
+        reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint {path}: truncated, damaged or not tensors alone ({reason})") from error
+    if code:
+        raise CheckpointError(f"checkpoint {path}: its pickle names code, which was not executed: {', '.join(code)}")
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise CheckpointError(f"checkpoint {path}: expected a state_dict of tensors, found {type(content).__name__}")
@@ -179,7 +185,11 @@ def _scheduler(state: Mapping[str, torch.Tensor], config: Mapping, sampler: str)
     for key, known in (("beta_schedule", "linear"), ("parameterization", "eps")):
         if config.get(key, known) != known:
             raise ConfigError(f"config: expected {key} {known}, found {config[key]}")
-    betas = {"beta_start": float(config["linear_start"]), "beta_end": float(config["linear_end"]), "beta_schedule": "scaled_linear"}
+    betas = {
+        "beta_start": float(config["linear_start"]),
+        "beta_end": float(config["linear_end"]),
+        "beta_schedule": "scaled_linear",
+    }
     scheduler = make_scheduler({**betas, "num_train_timesteps": config.get("timesteps", 1000)}, sampler)
     trained = state.get("betas")
     if trained is not None and (
