@@ -89,8 +89,9 @@ def read_state_dict(path: str | Path, sha256: str | None = None) -> dict[str, to
             with torch.serialization.safe_globals([(type("StandIn", (StandIn,), {}), n) for n in names]):
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        # not torch's advice to load without weights_only, which its message opens with
-        reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__).splitlines()[0]
+        # torch wraps what it found in the advice to load without weights_only
+        found = error.__context__ if isinstance(error, pickle.UnpicklingError) and error.__context__ else error
+        reason = (str(found).strip() or type(found).__name__).splitlines()[0]
         raise CheckpointError(f"checkpoint {path}: truncated, damaged or not tensors alone ({reason})") from error
     if code:
         raise CheckpointError(f"checkpoint {path}: its pickle names code, which was not executed: {', '.join(code)}")

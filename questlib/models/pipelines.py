@@ -36,8 +36,8 @@ class FixedHeadsUNet2DModel(UNet2DModel):
         super().__init__(*args, **kwargs)
         heads = self.config.attention_head_dim
         for attention in (m for m in self.modules() if isinstance(m, Attention)):
-            if attention.inner_dim % heads:
-                raise ConfigError(f"attention of width {attention.inner_dim} cannot have {heads} heads")
+            if attention.inner_dim != attention.query_dim:  # the parent has rounded it to a multiple of `heads`
+                raise ConfigError(f"attention of width {attention.query_dim} cannot have {heads} heads")
             attention.heads = attention.sliceable_head_dim = heads
             attention.scale = (attention.inner_dim // heads) ** -0.5
 

@@ -19,7 +19,8 @@ SAMPLERS = {
     "ddim": (DDIMScheduler, {**LEADING, "clip_sample": False}),  # eta is an argument of its step
     # PLMS (Liu et al. 2022, without the Runge-Kutta start): its first step calls the UNet twice, S steps are S + 1 calls
     "plms": (PNDMScheduler, {**LEADING, "skip_prk_steps": True}),
-    # DPM-Solver++(2M) (Lu et al. 2022) as Stable Diffusion has it: from t = 999 to 0, uniform in time, the last step first order
+    # DPM-Solver++(2M) (Lu et al. 2022) as Stable Diffusion has it: from t = 999 to 0, uniform in time; below 15
+    # steps the last one is of first order
     "dpm-solver++": (DPMSolverMultistepScheduler, {
         "timestep_spacing": "linspace", "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
         "lower_order_final": True, "final_sigmas_type": "sigma_min",

@@ -52,11 +52,12 @@ def make_checkpoint(kind: str, folder) -> SimpleNamespace:
               num_res_blocks=1, attn_resolutions=[], dropout=0.0)  # fmt: skip
     vae_params = {"embed_dim": channels, "ddconfig": dd} | ({"n_embed": 16} if vq else {})
     raw, unet, vae = (m.eval().requires_grad_(False) for m in (UNet(unet_params), UNet(unet_params), Autoencoder(vae_params)))
+    target = f"ldm.models.autoencoder.{'VQModelInterface' if vq else 'AutoencoderKL'}"
     params = BETAS | {
         "unet_config": {"target": "ldm.modules.diffusionmodules.openaimodel.UNetModel", "params": unet_params},
-        "first_stage_config": {"target": f"ldm.models.autoencoder.{'VQModelInterface' if vq else 'AutoencoderKL'}", "params": vae_params},
+        "first_stage_config": {"target": target, "params": vae_params},
         "cond_stage_config": CONDITION.get(kind, "__is_unconditional__"),
-    }  # fmt: skip
+    }
     betas = torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2
     state = {"betas": betas.float(), "alphas_cumprod": torch.cumprod(1 - betas, 0).float()}
     state |= {f"model.diffusion_model.{k}": v for k, v in (unet if kind == "cin" else raw).state_dict().items()}
