@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from ldm_reference import Autoencoder, UNet
+from ldm_reference import Autoencoder, UNet, clip_state
 
 BETAS = {"linear_start": 0.0015, "linear_end": 0.0195, "timesteps": 1000, "image_size": 8}
 UNETS = {  # three levels and two layers, so that no index is right by chance
@@ -20,25 +20,6 @@ CONDITION = {
     "cin": {"target": "ldm.modules.encoders.modules.ClassEmbedder", "params": {"n_classes": 11, "embed_dim": 24}},
     "sd": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"},
 }
-
-
-def clip_state(width: int, layers: int, inner: int, vocabulary: int = 49408) -> dict[str, torch.Tensor]:
-    """A CLIP text transformer under the names it has in Stable Diffusion's checkpoint."""
-    p = "cond_stage_model.transformer.text_model."
-    shapes = {
-        f"{p}embeddings.token_embedding.weight": (vocabulary, width),
-        f"{p}embeddings.position_embedding.weight": (77, width),
-        f"{p}final_layer_norm.weight": (width,),
-        f"{p}final_layer_norm.bias": (width,),
-    }
-    for i in range(layers):
-        layer = f"{p}encoder.layers.{i}"
-        linear = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
-        linear |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-        shapes |= {f"{layer}.{n}.weight": s for n, s in linear.items()} | {f"{layer}.{n}.bias": s[:1] for n, s in linear.items()}
-        shapes |= {f"{layer}.layer_norm{n}.{q}": (width,) for n in (1, 2) for q in ("weight", "bias")}
-    state = {k: 0.1 * torch.randn(s) for k, s in shapes.items()}
-    return state | {f"{p}embeddings.position_ids": torch.arange(77)[None]}  # written by transformers of that time
 
 
 def make_checkpoint(kind: str, folder) -> SimpleNamespace:

@@ -272,3 +272,22 @@ class Autoencoder(nn.Module):
             if hasattr(level, "upsample"):
                 x = level.upsample.conv(F.interpolate(x, scale_factor=2))
         return d.conv_out(F.silu(d.norm_out(x)))
+
+
+def clip_state(width: int, layers: int, inner: int, vocabulary: int = 49408) -> dict[str, torch.Tensor]:
+    """A CLIP text transformer under the names it has in Stable Diffusion's checkpoint."""
+    p = "cond_stage_model.transformer.text_model."
+    shapes = {
+        f"{p}embeddings.token_embedding.weight": (vocabulary, width),
+        f"{p}embeddings.position_embedding.weight": (77, width),
+        f"{p}final_layer_norm.weight": (width,),
+        f"{p}final_layer_norm.bias": (width,),
+    }
+    for i in range(layers):
+        layer = f"{p}encoder.layers.{i}"
+        linear = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
+        linear |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+        shapes |= {f"{layer}.{n}.weight": s for n, s in linear.items()} | {f"{layer}.{n}.bias": s[:1] for n, s in linear.items()}
+        shapes |= {f"{layer}.layer_norm{n}.{q}": (width,) for n in (1, 2) for q in ("weight", "bias")}
+    state = {k: 0.1 * torch.randn(s) for k, s in shapes.items()}
+    return state | {f"{p}embeddings.position_ids": torch.arange(77)[None]}  # written by transformers of that time

@@ -15,12 +15,14 @@ import pytest
 import torch
 import yaml
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from ldm_reference import clip_state
 from open_clip import tokenize
 from safetensors.torch import load_file
 
 from questlib.errors import CheckpointError, ConfigError
 from questlib.models.__main__ import main
 from questlib.models.compvis import clip_tokenizer, config_names, convert, convert_state, load_config, read_state_dict, save
+from questlib.models.compvis_parts import condition_part
 from questlib.models.loading import load_pipeline
 from questlib.models.pipelines import ClassConditionalPipeline, FixedHeadsUNet2DModel, LatentDiffusionPipeline
 
@@ -144,10 +146,6 @@ def test_full_size_manifests_map_key_by_key(quest_data, name, ema):
 
 def test_full_size_text_encoder():
     """CLIP ViT-L/14's text transformer: 123,060,480 parameters."""
-    from conftest import clip_state  # noqa: PLC0415
-
-    from questlib.models.compvis_parts import condition_part
-
     with torch.device("meta"):
         state = clip_state(768, 12, 3072)
     part = condition_part({"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}, state)
