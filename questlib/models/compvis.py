@@ -116,7 +116,10 @@ def convert_state(state: Mapping[str, torch.Tensor], config: Mapping, *, ema: bo
         vae = vae_part(
             config["first_stage_config"]["params"], _scale(state, config), state.get(f"{VAE}quantize.embedding.weight")
         )
-        stable = params.get("use_spatial_transformer") and not (condition and isinstance(condition.model, ClassEmbedder))
+        attends = params.get("use_spatial_transformer", False)
+        if condition and not attends:
+            raise ConfigError("config: a cond_stage_config, but no use_spatial_transformer: conditions enter by attention alone")
+        stable = attends and not (condition and isinstance(condition.model, ClassEmbedder))
         scheduler = _scheduler(state, config, "plms" if stable else "ddim")
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"config: a value is missing or of the wrong kind ({type(error).__name__}: {error})") from error
@@ -174,10 +177,10 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 def _scale(state: Mapping[str, torch.Tensor], config: Mapping) -> float:
     """What latents are multiplied with: a buffer of the checkpoint if it was measured in training, else the config's."""
-    if config.get("scale_by_std"):
-        if "scale_factor" not in state:
-            raise CheckpointError("scale_by_std: expected a tensor scale_factor in the checkpoint, found none")
+    if "scale_factor" in state:
         return float(state["scale_factor"])
+    if config.get("scale_by_std"):
+        raise CheckpointError("scale_by_std: expected a tensor scale_factor in the checkpoint, found none")
     return float(config.get("scale_factor", 1.0))
 
 
@@ -216,7 +219,7 @@ def _fill(parts: list[Part], state: Mapping[str, torch.Tensor], ema: bool) -> No
             found = tuple(state[key].shape) if key in state else None
             if found is None:
                 missing.append(key)
-            elif found[: len(shape)] != shape or set(found[len(shape) :]) > {1}:  # a 1x1 convolution may become a linear layer
+            elif found[: len(shape)] != shape or set(found[len(shape) :]) - {1}:  # a 1x1 convolution may become a linear layer
                 wrong.append(f"{key} {list(found)} (expected {list(shape)})")
             else:
                 tensors[target] = _take(state[key].reshape(shape), source)

@@ -73,8 +73,10 @@ def download(name: str, folder: Path) -> Path:
     if name not in SOURCES:
         raise ConfigError(f"no known source of {name!r}; known: {', '.join(SOURCES)}")
     source, path = SOURCES[name], folder / f"{name}.ckpt"
-    if source.member is None or path.exists():
+    if source.member is None:
         return fetch(source.url, path, source.sha256)
+    if path.exists():
+        return path
     archive = fetch(source.url, folder / f"{name}.zip", source.sha256)
     try:
         with zipfile.ZipFile(archive) as zipped, zipped.open(source.member) as member:

@@ -251,12 +251,14 @@ def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
         del state[key]
     state["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(32, 4, 3, 3)
     state["model_ema.diffusion_modelmiddle_block1qkvbias"] = torch.zeros(96)
+    state["first_stage_model.encoder.mid.attn_1.q.weight"] = torch.zeros(32, 32, 3, 3)  # no 1x1 convolution
     state["first_stage_model.encoder.extra"] = torch.zeros(1)
     with pytest.raises(CheckpointError) as error:
         convert_state(state, made.params)
     text = str(error.value)
     assert f"missing: {', '.join(gone)};" in text
     assert "input_blocks00weight [32, 4, 3, 3] (expected [32, 3, 3, 3])" in text
+    assert "attn_1.q.weight [32, 32, 3, 3] (expected [32, 32])" in text
     assert text.count("middle_block1qkvbias [96] (expected [288])") == 1  # though q, k and v need it
     assert text.endswith("unexpected: first_stage_model.encoder.extra")
 
@@ -277,6 +279,16 @@ def test_other_betas_than_those_of_the_training(checkpoints):
         convert_state(made.state, made.params | {"timesteps": 500})
 
 
+def test_wrong_kind_of_latents(checkpoints):
+    made = checkpoints["beds"]
+    params = copy.deepcopy(made.params)
+    del params["first_stage_config"]["params"]["n_embed"]  # then the checkpoint says how many codes there are
+    assert convert_state(made.state, params).vae.config.num_vq_embeddings == 16
+    state = {k: v for k, v in made.state.items() if "quantize" not in k}
+    with pytest.raises(ConfigError, match="n_embed"):
+        convert_state(state, params)
+
+
 def test_measured_scale_factor_must_be_there(checkpoints):
     made = checkpoints["churches"]
     with pytest.raises(CheckpointError, match="scale_factor"):
@@ -286,6 +298,7 @@ def test_measured_scale_factor_must_be_there(checkpoints):
 @pytest.mark.parametrize("change, match", [
     ({"unet_config": {"params": {}}}, "channel_mult"),
     ({"parameterization": "v"}, "parameterization eps"),
+    ({"cond_stage_config": {"target": "x.ClassEmbedder", "params": {"embed_dim": 8}}}, "no use_spatial_transformer"),
     ({"beta_schedule": "cosine"}, "beta_schedule linear"),
     ({"cond_stage_config": {"target": "ldm.modules.encoders.modules.BERTEmbedder"}}, "BERTEmbedder"),
 ])  # fmt: skip
