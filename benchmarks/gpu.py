@@ -167,11 +167,12 @@ def unet(report: Report, args) -> bool:
     def plain():
         return random_unet("float").to(dtype=half, memory_format=torch.channels_last)
 
-    def ours(bits: int):
-        return convert(random_unet("quest", bits), engine="triton", dtype=half, inplace=True)
+    def ours(bits: int, fuse: bool = True):
+        return convert(random_unet("quest", bits), engine="triton", dtype=half, fuse=fuse, inplace=True)
 
     contenders = {
         "float16 eager": (plain, 20), "W4A4": (functools.partial(ours, 4), 60), "W8A8": (functools.partial(ours, 8), 60),
+        "W4A4, not fused": (functools.partial(ours, 4, False), 60),
         "float16 compiled": (lambda: torch.compile(plain(), mode=args.compile_mode), 90),
     }  # fmt: skip
     for name, (make, seconds) in contenders.items():

@@ -1,4 +1,4 @@
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; on several GPUs: accelerate launch -m questlib ..."""
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; on several GPUs: accelerate launch -m questlib .."""
 
 from __future__ import annotations
 

@@ -86,19 +86,25 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
 
 
 def from_pretrained(
-    path: str | Path, engine: str = "fake", *, dtype: torch.dtype = torch.float32, weights: str = "packed", fallback: bool = False
+    path: str | Path,
+    engine: str = "fake",
+    *,
+    dtype: torch.dtype = torch.float32,
+    weights: str = "packed",
+    fuse: bool = False,
+    fallback: bool = False,
 ) -> nn.Module:
     """Load what `save_pretrained` wrote: a frozen quantized UNet.
 
     engine: "fake", simulated quantization, whose outputs equal the saved model's bit for bit; or integers ("cpu", "reference",
-    "auto": see `questlib.integer.convert`, also for dtype, weights and fallback).
+    "auto": see `questlib.integer.convert`, also for the other choices).
     CheckpointError for damaged files, missing or unexpected tensors; EngineError when the engine cannot run here or a layer has
     no integer form.
     """
     if engine != "fake":
         choose_engine(engine)  # before any long work
-    elif dtype != torch.float32 or weights != "packed" or fallback:
-        raise ConfigError("dtype, weights and fallback are choices of the integer engines, not of engine 'fake'")
+    elif dtype != torch.float32 or weights != "packed" or fuse or fallback:
+        raise ConfigError("dtype, weights, fuse and fallback are choices of the integer engines, not of engine 'fake'")
     path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
@@ -138,5 +144,7 @@ def from_pretrained(
     if uncalibrated:
         raise CheckpointError(f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}")
     return (
-        freeze(unet) if engine == "fake" else convert(unet, engine, dtype=dtype, weights=weights, fallback=fallback, inplace=True)
+        freeze(unet)
+        if engine == "fake"
+        else convert(unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True)
     )

@@ -16,6 +16,7 @@ from questlib.integer.cpu import CpuLayer, saturates
 from questlib.integer.cpu_attention import CpuAttnProcessor
 from questlib.integer.form import IntegerForm, integer_form, packed_size
 from questlib.integer.triton_attention import TritonAttnProcessor
+from questlib.integer.triton_fused import fuse as fuse_blocks
 from questlib.layers import QuantAttnProcessor, QuantLayer
 from questlib.model import quant_layers, step_groups
 from questlib.quantizers import ActQuantizer
@@ -58,6 +59,7 @@ def convert(
     *,
     dtype: torch.dtype = torch.float32,
     weights: str = "packed",
+    fuse: bool = False,
     fallback: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
@@ -66,6 +68,8 @@ def convert(
     engine: "cpu" (oneDNN int8), "triton" (NVIDIA GPUs), "reference" (the same integers in float64, slow) or "auto".
     dtype: of all that stays in floating point (norms, softmax input, residuals).
     weights: of the Triton engine in memory: "packed", two 4-bit codes a byte, or "int8", twice as large and nothing to unpack.
+    fuse: of the Triton engine: norm, SiLU and quantization of a ResNet block's input in one kernel (`triton_fused`). Float
+    rounding then differs from the simulation's before the codes are taken. Off by default: not yet measured on a GPU.
     fallback: layers without integer form stay simulated, and `engine_report` says so; otherwise they raise EngineError.
     inplace: reuse `unet`, layer by layer, instead of a copy: half the memory.
     Time-embedding layers are computed once for each timestep, bit-identically (`TimeTable`).
@@ -74,8 +78,8 @@ def convert(
     step_groups(unet)  # ConfigError for a plain UNet
     if weights not in WEIGHTS:
         raise ConfigError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
-    if weights != WEIGHTS[0] and engine != "triton":
-        raise ConfigError(f"weights: a choice of engine triton, found {weights!r} for engine {engine}")
+    if (fuse or weights != WEIGHTS[0]) and engine != "triton":
+        raise ConfigError(f"weights and fuse are choices of engine triton, found weights {weights!r}, fuse {fuse} for {engine}")
     if engine != "triton" and unet.device.type != "cpu":
         raise EngineError(f"engine {engine} needs the model on the CPU, found {unet.device}")
     unet = unet if inplace else copy.deepcopy(unet)
@@ -102,6 +106,8 @@ def convert(
     if dtype != torch.float32:
         _cast(unet, dtype)
     _tabulate_time(unet)
+    if fuse:
+        fuse_blocks(unet)
     if engine == "triton":  # kernels raise flags: a look after each call, not a wait in each layer
         unet.register_forward_hook(lambda module, args, out: triton_engine.check_finite(module))
     return unet

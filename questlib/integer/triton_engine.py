@@ -207,11 +207,17 @@ class TritonLayer(nn.Module):
         return out.reshape(*x.shape[:-1], self.outputs) if self.linear else out.permute(0, 3, 1, 2)
 
     def forward(
-        self, x: torch.Tensor, norm: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None), silu: bool = False
+        self,
+        x: torch.Tensor,
+        norm: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+        silu: bool = False,
+        residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """norm: float32 [B, C] scale and shift of a GroupNorm that precedes the layer (`group_norm_affine`); silu: a SiLU in
-        between. Both run inside the quantizing kernel."""
-        rows, g, out = self.rows(x), group_in_force(self.steps, self.name), None
+        between. Both run inside the quantizing kernel. residual, shaped like the output, is added by the product's epilogue."""
+        rows, g, out = self.rows(x), group_in_force(self.steps, self.name), residual
+        if residual is not None:
+            out = (residual if self.linear else residual.permute(0, 2, 3, 1)).contiguous()
         for i in range(len(self.spans)):
             last = i == len(self.spans) - 1  # the parts before it stay in float32
             sent = self.quantized(rows, i, g, norm, silu)

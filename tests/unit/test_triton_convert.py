@@ -2,12 +2,16 @@
 
 import pytest
 import torch
+from diffusers import UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 
 import questlib
 from questlib import convert, engine_report, quantize
 from questlib.errors import ConfigError, EngineError
 
 triton_tiles = pytest.importorskip("questlib.integer.triton_tiles")
+from questlib.integer.triton_fused import FusedResnetBlock  # noqa: E402
+
 pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRET, reason="needs triton with TRITON_INTERPRET=1")
 
 
@@ -46,6 +50,43 @@ def test_half_precision_and_not_finite(fake):
         unet(x, fake.quest_steps.timesteps[0])
 
 
+@pytest.mark.parametrize("kind", ["default", "scale_shift"])
+def test_fused_blocks(kind, calib):
+    """Norm, SiLU and quantization in one kernel, the shortcut in the epilogue: the plain block's output, up to flipped codes."""
+    torch.manual_seed(0)
+    plain = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+        resnet_time_scale_shift=kind,
+    ).eval()  # fmt: skip
+    for block in (m for m in plain.modules() if isinstance(m, ResnetBlock2D)):
+        for norm in (block.norm1, block.norm2):  # as training leaves them
+            torch.nn.init.normal_(norm.weight, 1.0, 0.2), torch.nn.init.normal_(norm.bias, 0.0, 0.2)
+    config = questlib.QuantConfig.preset("quest", 4, 8, adaround=False, calib_batch=8)
+    fake = quantize(plain, config, calib)
+    unfused, fused = convert(fake, "triton"), convert(fake, "triton", fuse=True)
+    blocks = [m for m in fused.modules() if isinstance(m, ResnetBlock2D)]
+    assert len(blocks) >= 6 and all(isinstance(b, FusedResnetBlock) for b in blocks)
+    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), fake.quest_steps.timesteps[1]
+    y, expected = fused(x, t).sample, unfused(x, t).sample
+    assert ((y - expected).square().mean() / expected.square().mean()).item() < 1e-4
+    assert not torch.equal(y, plain(x, t).sample)
+
+
+def test_blocks_that_resample_stay_as_they_are(calib):
+    plain = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2, up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False,
+    ).eval()  # fmt: skip
+    fake = quantize(plain, questlib.QuantConfig.preset("minmax", 4, 8, calib_batch=4), calib)
+    blocks = [m for m in convert(fake, "triton", fuse=True).modules() if isinstance(m, ResnetBlock2D)]
+    resampling = [b for b in blocks if b.upsample is not None or b.downsample is not None]
+    assert len(resampling) == 2 and not any(isinstance(b, FusedResnetBlock) for b in resampling)
+    assert all(isinstance(b, FusedResnetBlock) for b in blocks if b not in resampling)
+
+
 def test_wrong_choices(fake):
     with pytest.raises(ConfigError, match="weights: expected one of packed, int8"):
         convert(fake, "triton", weights="int4")
+    with pytest.raises(ConfigError, match="choices of engine triton, found weights 'packed', fuse True for cpu"):
+        convert(fake, "cpu", fuse=True)
