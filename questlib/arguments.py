@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from questlib.errors import ConfigError
-from questlib.sampling import SAMPLERS
+from questlib.models.samplers import SAMPLERS
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,7 @@ from questlib.errors import CheckpointError, ConfigError
 from questlib.model import act_quantizers, set_mode
 from questlib.models.conditioning import Conditioning
 from questlib.quantizers import ActQuantizer
-from questlib.sampling import denoise, initial_noise, make_scheduler, sample_generators
+from questlib.sampling import choose_scheduler, denoise, initial_noise, sample_generators
 from questlib.shards import shard_ranges
 
 VALUES_PER_CHANNEL = 2048  # kept of each quantizer's input, per channel and step group, for the range search
@@ -117,7 +117,7 @@ def calibrate(
             f"{num_samples}, {num_inference_steps}, {batch_size}"
         )
     unet, state = pipe.unet, processes()
-    scheduler = make_scheduler(pipe, sampler, eta)
+    scheduler = choose_scheduler(pipe, sampler, eta)
     conditioning = Conditioning(pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts, shuffle=seed)
     batches = shard_ranges(num_samples, batch_size)
     record: dict[str, list[torch.Tensor]] = {}

@@ -8,35 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, PNDMScheduler
+from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from tqdm import tqdm
 
 from questlib.errors import ConfigError, QuestError
 from questlib.models.conditioning import Condition, Conditioning
 from questlib.models.loading import model_digest
+from questlib.models.samplers import make_scheduler
 from questlib.shards import Samples, read_samples, shard_ranges, write_samples
 
-SAMPLERS = {  # by name: class, and what must be said beside the pipeline's own settings
-    "ddim": (DDIMScheduler, {}),
-    "plms": (PNDMScheduler, {"skip_prk_steps": True}),
-    "dpm-solver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-}
 
-
-def make_scheduler(pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0) -> SchedulerMixin:
-    """The pipeline's scheduler (None), or another sampler on its noise schedule: ddim | plms | dpm-solver++.
+def choose_scheduler(pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0) -> SchedulerMixin:
+    """The pipeline's scheduler (None), or another sampler on its noise schedule (`questlib.models.samplers`).
 
     ConfigError for another name, and for eta with a sampler that has none.
     """
-    scheduler = pipe.scheduler
-    if sampler is not None:
-        if sampler not in SAMPLERS:
-            raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
-        kind, settings = SAMPLERS[sampler]
-        # Clipping x_0 to -1..1 is for pixels alone: never by a class's default, only where the pipeline's scheduler says so.
-        clip = {"clip_sample": scheduler.config.get("clip_sample", False)} if kind is DDIMScheduler else {}
-        scheduler = kind.from_config(scheduler.config, **settings, **clip)
+    scheduler = pipe.scheduler if sampler is None else make_scheduler(pipe, sampler)
     if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ConfigError(f"eta: {type(scheduler).__name__} has none; expected 0, found {eta}")
     return scheduler
@@ -82,7 +70,7 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64)
 class Drawing:
     """How a pipeline draws samples: `draw(indices)`. `unet` replaces the pipeline's own (a quantized one).
 
-    sampler: None (the pipeline's own) or see `make_scheduler`; guidance_scale, labels, prompts: see `Conditioning`.
+    sampler: see `choose_scheduler`; guidance_scale, labels, prompts: see `Conditioning`.
     ConfigError for choices that the pipeline or the sampler cannot serve.
     """
 
@@ -95,7 +83,7 @@ class Drawing:
             raise ConfigError(f"sampling: num_inference_steps must be >= 1, found {num_inference_steps}")
         self.pipe, self.unet = pipe, pipe.unet if unet is None else unet
         self.steps, self.eta, self.seed = num_inference_steps, eta, seed
-        self.scheduler = make_scheduler(pipe, sampler, eta)
+        self.scheduler = choose_scheduler(pipe, sampler, eta)
         self.conditioning = Conditioning(pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts)
 
     def run(self, num_samples: int, batch_size: int) -> dict[str, Any]:
