@@ -221,6 +221,25 @@ def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
                 quantizer.zero_point[group, own] = zero
 
 
+TRAIN_STEPS, NORMAL_MEAN, NORMAL_STD = 1000, 0.4, 0.5  # PTQ4DM (Shang et al. 2023, Sec. 3.3): N(mu, T / 2) with mu <= T / 2
+
+
+def samples_of_steps(t: torch.Tensor, config: QuantConfig, generator: torch.Generator) -> list[int]:
+    """How many samples each of these steps gives to the range search, `calib_batch` together.
+
+    "normal": timesteps are drawn from a normal distribution, and each goes to the nearest of the steps; several can have none.
+    """
+    if config.calib_steps == "uniform":
+        return [max(1, -(-config.calib_batch // len(t)))] * len(t)
+    counts, drawn = torch.zeros(len(t), dtype=torch.int64), 0
+    while drawn < config.calib_batch:  # what falls outside is drawn again
+        wanted = TRAIN_STEPS * (NORMAL_MEAN + NORMAL_STD * torch.randn(1, generator=generator))
+        if 0 <= wanted < TRAIN_STEPS:
+            counts[(t - wanted).abs().argmin()] += 1
+            drawn += 1
+    return counts.tolist()
+
+
 @torch.no_grad()
 def init_ranges(unet: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False) -> None:
     """Set every activation quantizer of an inserted UNet from full-precision activations, one step group after another.
@@ -236,10 +255,10 @@ def init_ranges(unet: nn.Module, calib: Calibration, config: QuantConfig, *, pro
         for i, q in enumerate(quantizers):
             q.observer = Observer(q, config, 1000 * group + i)
         steps = (group_of_step == group).nonzero().flatten().tolist()
-        per_step = max(1, -(-config.calib_batch // len(steps)))
         generator = torch.Generator().manual_seed(config.seed + group)
-        for step in steps:
-            pick = torch.randperm(calib.x.shape[1], generator=generator)[:per_step]
+        counts = samples_of_steps(calib.t[steps], config, generator)
+        for step, count in zip(steps, counts, strict=True):
+            pick = torch.randperm(calib.x.shape[1], generator=generator)[:count]
             for batch in calib.batch(step, pick).split(config.forward_batch):
                 batch.run(unet)
         for i, q in enumerate(quantizers):

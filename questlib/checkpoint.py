@@ -141,6 +141,8 @@ def from_pretrained(
         if layer.wq is not None:
             layer.weight.data.copy_(layer.wq.decode(unpack(packed[name], layer.wq.bits, layer.weight.shape)))
     uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
+    if quant.noise_correction and not bool(unet.quest_correction.calibrated):
+        uncalibrated.append("quest_correction")
     if uncalibrated:
         raise CheckpointError(f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}")
     return (

@@ -17,8 +17,9 @@ CHOICES = {
     "weight_range": ("minmax", "mse"),
     "te": ("ptq", "fp", "finetune"),
     "te_layers": ("all", "projections"),
-    "cma_layers": ("attention", "qkv", "feed_forward", "none"),
+    "cma_layers": ("attention", "qkv", "feed_forward", "all", "none"),
     "tla_order": ("joint", "sequential"),
+    "calib_steps": ("uniform", "normal"),
 }
 
 
@@ -45,6 +46,8 @@ class QuantConfig:
     weight_range: str = "mse"
     split_skip: bool = True  # separate scales for the two halves of a UNet concatenation (Q-Diffusion)
     calib_batch: int = 64  # samples of each step group used for ranges
+    calib_steps: str = "uniform"  # their steps; normal: more of the late, less noisy ones (PTQ4DM)
+    te_token: bool = False  # the time-embedding layers' inputs, which depend on t alone, have a range for each t (TFMQ-DM)
     # AdaRound block reconstruction (Q-Diffusion / BRECQ)
     adaround: bool = False
     adaround_iters: int = 20000  # per block
@@ -53,10 +56,13 @@ class QuantConfig:
     act_recon: bool = False  # Q-Diffusion's second stage: activation scales, block by block
     act_iters: int = 5000
     act_lr: float = 4e-4
+    temporal_block: bool = False  # AdaRound takes all time-embedding layers as one block, over all steps (TFMQ-DM)
+    noise_correction: bool = False  # of the predicted noise, from its error on the calibration set (PTQ-D)
     # QuEST finetuning (Sec. 3.3)
     te: str = "finetune"  # Table 2: ptq (quantized, not finetuned) | fp (left in full precision) | finetune
     te_layers: str = "all"
-    cma_layers: str = "attention"
+    cma_layers: str = "attention"  # all: every layer, full finetuning
+    lora_rank: int = 0  # above 0 low-rank updates are trained in place of the CMA stage's weights, and merged (EfficientDM)
     tla_iters: int = 0
     cma_iters: int = 0
     local_loss: bool = True  # L_TLA and L_CMA; the release has L_CMA off on LSUN and ImageNet
@@ -88,9 +94,12 @@ class QuantConfig:
         for key in ("step_groups", "calib_batch", "batch_size", "recon_samples", "forward_batch"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: expected at least 1, found {getattr(self, key)}")
-        for key in ("adaround_iters", "act_iters", "tla_iters", "cma_iters"):
+        for key in ("adaround_iters", "act_iters", "tla_iters", "cma_iters", "lora_rank"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: expected 0 or more, found {getattr(self, key)}")
+
+        if self.noise_correction and self.finetunes:
+            raise ConfigError("noise_correction: expected post-training quantization alone, found finetuning stages beside it")
 
     @classmethod
     def preset(cls, name: str, weight_bits: int = 4, act_bits: int = 4, **overrides) -> QuantConfig:
@@ -132,11 +141,13 @@ class QuantConfig:
             "seed",
         )
         values = {k: getattr(self, k) for k in keys} | {"te_fp": self.te == "fp"}
+        values |= {"temporal_block": True} if self.temporal_block else {}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def finetunes(self) -> bool:
-        return self.tla_iters + self.cma_iters > 0
+        tla = self.te == "finetune" and self.tla_iters > 0
+        return tla or self.cma_layers != "none" and self.cma_iters > 0
 
 
 _Q_DIFFUSION = dict(
@@ -150,6 +161,27 @@ PRESETS: dict[str, dict] = {
     ),
     # Li et al., ICCV 2023: split shortcuts, AdaRound by blocks, then activation scales by blocks; one set over time
     "q-diffusion": _Q_DIFFUSION,
+    # Shang et al., CVPR 2023: calibration at normally distributed steps, ranges by |error|^2.4, no reconstruction
+    "ptq4dm": dict(
+        act_range="mse", range_norm=2.4, calib_steps="normal", split_skip=False, te="ptq", cma_layers="none", softmax_bits=8,
+        first_last_act_bits=8,
+    ),
+    # He et al., NeurIPS 2023: Q-Diffusion, then the predicted noise is freed of its correlated error and its bias
+    "ptq-d": _Q_DIFFUSION | dict(noise_correction=True),
+    # He et al., ICLR 2024: low-rank updates of all layers, merged before quantization, in units of each layer's step; activation
+    # scales for each step; the model's output alone is compared. Rank and iterations as QuEST's Table 8 and text have them; the
+    # learning rates are ours
+    "efficientdm": dict(
+        act_range="mse", step_groups=1000, te="ptq", cma_layers="all", lora_rank=32, local_loss=False, cma_iters=32000,
+        softmax_bits=8, first_last_act_bits=8, lr_relative=True, lr_decay=True, lr_weight=1e-3, lr_scale=2e-3,
+    ),
+    # Huang et al., CVPR 2024: the time path reconstructed as one block, a range for each t there, all else as Q-Diffusion
+    "tfmq-dm": _Q_DIFFUSION | dict(temporal_block=True, te_token=True),
+    # all weights and activation scales on the global loss, as many iterations as QuEST (Table 8)
+    "full": dict(
+        act_range="mse", adaround=True, te="ptq", cma_layers="all", local_loss=False, cma_iters=2200, softmax_bits=8,
+        first_last_act_bits=8, lr_weight=1e-5, lr_scale=1e-4,
+    ),
     # the paper's text: everything at the stated bits, one set of scales, local and global losses, 2.2k iterations
     "quest-paper": dict(act_range="mse", adaround=True, tla_iters=1100, cma_iters=1100, lr_weight=1e-5, lr_scale=1e-4),
     # the official release's settings (facts read off it, see shared/paper/method.md): per step group, TE projections only,

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from questlib.calibrate import Batch, Calibration
@@ -26,6 +27,7 @@ from questlib.config import OFF, QuantConfig
 from questlib.distributed import mean, processes, synchronize
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.layers import QuantLayer
+from questlib.low_rank import attach, merge, trained_numbers
 from questlib.model import TIME_ROLES, act_quantizers, freeze, quant_layers, step_groups
 
 CMA_ROLES = {
@@ -33,7 +35,7 @@ CMA_ROLES = {
     "qkv": ("qkv",),  # the release on LSUN
     "feed_forward": ("feed_forward",),  # the release on Stable Diffusion
     "none": (),
-}
+}  # "all": every layer
 SAVE_EVERY = 100
 
 
@@ -44,6 +46,7 @@ class Stage:
     layers: dict[str, QuantLayer]  # whose weights are trained and whose outputs the local loss compares
     local: bool
     lr_scale: float
+    rank: int = 0  # of low-rank updates in place of the weights
 
 
 def stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
@@ -56,8 +59,10 @@ def stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
         lr = config.lr_scale if config.lr_scale_tla is None else config.lr_scale_tla
         found.append(Stage("tla", config.tla_iters, te, config.local_loss, lr))
     if config.cma_iters and config.cma_layers != "none":
-        cma = {n: m for n, m in layers.items() if m.role in CMA_ROLES[config.cma_layers]}
-        found.append(Stage("cma", config.cma_iters, cma, config.local_loss and config.cma_local_loss, config.lr_scale))
+        cma = {n: m for n, m in layers.items() if config.cma_layers == "all" or m.role in CMA_ROLES[config.cma_layers]}
+        found.append(
+            Stage("cma", config.cma_iters, cma, config.local_loss and config.cma_local_loss, config.lr_scale, config.lora_rank)
+        )
     return found
 
 
@@ -132,16 +137,20 @@ def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
     groups = []
     for layer in stage.layers.values():
         layer.thaw()
+        if parametrize.is_parametrized(layer, "weight"):  # in units of the quantization step already
+            update = layer.parametrizations.weight[0].requires_grad_(True)
+            groups.append({"params": list(update.parameters()), "lr": config.lr_weight, "positive": False})
+            continue
         layer.weight.requires_grad_(True)
         unit = layer.wq.scale.mean().item() if config.lr_relative and layer.wq is not None else 1.0
-        groups.append({"params": [layer.weight], "lr": config.lr_weight * unit})
+        groups.append({"params": [layer.weight], "lr": config.lr_weight * unit, "positive": False})
     frozen_te = config.te_layers == "projections"  # the release never trains the scales of the two time_embed layers
     skip = {id(m.act) for m in quant_layers(unet).values() if frozen_te and m.role == "time_embed"}
     for q in act_quantizers(unet):
         if q.enabled and q.bits != OFF and id(q) not in skip:
             q.scale.requires_grad_(True)
             unit = q.scale.detach().mean().item() if config.lr_relative else 1.0
-            groups.append({"params": [q.scale], "lr": stage.lr_scale * unit})
+            groups.append({"params": [q.scale], "lr": stage.lr_scale * unit, "positive": True})
     return groups
 
 
@@ -164,7 +173,7 @@ def finetune(
     log = {"seconds": 0.0, "loss": [], "trained_weights": 0, "trained_fraction": 0.0}
     if not todo:
         return log
-    trained = {id(m): m.weight.numel() for stage in todo for m in stage.layers.values()}
+    trained = {id(m): trained_numbers(m, stage.rank) for stage in todo for m in stage.layers.values()}
     log["trained_weights"] = sum(trained.values())
     log["trained_fraction"] = log["trained_weights"] / sum(m.weight.numel() for m in quant_layers(unet).values())
     key = hashlib.sha256(f"{config.hash()}-{calib.hash()}".encode()).hexdigest()
@@ -179,6 +188,7 @@ def finetune(
             continue
         with torch.no_grad(), recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets:
             run_time_layers(teacher, te_t)
+        attach(stage.layers.values(), stage.rank, config.seed)
         start = 0
         if state is not None:  # before `trainable`, which takes relative learning rates from the stage's starting point
             unet.load_state_dict(state["model"], strict=False)
@@ -212,13 +222,14 @@ def finetune(
             for p in params:
                 p.grad = None if p.grad is None else mean(p.grad)
             opt.step(), schedule.step()
-            for p in params[len(stage.layers) :]:
+            for p in (p for g in groups if g["positive"] for p in g["params"]):
                 p.data.clamp_min_(1e-8)  # a scale stays positive
             log["loss"].append([stage.name, i, local, total])
             if state_path is not None and (i + 1) % SAVE_EVERY == 0 and i + 1 < stage.iters:
                 log["seconds"] = time.perf_counter() - clock
                 _save_state(state_path, key, unet, number, i + 1, log, opt, schedule, generator)
         log["seconds"] = time.perf_counter() - clock
+        merge(stage.layers.values())
         freeze(unet)
         if state_path is not None:
             _save_state(state_path, key, unet, number + 1, 0, log, opt, schedule, generator)

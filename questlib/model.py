@@ -17,6 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.config import OFF, QuantConfig
+from questlib.correction import NoiseCorrection
 from questlib.errors import ConfigError
 from questlib.layers import QuantAttnProcessor, QuantLayer, convert_layer
 from questlib.quantizers import ActQuantizer, WeightQuantizer
@@ -138,10 +139,11 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
         split = torch.zeros(channels, dtype=torch.int64)
         split[splits.get(name, channels) :] = 1
+        own_token = (token or config.te_token and role in TIME_ROLES) and sees_tokens(layer)
         act = ActQuantizer(
             f"{name}.act", _act_bits(role, config), steps, channels, -1 if isinstance(layer, nn.Linear) else 1,
             torch.arange(channels) if free else split, carrier=carrier,
-            shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1, token=token and sees_tokens(layer),
+            shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1, token=own_token,
         )  # fmt: skip
         # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
         w_index = split if getattr(layer, "groups", 1) == 1 else torch.zeros(layer.weight.shape[1], dtype=torch.int64)
@@ -162,4 +164,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
     unet.quest_steps = steps
     unet.quest_config = config
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
+    if config.noise_correction:
+        unet.quest_correction = NoiseCorrection(steps.timesteps, unet.config.out_channels)
+        unet.register_forward_hook(unet.quest_correction.hook, with_kwargs=True)
     return unet

@@ -37,7 +37,23 @@ def quantize(
         reconstruct_acts(student, unet, calib, config, progress=progress)
         log["seconds"]["reconstruct"] += time.perf_counter() - clock
     student.quest_log = log
-    return freeze(student)
+    freeze(student)
+    if config.noise_correction:
+        clock = time.perf_counter()
+        estimate_correction(student, calib, config)
+        log["seconds"]["correction"] = time.perf_counter() - clock
+    return student
+
+
+@torch.no_grad()
+def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
+    """Fill the UNet's noise correction from its errors on all calibrated steps and trajectories."""
+    correction, everything = student.quest_correction, torch.arange(calib.x.shape[1])
+    for step, t in enumerate(calib.t):
+        batches = calib.batch(step, everything).split(config.forward_batch)
+        outputs = torch.cat([batch.run(student).cpu() for batch in batches])
+        correction.estimate(t, outputs, calib.eps[step])
+    correction.calibrated.fill_(True)
 
 
 def _adaround(

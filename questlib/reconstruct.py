@@ -6,6 +6,7 @@ so that the quantized block, on inputs from the model quantized so far, reproduc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
@@ -19,8 +20,9 @@ from tqdm import tqdm
 
 from questlib.calibrate import Batch, Calibration
 from questlib.config import QuantConfig
+from questlib.finetune import local_loss, recorded, run_time_layers
 from questlib.layers import QuantLayer
-from questlib.model import act_quantizers, quant_layers, set_mode
+from questlib.model import TIME_ROLES, act_quantizers, quant_layers, set_mode
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
 ROUND_WEIGHT, BETA_START, BETA_END, WARMUP = 0.01, 20.0, 2.0, 0.2  # AdaRound's regularizer
@@ -130,6 +132,46 @@ def _minimize(block, rows, target, groups, steps, params: list[dict], iters: int
         opt.step()
 
 
+def rounding_loss(layers: list[QuantLayer], i: int, iters: int) -> torch.Tensor | float:
+    """AdaRound's regularizer at iteration i: after a warm-up it draws every rounding to 0 or 1, ever more sharply."""
+    progress = i / max(1, iters)
+    if progress < WARMUP:
+        return 0.0
+    beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress - WARMUP) / (1 - WARMUP))
+    return ROUND_WEIGHT * sum((1 - (2 * layer.wq.rounding() - 1).abs().pow(beta)).mean() for layer in layers)
+
+
+def _start(layers: list[QuantLayer]) -> list[nn.Parameter]:
+    for layer in layers:
+        layer.thaw()
+    return [layer.wq.start_adaround(layer.weight) for layer in layers]
+
+
+def _harden(layers: list[QuantLayer]) -> None:
+    for layer in layers:
+        layer.weight.data.copy_(layer.wq.harden(layer.weight))
+        layer.freeze()
+
+
+def reconstruct_time(student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig) -> None:
+    """AdaRound of all time-embedding layers as one block, on what it gives at every calibrated step: the temporal features that
+    the ResBlocks receive (TFMQ-DM, Huang et al. 2024: temporal information block and its reconstruction)."""
+    layers = [m for m in quant_layers(student).values() if m.role in TIME_ROLES and m.wq is not None]
+    names = [n for n, m in quant_layers(student).items() if m.role == "time_proj"]
+    t = calib.t.to(student.device)
+    with torch.no_grad(), recorded(teacher, names) as targets:
+        run_time_layers(teacher, t)
+    opt = torch.optim.Adam([{"params": _start(layers), "lr": config.adaround_lr}])
+    for i in range(config.adaround_iters):
+        with recorded(student, names) as own:
+            run_time_layers(student, t)
+        loss = local_loss(own, targets, normalize=True) + rounding_loss(layers, i, config.adaround_iters)
+        opt.zero_grad(set_to_none=True)
+        loss.backward()
+        opt.step()
+    _harden(layers)
+
+
 def reconstruct_weights(
     student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False
 ) -> None:
@@ -137,25 +179,17 @@ def reconstruct_weights(
     set_mode(student, weights=True, acts=False)
     for layer in quant_layers(student).values():
         layer.freeze()
+    done = TIME_ROLES if config.temporal_block else ()
+    if done:
+        reconstruct_time(student, teacher, calib, config)
     for block, rows, target, groups in _each_block(student, teacher, calib, config, "adaround", progress):
-        layers = [m for m in block.modules() if isinstance(m, QuantLayer) and m.wq is not None]
-        alphas = []
-        for layer in layers:
-            layer.thaw()
-            alphas.append(layer.wq.start_adaround(layer.weight))
-
-        def regularizer(i: int, layers=layers) -> torch.Tensor | float:
-            progress_ = i / max(1, config.adaround_iters)
-            if progress_ < WARMUP:
-                return 0.0
-            beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress_ - WARMUP) / (1 - WARMUP))
-            return ROUND_WEIGHT * sum((1 - (2 * layer.wq.rounding() - 1).abs().pow(beta)).mean() for layer in layers)
-
-        params = [{"params": alphas, "lr": config.adaround_lr}]
+        layers = [m for m in block.modules() if isinstance(m, QuantLayer) and m.wq is not None and m.role not in done]
+        if not layers:
+            continue
+        regularizer = functools.partial(rounding_loss, layers, iters=config.adaround_iters)
+        params = [{"params": _start(layers), "lr": config.adaround_lr}]
         _minimize(block, rows, target, groups, student.quest_steps, params, config.adaround_iters, config, regularizer)
-        for layer in layers:
-            layer.weight.data.copy_(layer.wq.harden(layer.weight))
-            layer.freeze()
+        _harden(layers)
     set_mode(student, weights=True, acts=True)
 
 

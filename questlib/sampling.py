@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
 from questlib.errors import ConfigError, QuestError
@@ -53,8 +54,12 @@ def denoise(
     condition = condition or Condition()
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
     x = latents * scheduler.init_noise_sigma
+    correction = getattr(unet, "quest_correction", None) if eta > 0 else None
     for t in scheduler.timesteps:
         eps = condition.predict(unet, scheduler.scale_model_input(x, t), t)
+        if correction is not None:  # its variance schedule: less noise where quantization brings its own
+            noise = randn_tensor(x.shape, generators, x.device, x.dtype)
+            extra = {"eta": eta, "variance_noise": noise * correction.noise_factor(scheduler, t, eta)}
         x = scheduler.step(eps, t, x, **extra).prev_sample
     return x
 
