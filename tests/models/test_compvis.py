@@ -252,7 +252,7 @@ def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
     state["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(32, 4, 3, 3)
     state["model_ema.diffusion_modelmiddle_block1qkvbias"] = torch.zeros(96)
     state["first_stage_model.encoder.mid.attn_1.q.weight"] = torch.zeros(32, 32, 3, 3)  # no 1x1 convolution
-    state["first_stage_model.encoder.extra"] = torch.zeros(1)
+    state["first_stage_model.encoder.extra"] = state["model_ema.extra"] = torch.zeros(1)
     with pytest.raises(CheckpointError) as error:
         convert_state(state, made.params)
     text = str(error.value)
@@ -260,7 +260,9 @@ def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
     assert "input_blocks00weight [32, 4, 3, 3] (expected [32, 3, 3, 3])" in text
     assert "attn_1.q.weight [32, 32, 3, 3] (expected [32, 32])" in text
     assert text.count("middle_block1qkvbias [96] (expected [288])") == 1  # though q, k and v need it
-    assert text.endswith("unexpected: first_stage_model.encoder.extra")
+    assert text.endswith("unexpected: first_stage_model.encoder.extra, model_ema.extra")
+    with pytest.raises(CheckpointError, match=r"^unexpected: model\.diffusion_model\.extra$"):
+        convert_state(made.state | {"model.diffusion_model.extra": torch.zeros(1)}, made.params, ema=False)
 
 
 @pytest.mark.parametrize(
