@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 """python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; on several GPUs: accelerate launch -m questlib .."""
+=======
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; or accelerate launch -m questlib ..."""
+>>>>>>> 28f8624 (Test guidance, labels, prompts, samplers and checkpointed gradients on tiny pipelines)
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from questlib import arguments
 from questlib.calibrate import calibrate
 from questlib.checkpoint import save_pretrained
 from questlib.config import PRESETS, QuantConfig
-from questlib.distributed import processes
+from questlib.distributed import device, processes
 from questlib.errors import ConfigError, QuestError, check_writable
 from questlib.finetune import finetune
 from questlib.models.loading import load_pipeline
@@ -46,7 +50,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     choices = arguments.choices(args)
     check_writable(args.out)
     state = processes()
-    pipe = load_pipeline(args.pipeline).to(state.device)
+    pipe = load_pipeline(args.pipeline).to(device())
     calib = calibrate(pipe, args.samples, batch_size=args.batch_size, progress=True, **choices)
     unet = quantize(pipe.unet, config.replace(seed=args.seed), calib, cache_dir=args.out / "cache", progress=True)
     log = finetune(unet, pipe.unet, calib, unet.quest_config, state_path=args.out / "finetune.pt", progress=True)

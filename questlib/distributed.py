@@ -12,6 +12,12 @@ def processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available())
 
 
+def device() -> torch.device:
+    """Of this process. Plain "cpu", not "cpu:0": moving to that copies, which changes strides of single samples and so bits."""
+    found = processes().device
+    return torch.device("cpu") if found.type == "cpu" else found
+
+
 def share(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torch.Tensor]:
     """The tensors of process `owner`, on every process, on the CPU and bit for bit; what the others pass does not count."""
     state = processes()
@@ -21,7 +27,7 @@ def share(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torc
     shapes = [{k: (v.shape, v.dtype) for k, v in tensors.items()} if mine else None]
     broadcast_object_list(shapes, from_process=owner)
     return {
-        k: broadcast((tensors[k].contiguous() if mine else torch.empty(shape, dtype=dtype)).to(state.device), owner).cpu()
+        k: broadcast((tensors[k].contiguous() if mine else torch.empty(shape, dtype=dtype)).to(device()), owner).cpu()
         for k, (shape, dtype) in shapes[0].items()
     }
 

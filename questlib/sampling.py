@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def denoise(
     generators: list[torch.Generator] | None = None, condition: Condition | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """From x_T = `latents` [N, C, h, w] to x_0; noise that the sampler adds comes from each sample's own generator."""
-    scheduler = type(scheduler).from_config(scheduler.config)  # multistep samplers hold state: a fresh one for each batch
+    scheduler = copy.deepcopy(scheduler)  # multistep samplers hold state; set_timesteps clears it
     accepts = inspect.signature(scheduler.step).parameters
     extra = {k: v for k, v in {"eta": eta, "generator": generators}.items() if k in accepts}
     condition = condition or Condition()

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from questlib import arguments, from_pretrained
-from questlib.distributed import processes
+from questlib.distributed import device, processes
 from questlib.errors import ConfigError, check_writable
 from questlib.models.loading import load_pipeline
 from questlib.sampling import Drawing
@@ -39,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     choices = arguments.choices(args)
     check_writable(args.out)
     state = processes()
-    pipe = load_pipeline(args.model).to(state.device)
-    unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(state.device)
+    pipe = load_pipeline(args.model).to(device())
+    unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(device())
     how = Drawing(pipe, unet=unet, **choices)
     write_samples(
         args.out, how.run(args.num_samples, args.batch_size), how.draw, process_index=state.process_index,
