@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from questlib.errors import CheckpointError, ConfigError
+from questlib.models.pipelines import PIPELINES
 
 MINI = Path(__file__).parent / "mini"  # package data, written by questlib.models.export
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,7 +65,9 @@ def _from_folder(folder: Path) -> DiffusionPipeline:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
+        pipeline = PIPELINES.get(name, DiffusionPipeline)  # diffusers finds its own classes only
+        pipe = pipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})") from error
     finally:
