@@ -14,8 +14,8 @@ import json
 import os
 from pathlib import Path
 
-import diffusers
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -25,8 +25,10 @@ from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.integer.convert import choose_engine, convert
 from questlib.integer.form import packed_size
 from questlib.model import act_quantizers, freeze, insert, quant_layers, step_groups
+from questlib.models.pipelines import FixedHeadsUNet2DModel
 
 FORMAT = 1
+UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
 SMALL = ("zero_point", "ratio")  # integers below 256: stored as bytes, float32 in the model
 
 
@@ -103,12 +105,12 @@ def from_pretrained(
         state = load_file(path / "model.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
-    if config.get("format") != FORMAT or config.get("class") not in ("UNet2DModel", "UNet2DConditionModel"):
+    if config.get("format") != FORMAT or config.get("class") not in UNETS:
         raise CheckpointError(
             f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}"
         )
     quant = QuantConfig.from_dict(config["quant"])
-    unet = getattr(diffusers, config["class"]).from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
+    unet = UNETS[config["class"]].from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
     # ranges are overwritten below: skip the search
     unet = insert(unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"]))
     unet.quest_config = quant
