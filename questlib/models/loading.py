@@ -28,13 +28,19 @@ def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:
     """A diffusers pipeline in float32 and eval mode.
 
     "mini-ldm4" (or another embedded name) -> the model that ships with the package; an existing folder -> that folder and
-    nothing else, no network; "owner/name" -> the Hugging Face hub or its local cache.
+    nothing else, no network; "owner/name" -> the Hugging Face hub or its local cache. ConfigError for anything else, among it
+    a .ckpt file, which has to be converted first.
     """
     name = str(name_or_path)
     if name in embedded_models():
         return _from_folder(MINI / name)
     if Path(name).is_dir():
         return _from_folder(Path(name))
+    if Path(name).is_file():
+        raise ConfigError(
+            f"{name} is a file; make a diffusers folder of a CompVis checkpoint first: "
+            f"python -m questlib.models convert {name} --config CONFIG.yaml --out DIR"
+        )
     known = ", ".join(embedded_models()) or "none: this installation has no embedded models, see questlib/models/train.py"
     if not HUB_ID.fullmatch(name):
         raise ConfigError(f"unknown model {name!r}: give an embedded name ({known}), a diffusers folder, or a hub id owner/name")
@@ -65,9 +71,10 @@ def _from_folder(folder: Path) -> DiffusionPipeline:
     bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        pipeline = PIPELINES.get(name, DiffusionPipeline)  # diffusers finds its own classes only
-        pipe = pipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
+        index = json.loads((folder / "model_index.json").read_text())
+        pipeline = PIPELINES.get(index["_class_name"], DiffusionPipeline)  # diffusers finds its own classes only
+        absent = {name: None for name, part in index.items() if part == [None, None]}  # e.g. the text encoder; must be said again
+        pipe = pipeline.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False, **absent)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})") from error
     finally:
