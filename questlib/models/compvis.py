@@ -179,7 +179,7 @@ def _scheduler(state: Mapping[str, torch.Tensor], config: Mapping, sampler: str)
     for key, known in (("beta_schedule", "linear"), ("parameterization", "eps")):
         if config.get(key, known) != known:
             raise ConfigError(f"config: expected {key} {known}, found {config[key]}")
-    betas = {"beta_start": config["linear_start"], "beta_end": config["linear_end"], "beta_schedule": "scaled_linear"}
+    betas = {"beta_start": float(config["linear_start"]), "beta_end": float(config["linear_end"]), "beta_schedule": "scaled_linear"}
     scheduler = make_scheduler({**betas, "num_train_timesteps": config.get("timesteps", 1000)}, sampler)
     trained = state.get("betas")
     if trained is not None and (
