@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig")
     q.set_defaults(run=run_quantize)
     e = sub.add_parser("export-npz", help="write the samples of a folder as ADM's .npz (arr_0 uint8 [N, H, W, 3])")
-    e.add_argument("samples", type=Path, help="folder with shards START-COUNT.safetensors")
+    e.add_argument("samples", type=Path, help="folder of samples (run.json and shards)")
     e.add_argument("out", type=Path, help="a new file, OUT.npz")
     e.add_argument("--count", type=int, help="the first COUNT samples (default: all)")
     e.set_defaults(run=run_export)

@@ -7,22 +7,21 @@ A file holds `arr_0`, uint8 images [N, H, W, 3], and a reference may hold statis
 from __future__ import annotations
 
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.utils.data import IterableDataset
 
 from questlib.errors import MetricError
+from questlib.shards import read_run, read_samples
 
 Moments = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
-SHARD = re.compile(r"(\d+)-(\d+)\.safetensors")  # START-COUNT, as questlib.sampling writes them
 DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
@@ -86,62 +85,34 @@ def read_npz(path: Path) -> tuple[Moments | None, Moments | None, NpzImages | No
     return pairs[0], pairs[1], images
 
 
-def sample_shards(folder: Path) -> list[tuple[Path, int]]:
-    """Shards START-COUNT.safetensors of one sampling run and their counts, in order. MetricError if samples are missing."""
-    found = sorted((int(m[1]), int(m[2]), p) for p in folder.glob("*") if (m := SHARD.fullmatch(p.name)))
-    if not found:
-        raise MetricError(f"{folder}: no samples here, expected files START-COUNT.safetensors")
-    expected = 0
-    for start, count, _ in found:
-        if start != expected:
-            raise MetricError(f"{folder}: samples {expected}..{start - 1} are missing or there twice; finish the sampling first")
-        expected += count
-    return [(path, count) for _, count, path in found]
-
-
 def export_npz(folder: str | Path, out: str | Path, count: int | None = None) -> tuple[int, ...]:
-    """Write the first `count` samples (None: all) of a sampling folder as ADM's .npz; -> shape [N, H, W, 3].
+    """Write the first `count` samples (None: all) of a folder of samples as ADM's .npz; -> its shape [N, H, W, 3].
 
-    One shard is in memory at a time; `out` appears when it is whole, and is never overwritten. MetricError: see the messages.
+    One shard is in memory at a time; `out` appears when it is whole, and is never overwritten. MetricError for a wrong name or
+    count and where `out` cannot be written; QuestError for samples that are missing or damaged (`questlib.shards`).
     """
-    folder, out = Path(folder), Path(out)
+    out = Path(out)
     if out.exists() or out.suffix != ".npz":
         raise MetricError(f"{out}: {'exists already' if out.exists() else 'expected a name that ends in .npz'}")
-    shards = sample_shards(folder)
-    total = sum(n for _, n in shards)
-    wanted = total if count is None else count
-    if not 1 <= wanted <= total:
-        raise MetricError(f"{folder}: {total} samples, asked for {wanted}")
-    image = list(_images(*shards[0]).shape[1:])  # [3, H, W]
-    shape = (wanted, image[1], image[2], 3)
+    total = read_run(folder)["num_samples"]
+    left = total if count is None else count
+    if not 1 <= left <= total:
+        raise MetricError(f"{folder}: {total} samples, asked for {left}")
+    parts = read_samples(folder)
+    first = next(parts).images
+    shape = (left, *first.shape[2:], 3)
     tmp = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         with zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
             np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
-            left = wanted
-            for path, n in shards:
-                if left <= 0:
-                    break
-                images = _images(path, n)
-                if list(images.shape[1:]) != image:
-                    raise MetricError(f"{path}: images {list(images.shape[1:])}, expected {image}")
+            for images in chain([first], (part.images for part in parts)):
                 file.write(images[:left].permute(0, 2, 3, 1).contiguous().numpy())
-                left -= n
+                left -= min(left, len(images))
+                if left == 0:
+                    break
         os.replace(tmp, out)
     except OSError as error:
         raise MetricError(f"{out}: cannot be written ({error.strerror or error})") from error
     finally:
         tmp.unlink(missing_ok=True)
     return shape
-
-
-def _images(path: Path, count: int) -> torch.Tensor:
-    """uint8 [count, 3, H, W] of a shard."""
-    try:
-        with safe_open(path, "pt") as file:
-            images = file.get_tensor("images")
-    except (SafetensorError, OSError) as error:
-        raise MetricError(f"{path}: damaged or not a shard of samples ({error})") from error
-    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[:2] != (count, 3):
-        raise MetricError(f"{path}: images are {images.dtype} {list(images.shape)}, expected uint8 [{count}, 3, H, W]")
-    return images

@@ -70,7 +70,7 @@ class Estimate:
 
 
 def unet_of(dataset: Dataset, setting: Setting) -> nn.Module | None:
-    """The UNet on the meta device: of the folder, else the original's architecture; None: an embedded model that does not exist."""
+    """The UNet on the meta device: the folder's, else the original's; None: of an embedded model that does not exist."""
     folder = next(
         (p for p in (MINI / (setting.model or ""), Path(setting.model or "")) if (p / "unet/config.json").is_file()), None
     )
@@ -204,10 +204,9 @@ def lines(cell: Cell, plan: Plan) -> list[str]:
     else:
         stages = " + ".join(f"{stage} {h:.2g}" for stage, h in found.hours.items() if h)
         unit = "GPU hours" if plan.scale.name == "paper" else "hours"
-        text.append(
-            f"  estimate: {found.samples:,} samples, {found.evaluations:,} UNet evaluations; {sum(found.hours.values()):.2g} {unit} "
-            f"({stages}); {found.memory_bytes / 1e9:.1f} GB"
-        )
+        total = f"{sum(found.hours.values()):.2g} {unit} ({stages})"
+        counts = f"{found.samples:,} samples, {found.evaluations:,} UNet evaluations"
+        text.append(f"  estimate: {counts}; {total}; {found.memory_bytes / 1e9:.1f} GB")
     return text + [f"  not run: {reason}" for reason in [plan.missing(cell)] if reason is not None]
 
 
