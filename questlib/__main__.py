@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; on several GPUs: accelerate launch -m questlib .."""
-=======
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; or accelerate launch -m questlib ..."""
->>>>>>> 28f8624 (Test guidance, labels, prompts, samplers and checkpointed gradients on tiny pipelines)
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; python -m questlib export-npz SAMPLES OUT.npz"""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ import sys
 from pathlib import Path
 
 from questlib import arguments
+from questlib.adm import export_npz
 from questlib.calibrate import calibrate
 from questlib.checkpoint import save_pretrained
 from questlib.config import PRESETS, QuantConfig
@@ -62,6 +59,11 @@ def run_quantize(args: argparse.Namespace) -> None:
     print(f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk ({size / full:.3f} of float32)")
 
 
+def run_export(args: argparse.Namespace) -> None:
+    count, height, width, _ = export_npz(args.samples, args.out, args.count)
+    print(f"{args.out}: arr_0, {count} images of {height}x{width}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m questlib", description="Quantize a diffusers UNet pipeline with QuEST.")
     sub = parser.add_subparsers(dest="command", required=True)
@@ -74,9 +76,15 @@ def main(argv: list[str] | None = None) -> int:
     q.add_argument("--batch-size", type=int, default=64, help="trajectories at once; processes share batches out (default 64)")
     arguments.add(q)
     q.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig")
+    q.set_defaults(run=run_quantize)
+    e = sub.add_parser("export-npz", help="write the samples of a folder as ADM's .npz (arr_0 uint8 [N, H, W, 3])")
+    e.add_argument("samples", type=Path, help="folder of samples (run.json and shards)")
+    e.add_argument("out", type=Path, help="a new file, OUT.npz")
+    e.add_argument("--count", type=int, help="the first COUNT samples (default: all)")
+    e.set_defaults(run=run_export)
     args = parser.parse_args(argv)
     try:
-        run_quantize(args)
+        args.run(args)
     except QuestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -45,6 +45,7 @@ class MiniFeatures(FeatureExtractorBase):
     """pooled [N, 128] for FID and KID, spatial [N, 128] for sFID, logits [N, classes]."""
 
     SIZE = 64
+    has_classifier = True
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None, **kwargs) -> None:
         super().__init__(name, features_list)

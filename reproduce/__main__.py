@@ -1,4 +1,4 @@
-"""python -m reproduce table2|table3|ablation --scale smoke|mini|paper; python -m reproduce sample | readme | notebooks."""
+"""python -m reproduce TABLE --scale smoke|mini|paper [--dry-run]; python -m reproduce sample | readme | notebooks."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def parser() -> Parser:
     )
     p.add_argument("--model", help="embedded name, diffusers folder or hub id (default: the scale's)")
     p.add_argument("--reference", help="for FID: embedded name, folder of images, .npz or .safetensors (default: the scale's)")
+    p.add_argument("--captions", help="prompts of Stable Diffusion: COCO's captions_val2014.json (default: the scale's)")
+    p.add_argument("--dry-run", action="store_true", help="what each cell is, would take and would lack; nothing is run")
     p.add_argument("--results", type=Path, default=Path("results"), help="result JSON, tables, notebooks (default: results)")
     p.add_argument("--work", type=Path, default=Path("runs"), help="products of the stages, to go on from (default: runs)")
     p.add_argument("--json", action="store_true", help="print the results as JSON to stdout, and nothing else there")
@@ -51,9 +53,14 @@ def reproduce_table(args: argparse.Namespace) -> int:
             raise ConfigError(f"seeds: expected whole numbers separated by commas, found {args.seeds!r}") from error
     plan = make_plan(
         args.what, scale=args.scale, cells=args.cells.split(",") if args.cells is not None else None, seeds=seeds,
-        features=args.features, engine=args.engine, model=args.model, reference=args.reference,
-        results=args.results, work=args.work,
+        features=args.features, engine=args.engine, model=args.model, reference=args.reference, captions=args.captions,
+        results=args.results, work=args.work, dry=args.dry_run,
     )  # fmt: skip
+    if args.dry_run:
+        from reproduce import estimate
+
+        print(estimate.dry_run(plan))
+        return 0
     from reproduce import report, run  # here: bad input is answered before the slow imports
 
     run.preflight(plan)

@@ -15,16 +15,18 @@ import torch
 from PIL import Image
 
 import questlib
-from questlib import metrics, sampling
+from questlib import clip_score, metrics, sampling
 from questlib.errors import QuestError
 from questlib.features import MINI_FEATURES
 from questlib.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, provenance
 from reproduce.store import Product, Store, code_hash, digest, write_json
-from reproduce.tables import Cell
+from reproduce.tables import COSTS, Cell
 
-METRICS = ("fid", "sfid", "kid", "psnr_to_fp", "feature_distance_to_fp", "latent_snr_db")
+METRICS = (
+    "fid", "sfid", "kid", "inception_score", "clip_score", "psnr_to_fp", "feature_distance_to_fp", "latent_snr_db",
+)  # fmt: skip
 SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
 PREVIEW = 8  # images in a cell's picture
 
@@ -40,13 +42,21 @@ class SeedRun:
     """The products of one cell and one seed, each made on demand from the ones before it."""
 
     def __init__(self, cell: Cell, plan: Plan, seed: int) -> None:
-        self.cell, self.plan, self.seed, scale = cell, plan, seed, plan.scale
-        self.pipe, self.model_sha256 = load(plan.model)
+        self.cell, self.plan, self.seed, setting = cell, plan, seed, plan.setting(cell)
+        self.setting = setting
+        self.pipe, self.model_sha256 = load(setting.model)
         self.store = Store(plan.work)
         self.config = None if cell.preset is None else plan.config(cell, seed)
-        schedule = {"num_inference_steps": scale.num_inference_steps, "eta": scale.eta, "model": self.model_sha256}
+        self.how = {name: getattr(setting, name) for name in ("num_inference_steps", "eta", "sampler", "guidance_scale")}
+        if setting.captions is not None:  # the i-th sample is drawn, and scored, with the i-th prompt
+            self.how["prompts"] = clip_score.coco_prompts(setting.captions, setting.samples_per_seed, seed)
+        schedule = self.how | {"model": self.model_sha256}
         schedule |= {"device": self.pipe.device.type}  # a CPU's and a GPU's products differ in the last bits and in their seconds
-        drawing = schedule | {"seed": SAMPLING_SEED + seed, "num_samples": scale.samples_per_seed, "batch": scale.sample_batch}
+        drawing = schedule | {
+            "seed": SAMPLING_SEED + seed,
+            "num_samples": setting.samples_per_seed,
+            "batch": setting.sample_batch,
+        }
         drawing |= {"code": code_hash(sampling.sample)}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
         if self.config is None:
@@ -54,7 +64,7 @@ class SeedRun:
             self.samples = self.fp_samples
             self.full = self.store.product("full-precision", {"model": self.model_sha256})
         else:
-            key = schedule | {"seed": seed, "trajectories": scale.calib_samples, "code": code_hash(questlib.calibrate)}
+            key = schedule | {"seed": seed, "trajectories": setting.calib_samples, "code": code_hash(questlib.calibrate)}
             self.calibration = self.store.product("calibrate", key)
             code = code_hash(questlib.quantize, questlib.finetune, questlib.save_pretrained)
             key = {"calibration": self.calibration.hash, "config": self.config.to_dict(), "code": code}
@@ -64,17 +74,16 @@ class SeedRun:
         key = {
             "samples": self.samples.hash,
             "paired": self.fp_samples.hash,
-            "features": plan.features,
-            "reference": plan.reference,
+            "features": setting.features,
+            "reference": setting.reference,
         }
-        key |= {"files": file_digests(plan.reference), "code": code_hash(metrics.evaluate)}
+        key |= {"files": file_digests(setting.reference), "code": code_hash(metrics.evaluate)}
+        if "prompts" in self.how:
+            key |= {"clip": setting.clip, "clip code": code_hash(clip_score.clip_score)}
         self.score = self.store.product("evaluate", key)
 
     def _calibrate(self, folder: Path) -> dict[str, Any]:
-        scale = self.plan.scale
-        calib = questlib.calibrate(
-            self.pipe, scale.calib_samples, scale.num_inference_steps, eta=scale.eta, seed=self.seed, progress=True
-        )
+        calib = questlib.calibrate(self.pipe, self.setting.calib_samples, seed=self.seed, progress=True, **self.how)
         calib.save(folder / "calibration.safetensors")
         return {"calibration_hash": calib.hash()}
 
@@ -100,14 +109,13 @@ class SeedRun:
 
     def draw(self, product: Product, unet: Any) -> sampling.Samples:
         """The samples of a product: those that its folder lacks are drawn, the others are read."""
-        scale = self.plan.scale
         drawn = []
 
         def build(folder: Path) -> dict[str, Any]:
             drawn.append(
                 sampling.sample(
-                    self.pipe, scale.samples_per_seed, num_inference_steps=scale.num_inference_steps, eta=scale.eta,
-                    seed=SAMPLING_SEED + self.seed, batch_size=scale.sample_batch, out_dir=folder / "shards", unet=unet,
+                    self.pipe, self.setting.samples_per_seed, seed=SAMPLING_SEED + self.seed,
+                    batch_size=self.setting.sample_batch, out_dir=folder / "shards", unet=unet, **self.how,
                 )
             )  # fmt: skip
             return {}
@@ -120,8 +128,10 @@ class SeedRun:
 
     def _evaluate(self, folder: Path, samples: sampling.Samples, paired: sampling.Samples | None) -> dict[str, Any]:
         images = None if paired is None else paired.images
-        reference = self.plan.reference
-        values = dict(metrics.evaluate(samples.images, reference=reference, features=self.plan.features, paired=images))
+        about = self.setting
+        values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, paired=images))
+        if "prompts" in self.how:
+            values["clip_score"] = clip_score.clip_score(samples.images, self.how["prompts"], model=about.clip)
         if paired is not None:
             values["latent_snr_db"] = metrics.latent_snr_db(samples.latents, paired.latents)
         strip = torch.cat(list(samples.images[:PREVIEW]), dim=2).permute(1, 2, 0)  # [H, PREVIEW * W, 3]
@@ -173,6 +183,7 @@ class SeedRun:
 
 def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dict[str, Any]:
     """A result without numbers of ours; the paper's stand in their own place only."""
+    setting = plan.setting(cell)
     numbers = {
         m: {"value": None, "std": None, "paper": cell.paper.get(m), "independent": _independent(cell, m), "verdict": None}
         for m in METRICS
@@ -181,8 +192,9 @@ def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dic
         "table": plan.table.name, "cell": cell.id, "scale": plan.scale.name, "status": status, "reason": reason,
         "label": cell.label, "preset": cell.preset, "weight_bits": cell.weight_bits, "act_bits": cell.act_bits,
         "overrides": dict(cell.overrides), "note": cell.note, "engine": None, "model": {"id": None, "sha256": None},
-        "n_samples": 0, "seeds": list(plan.seeds), "num_inference_steps": plan.scale.num_inference_steps, "eta": plan.scale.eta,
-        "features": plan.features, "reference": None, "metrics": numbers,
+        "n_samples": 0, "seeds": list(plan.seeds), "dataset": cell.dataset, "sampler": setting.sampler,
+        "num_inference_steps": setting.num_inference_steps, "eta": setting.eta, "guidance_scale": setting.guidance_scale,
+        "features": setting.features, "reference": None, "metrics": numbers, "paper_costs": {k: cell.paper.get(k) for k in COSTS},
         "size_bytes": None, "paper_size_mb": cell.paper_size_mb, "peak_bytes": None, "seconds": {}, "per_seed": [],
         "provenance": None,
     }  # fmt: skip
@@ -197,18 +209,22 @@ def public_name(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def file_digests(reference: str) -> list[str]:
+def file_digests(reference: str | None) -> list[str]:
     """What metrics read beside the samples: the embedded classifier and reference, by content; the user's by size and time."""
-    embedded = [*MINI_FEATURES.glob("*.safetensors"), *(loading.MINI / reference).glob("reference.safetensors")]
+    embedded = [*MINI_FEATURES.glob("*.safetensors")]
+    if reference is not None:
+        embedded += (loading.MINI / reference).glob("reference.safetensors")
     found = [hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(embedded)]
+    if reference is None:
+        return found
     path = Path(reference)
     return found + [f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in (path, *sorted(path.glob("**/*"))) if f.exists()]
 
 
 def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     """Make (or read) one cell's numbers and write `results/<scale>/<table>/<cell>.json`. A QuestError becomes status "failed"."""
-    if plan.missing is not None:
-        result = empty_result(cell, plan, "not run", plan.missing)
+    if (reason := plan.missing(cell)) is not None:
+        result = empty_result(cell, plan, "not run", reason)
     else:
         try:
             runs = [SeedRun(cell, plan, seed) for seed in plan.seeds]
@@ -224,7 +240,7 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
 
 def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean and sample standard deviation over seeds; size, memory and seconds: of the largest, the largest, and the mean seed."""
-    result = empty_result(cell, plan, "done", None)
+    result, setting = empty_result(cell, plan, "done", None), plan.setting(cell)
     for metric, entry in result["metrics"].items():
         values = [s["metrics"].get(metric) for s in seeds]
         if None not in values:
@@ -234,9 +250,9 @@ def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str,
     stages = seeds[0]["seconds"]
     return result | {
         "engine": plan.engine if cell.preset is not None else "full precision",
-        "model": {"id": public_name(plan.model), "sha256": runs[0].model_sha256},
-        "reference": public_name(plan.reference),
-        "n_samples": plan.scale.samples_per_seed * len(seeds),
+        "model": {"id": public_name(setting.model), "sha256": runs[0].model_sha256},
+        "reference": None if setting.reference is None else public_name(setting.reference),
+        "n_samples": setting.samples_per_seed * len(seeds),
         "size_bytes": max(s["size_bytes"] for s in seeds),
         "peak_bytes": max(peaks) if peaks else None,
         "peak_bytes_is": "largest rise of resident memory (CPU) or allocated memory (CUDA) while quantizing and finetuning",

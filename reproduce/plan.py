@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError, check_writable
 from questlib.integer.convert import ENGINES as INTEGER_ENGINES
+from questlib.models.loading import embedded_models
+from reproduce.datasets import DATASETS, Setting
 from reproduce.scales import Scale, get_scale
-from reproduce.tables import Cell, Table, get_table
+from reproduce.tables import NOT_YET, Cell, Table, get_table
 
 FEATURES = ("mini", "inception")
 ENGINES = ("fake", *INTEGER_ENGINES)  # simulated, or integers
@@ -26,10 +27,11 @@ class Plan:
     scale: Scale
     cells: tuple[Cell, ...]  # asked for, in the table's order
     seeds: tuple[int, ...]
-    features: str
+    features: str | None  # chosen; None: the data set's or the scale's. Likewise:
+    model: str | None  # embedded name, folder or hub id
+    reference: str | None  # for FID
+    captions: str | None  # prompts
     engine: str  # what runs the quantized models
-    model: str | None  # embedded name, folder or hub id; None: there is none at this scale, see `missing`
-    reference: str | None
     results: Path  # result JSON, tables, pictures
     work: Path  # products of the stages
     command: str  # what to type to get this again
@@ -39,31 +41,40 @@ class Plan:
         name = self.table.name if self.engine == "fake" else f"{self.table.name}-{self.engine}"
         return self.results / self.scale.name / name
 
-    @property
-    def missing(self) -> str | None:
-        """Why nothing of this plan can run here, or None."""
-        needs = []
-        if self.model is None:
-            needs.append(f"{self.table.weights} (--model FOLDER_OR_HUB_ID or ${self.table.model_env})")
-        if self.reference is None:
-            needs.append(f"FID reference images or statistics (--reference PATH or ${self.table.reference_env})")
-        return f"needs {' and '.join(needs)}" if needs else None
+    def setting(self, cell: Cell) -> Setting:
+        """The cell's model, and how it is sampled here."""
+        setting = DATASETS[cell.dataset].setting(self.scale.name, self.model, self.reference, self.captions)
+        return replace(setting, features=self.features or setting.features or self.scale.features)
+
+    def missing(self, cell: Cell) -> str | None:
+        """Why the cell cannot run here, or None."""
+        if cell.preset in NOT_YET:
+            return "not implemented yet"
+        return DATASETS[cell.dataset].missing(self.setting(cell))
 
     def config(self, cell: Cell, seed: int) -> QuantConfig:
-        """The cell's preset at this scale: the scale's numbers replace the preset's, but what is 0 there stays 0 (off)."""
+        """The cell's preset at this scale: the scale's numbers replace the preset's, but what is 0 there stays 0 (off).
+
+        save_memory is no part of a method: it alone is switched on.
+        """
+        setting = self.setting(cell)
         preset = QuantConfig.preset(cell.preset, cell.weight_bits, cell.act_bits, **cell.overrides).to_dict()
-        wanted = {**self.scale.overrides, **self.scale.preset_overrides.get(cell.preset, {})}
-        changes = {key: value for key, value in wanted.items() if preset.get(key, "unknown") != 0 and key not in cell.overrides}
-        groups = min(changes.get("step_groups", preset["step_groups"]), self.scale.num_inference_steps)
+        wanted = {**self.scale.overrides, **self.scale.preset_overrides.get(cell.preset, {}), **setting.overrides}
+        on = {key for key in wanted if preset.get(key, "unknown") != 0 or key == "save_memory"}
+        changes = {key: value for key, value in wanted.items() if key in on and key not in cell.overrides}
+        groups = min(changes.get("step_groups", preset["step_groups"]), setting.num_inference_steps)
         return QuantConfig.from_dict(preset | changes | {"step_groups": groups, "seed": seed})
 
 
 def make_plan(
     table: str, *, scale: str = "mini", cells: Sequence[str] | None = None, seeds: Sequence[int] | None = None,
     features: str | None = None, engine: str | None = None, model: str | None = None, reference: str | None = None,
-    results: str | Path | None = None, work: str | Path | None = None,
+    captions: str | None = None, results: str | Path | None = None, work: str | Path | None = None, dry: bool = False,
 ) -> Plan:  # fmt: skip
-    """Check every choice; ConfigError names what is known. `results` or `work` None: in a new temporary folder."""
+    """Check every choice; ConfigError names what is known. `results` or `work` None: in a new temporary folder.
+
+    dry: nothing will be written, and no folder is made or tried.
+    """
     the_table, the_scale = get_table(table), get_scale(scale)
     wanted = None if cells is None else {the_table.cell(c).id for c in cells}
     if wanted == set():
@@ -75,32 +86,41 @@ def make_plan(
         raise ConfigError(f"features: expected one of {', '.join(FEATURES)}, found {features!r}")
     if engine not in (None, *ENGINES):
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
-    the_features = features or the_scale.features
-    the_reference = reference or the_scale.reference or os.environ.get(the_table.reference_env)
-    if the_features == "inception" and the_reference == the_scale.reference and the_reference is not None:
-        raise ConfigError(f"features inception: {the_reference} ships mini features only, give --reference IMAGES_OR_NPZ")
     options = [table, "--scale", scale]
     chosen = {"cells": cells, "seeds": seeds, "features": features, "engine": engine, "model": model, "reference": reference}
+    chosen |= {"captions": captions}
     for name, value in chosen.items():
         if value is not None:
             options += [f"--{name}", value if isinstance(value, str) else ",".join(map(str, value))]
-    temporary = None if results and work else Path(tempfile.mkdtemp(prefix="quest-"))
+    temporary = None if (results and work) or dry else Path(tempfile.mkdtemp(prefix="quest-"))
     plan = Plan(
         table=the_table,
         scale=the_scale,
         cells=tuple(c for c in the_table.cells if wanted is None or c.id in wanted),
         seeds=the_seeds,
-        features=the_features,
+        features=features,
+        model=model,
+        reference=reference,
+        captions=captions,
         engine=engine or "fake",
-        model=model or the_scale.model or os.environ.get(the_table.model_env),
-        reference=the_reference,
-        results=Path(results) if results else temporary / "results",
-        work=Path(work) if work else temporary / "work",
+        results=Path(results or (temporary or Path()) / "results"),
+        work=Path(work or (temporary or Path()) / "work"),
         command=f"python -m reproduce {shlex.join(options)}",
     )
+    data = sorted({c.dataset for c in plan.cells})
+    if len(data) > 1 and (model or reference):
+        raise ConfigError(
+            f"--model and --reference are of one data set, these cells are of {', '.join(data)}: choose some (--cells)"
+        )
+    if captions and not any(DATASETS[d].has_captions for d in data):
+        raise ConfigError(f"--captions: no use for prompts, these cells are of {', '.join(data)}")
     for cell in plan.cells:
-        if cell.preset is not None:
+        setting = plan.setting(cell)
+        if setting.features == "inception" and setting.reference in embedded_models():
+            raise ConfigError(f"features inception: {setting.reference} ships mini features only, give --reference IMAGES_OR_NPZ")
+        if cell.preset is not None and cell.preset not in NOT_YET:
             plan.config(cell, plan.seeds[0])  # an unknown key in a scale or a table shows here
-    check_writable(plan.folder)
-    check_writable(plan.work)
+    if not dry:
+        check_writable(plan.folder)
+        check_writable(plan.work)
     return plan

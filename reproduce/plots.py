@@ -18,7 +18,16 @@ STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
     "grid.alpha": 0.3, "figure.dpi": 110, "figure.constrained_layout.use": True, "legend.frameon": False,
 }  # fmt: skip
-COLORS = ["#8d99ae", "#e07a5f", "#81b29a", "#3d5a80", "#f2cc8f", "#6d597a"]  # by method, in the table's order
+COLORS = [
+    "#8d99ae",
+    "#e07a5f",
+    "#81b29a",
+    "#3d5a80",
+    "#f2cc8f",
+    "#6d597a",
+    "#b56576",
+    "#a3b18a",
+]  # by method, in the table's order
 
 
 def _quantized(results: list[dict[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], dict[str, Any]]]:
@@ -32,7 +41,7 @@ def _bars(axes: plt.Axes, bits: list[str], methods: list[str], values: dict, err
     for i, method in enumerate(methods):
         x = np.arange(len(bits)) + (i - (len(methods) - 1) / 2) * width
         heights = [values.get((b, method)) for b in bits]
-        bars = [np.nan if h is None or h == FAILED else h for h in heights]
+        bars = [np.nan if h is None or isinstance(h, str) else h for h in heights]
         spread = [errors.get((b, method)) or 0 for b in bits]
         axes.bar(x, bars, width * 0.92, yerr=spread, color=COLORS[i % len(COLORS)], label=method, error_kw={"lw": 0.8})
         for place, height in zip(x, heights, strict=True):

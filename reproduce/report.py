@@ -14,14 +14,17 @@ from reproduce.store import write_atomically, write_json
 from reproduce.tables import Number
 from reproduce.verdict import verdict
 
-LOWER_IS_BETTER = ("fid", "sfid", "kid", "feature_distance_to_fp")
+JUDGED = ("fid", "sfid", "kid", "inception_score", "clip_score")
 HEADS = {
     "fid": "FID",
     "sfid": "sFID",
+    "inception_score": "IS",
+    "clip_score": "CLIP score x100",
     "kid": "KID x1000",
     "psnr_to_fp": "PSNR to FP, dB",
     "feature_distance_to_fp": "distance to FP",
 }
+IF_REPORTED = ("inception_score", "clip_score")  # shown where the paper's table has them
 PAIRED = "feature_distance_to_fp"  # compared with the order of the paper's FIDs: it resolves what few samples' FID cannot
 FACTORS = {"kid": 1000.0}
 
@@ -31,7 +34,7 @@ def load_results(plan: Plan) -> list[dict[str, Any]]:
     results = []
     for cell in plan.table.cells:
         path = plan.folder / f"{cell.id}.json"
-        reason = plan.missing or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
+        reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
         results.append(json.loads(path.read_text()) if path.is_file() else empty_result(cell, plan, "not run", reason))
     return with_verdicts(plan, results)
 
@@ -43,10 +46,10 @@ def with_verdicts(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, A
         base = None if cell.against is None else plan.table.cell(cell.against)
         for metric, entry in by_id[cell.id]["metrics"].items():
             other = None if base is None else by_id[base.id]
-            if metric in LOWER_IS_BETTER[:3]:
+            if metric in JUDGED:
                 entry["verdict"] = verdict(metric, cell, base, by_id[cell.id], other)
             elif metric == PAIRED and base is not None and base.preset is not None:
-                entry["verdict"] = verdict(metric, cell, base, by_id[cell.id], other, claim="fid")
+                entry["verdict"] = verdict(metric, cell, base, by_id[cell.id], other, claim=plan.table.claim)
     return results
 
 
@@ -84,15 +87,34 @@ def _quantity(value: float | None, unit: float, digits: int = 1) -> str:
     return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
+def _quantize_seconds(r: dict[str, Any]) -> float | None:
+    """Of calibrating, quantizing, finetuning; None for full precision and for rows without a result."""
+    if r["preset"] is None or r["status"] != "done":
+        return None
+    return sum(v for k, v in r["seconds"].items() if k not in ("sample", "evaluate"))
+
+
+def reported(results: list[dict[str, Any]]) -> list[str]:
+    """The metrics that the paper's table has."""
+    return [m for m in HEADS if any(r["metrics"].get(m, {}).get("paper") is not None for r in results)]
+
+
+def _name(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+    """The columns that say which row this is; the data set where the table has several."""
+    several = len({x.get("dataset") for x in results}) > 1
+    bits = "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}"
+    return ({"data": r["dataset"]} if several else {}) | {"bits": bits, "method": r["label"]}
+
+
 def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
     """Our numbers: mean ± sample standard deviation over the seeds."""
+    heads = {m: head for m, head in HEADS.items() if m not in IF_REPORTED or m in reported(results)}
     rows = []
     for r in results:
-        row = {"bits": "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}", "method": r["label"]}
-        row |= {"preset": r["preset"] or "-"} | {head: _ours(r, metric) for metric, head in HEADS.items()}
-        spent = None if r["preset"] is None else sum(v for k, v in r["seconds"].items() if k not in ("sample", "evaluate"))
+        row = _name(r, results)
+        row |= {"preset": r["preset"] or "-"} | {head: _ours(r, metric) for metric, head in heads.items()}
         row["size MB"] = _quantity(r["size_bytes"], 1e6, 2)
-        row["quantize s"] = _quantity(spent if r["status"] == "done" else None, 1, 0)
+        row["quantize s"] = _quantity(_quantize_seconds(r), 1, 0)
         row["memory MB"] = _quantity(r["peak_bytes"], 1e6, 0)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -100,10 +122,10 @@ def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
 
 def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
     """Paper, independent re-runs and ours, with the verdict; metrics that the paper's table has."""
-    metrics = [m for m in HEADS if any(r["metrics"][m]["paper"] is not None for r in results)]
+    metrics = reported(results)
     rows = []
     for r in results:
-        row = {"bits": "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}", "method": r["label"]}
+        row = _name(r, results)
         for m in metrics:
             entry = r["metrics"][m]
             others = ", ".join(f"{name} {value:.2f}" for name, value in entry["independent"].items())
@@ -113,6 +135,7 @@ def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
                 f"{HEADS[m]} ours": _ours(r, m),
             }
             row[f"{HEADS[m]} verdict"] = entry["verdict"]
+        row |= _costs(r, results)
         row["verdict by distance to FP"] = r["metrics"][PAIRED]["verdict"] or "-"
         row = {
             k: v
@@ -121,6 +144,18 @@ def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
         }
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def _costs(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+    """Hours and memory of quantizing beside the paper's, where its table has them (Tables 6 and 8)."""
+    costs: dict[str, str] = {}
+    ours = {"hours": _quantity(_quantize_seconds(r), 3600, 2), "memory_mb": _quantity(r["peak_bytes"], 1e6, 0), "iterations": "-"}
+    for key, head in (("hours", "hours"), ("memory_mb", "memory MB"), ("iterations", "iterations")):
+        if any(x.get("paper_costs", {}).get(key) is not None for x in results):
+            value = r["paper_costs"][key]
+            costs[f"{head} paper"] = "not reported" if value is None else f"{value:g}"
+            costs |= {f"{head} ours": ours[key]} if key != "iterations" else {}
+    return costs
 
 
 def reasons(results: list[dict[str, Any]]) -> list[str]:
@@ -132,13 +167,18 @@ def reasons(results: list[dict[str, Any]]) -> list[str]:
     return [f"{status} ({', '.join(cells)}): {reason}" for (status, reason), cells in found.items()]
 
 
+def sampling_words(r: dict[str, Any]) -> str:
+    guidance = f", guidance {r['guidance_scale']:g}" if r.get("guidance_scale", 1.0) != 1 else ""
+    return f"{r.get('sampler', 'ddim').upper()} {r['num_inference_steps']} steps, eta {r['eta']:g}{guidance}"
+
+
 def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
     """How the numbers were made, from the results themselves; also what stands between them and the paper's."""
     done = [r for r in results if r["status"] == "done"]
     if not done:
         return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
     kinds = sorted({
-        f"{r['model']['id']}, DDIM {r['num_inference_steps']} steps, eta {r['eta']:g}, {r['n_samples']} samples over seeds "
+        f"{r['model']['id']}, {sampling_words(r)}, {r['n_samples']} samples over seeds "
         f"{', '.join(map(str, r['seeds']))}, {r['features']} features, reference {r['reference']}"
         + ("" if plan.engine == "fake" else f", quantized models run by engine {plan.engine}") for r in done
     })  # fmt: skip

@@ -15,6 +15,7 @@ from nbformat import NotebookNode
 
 from questlib.errors import ConfigError
 from reproduce import report
+from reproduce.pipeline import run_cell
 from reproduce.plan import Plan
 from reproduce.provenance import ROOT, machine
 from reproduce.store import write_atomically, write_json
@@ -24,48 +25,61 @@ NOTEBOOKS = ROOT / "notebooks"
 
 def preflight(plan: Plan) -> None:
     """What can be known before long work: the given model loads, the given features have weights, the reference exists."""
-    if plan.missing is not None:
+    settings = [plan.setting(cell) for cell in plan.cells if plan.missing(cell) is None]
+    if not settings:
         return
+    from questlib.clip_score import coco_prompts, load_clip
     from questlib.features import InceptionFeatures
     from questlib.integer.convert import choose_engine
     from questlib.models.loading import MINI, load_pipeline
 
-    load_pipeline(plan.model)
-    if not (MINI / plan.reference / "reference.safetensors").is_file() and not Path(plan.reference).exists():
-        raise ConfigError(f"reference {plan.reference}: not an embedded model, a file or a folder")
+    for model in {s.model for s in settings}:
+        load_pipeline(model)
+    for reference in {s.reference for s in settings} - {None}:
+        if not (MINI / reference / "reference.safetensors").is_file() and not Path(reference).exists():
+            raise ConfigError(f"reference {reference}: not an embedded model, a file or a folder")
+    for captions, count, clip in {(s.captions, s.samples_per_seed, s.clip) for s in settings if s.captions is not None}:
+        coco_prompts(captions, count)
+        load_clip(clip)
     if plan.engine != "fake":
         choose_engine(plan.engine)
-    if plan.features == "inception":
+    if any(s.features == "inception" for s in settings):
         InceptionFeatures("preflight", ["2048"])
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    """Execute the plan's notebook, keep it beside the results, and write the tables. Progress goes to stderr."""
+    """Execute the plan's notebook, or its cells where it has none; keep all beside the results. Progress goes to stderr."""
+    fresh = not any(plan.work.glob("*/*/key.json"))  # nothing of an earlier run to go on from
+    start = time.time()
+    if plan.table.notebook is None:
+        for cell in plan.cells:
+            run_cell(cell, plan)
+    else:
+        execute(plan)
+    record_time(plan, time.time() - start, fresh)
+    return report.finish(plan)
+
+
+def execute(plan: Plan) -> None:
+    """The plan's notebook by papermill, kept beside the results as .ipynb and .html."""
     source = NOTEBOOKS / plan.table.notebook
     target = plan.folder / plan.table.notebook
     parameters = {
         "SCALE": plan.scale.name, "RESULTS": str(plan.results.resolve()), "WORK": str(plan.work.resolve()),
         "CELLS": [c.id for c in plan.cells] if len(plan.cells) < len(plan.table.cells) else None,
         "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
-        "FEATURES": plan.features if plan.features != plan.scale.features else None,
+        "FEATURES": plan.features, "MODEL": plan.model, "REFERENCE": plan.reference,
         "ENGINE": plan.engine if plan.engine != "fake" else None,
-        "MODEL": plan.model if plan.model != plan.scale.model else None,
-        "REFERENCE": plan.reference if plan.reference != plan.scale.reference else None,
     }  # fmt: skip
-    fresh = not any(plan.work.glob("*/*/key.json"))  # nothing of an earlier run to go on from
-    start = time.time()
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"  # papermill writes as it goes; results get the whole
     papermill.execute_notebook(
         str(source), str(partial), parameters=parameters, cwd=str(source.parent), kernel_name="python3",
         progress_bar=False, log_output=False, stdout_file=sys.stderr, stderr_file=sys.stderr,
     )  # fmt: skip
-    seconds = time.time() - start
     notebook = without_machine(nbformat.read(partial, as_version=4), plan)
     write_atomically(target, nbformat.writes(notebook) + "\n")
     write_atomically(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
     partial.unlink()
-    record_time(plan, seconds, fresh)
-    return report.finish(plan)
 
 
 def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
@@ -74,14 +88,15 @@ def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
     A sum never replaces the wall time of a fresh run.
     """
     path = plan.folder / "run.json"
-    if plan.missing is not None or len(plan.cells) < len(plan.table.cells) or (path.is_file() and not fresh):
+    nothing = all(plan.missing(cell) is not None for cell in plan.cells)
+    if nothing or len(plan.cells) < len(plan.table.cells) or (path.is_file() and not fresh):
         return
     if not fresh:
         results = [json.loads((plan.folder / f"{cell.id}.json").read_text()) for cell in plan.cells]
         products = {(stage, name) for r in results for seed in r["per_seed"] for stage, name in seed["products"].items()}
         seconds = sum(json.loads((plan.work / s / n / "done.json").read_text())["seconds"] for s, n in products)
     target = f"make reproduce-{plan.table.name}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
-    target = target if plan.engine == "fake" else plan.command
+    target = target if plan.engine == "fake" and plan.table.notebook is not None else plan.command
     write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
 
 

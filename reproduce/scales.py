@@ -1,18 +1,17 @@
-"""The three scales: the same code and the same cells, with other models, sample counts and training budgets."""
+"""The three scales: the same code and the same cells, with other models (reproduce/datasets.py) and training budgets."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from questlib.errors import ConfigError
+from reproduce.datasets import NOTHING
 
 # conv_out of the mini models has three outputs of 48 channels: 4-bit weights there alone drown the image, whatever the method.
 # So its rows, all of them, keep the weights of the first and the last layer at 8 bits.
 MINI_LAYERS: dict[str, Any] = dict(first_last_weight_bits=8)
-NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -20,15 +19,8 @@ class Scale:
     """What a scale decides. It shortens what a preset does and never switches on what the preset leaves off (`Plan.config`)."""
 
     name: str
-    model: str | None  # name of an embedded model; None: a folder or hub id must be given
-    reference: str | None  # reference statistics for FID; None: a file must be given
     features: str  # "mini": the embedded classifier; "inception": FID's Inception-v3
-    samples_per_seed: int
     seeds: tuple[int, ...]
-    num_inference_steps: int  # DDIM
-    eta: float
-    calib_samples: int  # trajectories of the full-precision model
-    sample_batch: int
     overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # QuantConfig keys, for all presets
     preset_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)  # on top, by preset name
     about: str = ""
@@ -37,48 +29,28 @@ class Scale:
 SCALES: dict[str, Scale] = {
     "smoke": Scale(
         name="smoke",
-        model="mini-ldm4",
-        reference="mini-ldm4",
         features="mini",
-        samples_per_seed=32,
         seeds=(0,),
-        num_inference_steps=4,
-        eta=0.0,
-        calib_samples=8,
-        sample_batch=32,
         overrides=MINI_LAYERS
         | dict(adaround_iters=3, act_iters=2, tla_iters=2, cma_iters=2, batch_size=4, calib_batch=8, recon_samples=8),
         about="checks that everything runs; its numbers mean nothing",
     ),
     "mini": Scale(
         name="mini",
-        model="mini-ldm4",
-        reference="mini-ldm4",
         features="mini",
-        samples_per_seed=1000,
         seeds=(0, 1),
-        num_inference_steps=20,
-        eta=0.0,
-        calib_samples=64,
-        sample_batch=100,
         # Budgets for two cores: 13 to 130 times fewer iterations than the presets have. AdaRound and Q-Diffusion, the start of
         # most rows, get higher learning rates for it; finetuning keeps its own (ten times as much broke the W8A8 rows).
         overrides=MINI_LAYERS
         | dict(adaround_iters=150, adaround_lr=3e-2, act_iters=60, act_lr=4e-3, recon_samples=128, tla_iters=50, cma_iters=120),
-        about="the embedded model in place of the paper's, every method for real",
+        about="the embedded models in place of the paper's, every method for real",
     ),
     "paper": Scale(
         name="paper",
-        model=None,
-        reference=None,
         features="inception",
-        samples_per_seed=50_000,
         seeds=(0,),
-        num_inference_steps=200,
-        eta=1.0,
-        calib_samples=256,
-        sample_batch=32,
-        about="the paper's LSUN-Bedrooms LDM-4, 50,000 images, on GPUs",
+        overrides=dict(save_memory=True),
+        about="the paper's models and numbers of samples, on GPUs",
     ),
 }
 

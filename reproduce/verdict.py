@@ -5,15 +5,16 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from reproduce.tables import FAILED, Cell, Number
+from reproduce.tables import FAILED, UNKNOWN, Cell, Number
 
 ONE_SEED = "one seed, no spread"
+HIGHER_IS_BETTER = ("inception_score", "clip_score")
 
 
 def verdict(
     metric: str, cell: Cell, base: Cell | None, mine: dict[str, Any], other: dict[str, Any] | None, claim: str | None = None
 ) -> str:
-    """One line about one metric (lower is better) of one row: our order against `base`, and whether the paper has the same order.
+    """One line about one metric of one row: our order against `base`, and whether the paper has the same order.
 
     `base` is the row that the paper's claim compares `cell` with (Cell.against); `mine` and `other` are their result JSONs.
 
@@ -43,21 +44,22 @@ def verdict(
         clear, size = abs(mean) > spread, f"by {abs(mean):.3g}, spread {spread:.2g}"
     else:
         clear, size = mean != 0, f"by {abs(mean):.3g}, {ONE_SEED}"
-    ours = ("better" if mean < 0 else "worse") if clear else "no clear difference"
+    ours = ("better" if (mean < 0) != (metric in HIGHER_IS_BETTER) else "worse") if clear else "no clear difference"
     words = f"{ours} than {base.label} ({size})" if clear else f"no clear difference from {base.label} ({size})"
-    papers = paper_order(cell.paper.get(claim or metric), base.paper.get(claim or metric))
+    claim = claim or metric
+    papers = paper_order(cell.paper.get(claim), base.paper.get(claim), claim in HIGHER_IS_BETTER)
     if papers is None:
         return f"{words}; the paper gives no order"
     return f"{words}; {'as in' if papers == ours else 'differs from'} the paper"
 
 
-def paper_order(mine: Number, base: Number) -> str | None:
-    """ "better", "worse", "equal" or None (not reported, or both failed)."""
-    if mine is None or base is None or mine == base == FAILED:
+def paper_order(mine: Number, base: Number, higher_is_better: bool = False) -> str | None:
+    """ "better", "worse", "equal" or None (not reported, not available, or both failed)."""
+    if mine is None or base is None or UNKNOWN in (mine, base) or mine == base == FAILED:
         return None
     if FAILED in (mine, base):
         return "worse" if mine == FAILED else "better"
-    return "equal" if mine == base else "better" if mine < base else "worse"
+    return "equal" if mine == base else "better" if (mine < base) != higher_is_better else "worse"
 
 
 def _differences(metric: str, mine: dict[str, Any], other: dict[str, Any]) -> list[float]:

@@ -11,7 +11,7 @@ import torch_fidelity
 from PIL import Image
 from torch.utils.data import Dataset
 
-from questlib import features, metrics
+from questlib import metrics
 from questlib.errors import MetricError
 from questlib.features import MiniFeatures, load_classifier
 
@@ -74,6 +74,38 @@ def test_kid_depends_on_its_seed_only(two_sets):
     a, b = two_sets
     assert metrics.kid(a.pooled, b.pooled, seed=3) == metrics.kid(a.pooled, b.pooled, seed=3)
     assert metrics.kid(a.pooled, b.pooled, seed=3) != metrics.kid(a.pooled, b.pooled, seed=4)
+
+
+def test_precision_and_recall_equal_an_independent_computation(two_sets):
+    """From the definition: a point lies in a set's manifold if some point of the set is nearer than its own 3rd neighbour."""
+    a, b = (s.pooled.numpy() for s in two_sets)
+    a, mixed = a[:150], np.concatenate([b[:75], a[150:225]])  # so that neither is 0 or 1
+
+    def covered(points: np.ndarray, by: np.ndarray) -> float:
+        radius = [np.sort(np.linalg.norm(by - x, axis=1))[3] for x in by]  # the 0th is the point itself
+        return float(np.mean([(np.linalg.norm(by - x, axis=1) <= radius).any() for x in points]))
+
+    expected = {"precision": covered(mixed, a), "recall": covered(a, mixed)}
+    assert 0 < expected["recall"] < 1 and 0 < expected["precision"] < 1
+    assert metrics.precision_recall(torch.from_numpy(mixed), torch.from_numpy(a)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("count", "parts"), [(60, 1), (5000, 1), (10_000, 2), (12_000, 2)])
+def test_inception_score_equals_an_independent_computation(count, parts):
+    logits = torch.randn(count, 7, generator=torch.Generator().manual_seed(count)) * 2
+    scores = []
+    for part in np.split(logits.double().numpy(), parts):
+        p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
+        scores.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
+    assert metrics.inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-9) and np.mean(scores) > 1.5
+
+
+def test_inception_score_of_evaluate_is_that_of_the_logits(extractor):
+    x = pictures(40, 5)
+    logits = extractor.classifier.features(x.float() / 127.5 - 1)["logits"]
+    result = metrics.evaluate(x, reference=None)
+    assert result["inception_score"] == pytest.approx(metrics.inception_score(logits), rel=1e-6) and result["inception_score"] > 1
+    assert result["fid"] is None and result["kid"] is None and result["note"] == "no reference was given"
 
 
 def test_a_set_with_itself():
@@ -216,45 +248,3 @@ def test_damaged_reference_file(tmp_path):
     (tmp_path / "reference.safetensors").write_bytes(b"damaged")
     with pytest.raises(MetricError, match="damaged"):
         metrics.evaluate(pictures(16, 0), reference=tmp_path / "reference.safetensors")
-
-
-@pytest.fixture
-def inception_file(tmp_path, monkeypatch):
-    """Random weights in torch-fidelity's layout: the network is the real one, the features mean nothing."""
-    with monkeypatch.context() as patch:
-        patch.setattr(features.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state_dict: None)
-        patch.setattr(features, "inception_weights", lambda path: (None, "none"))
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
-        torch.manual_seed(0)
-        net = features.InceptionFeatures("quest-inception", ["2048"])
-    path = tmp_path / "inception.pth"
-    torch.save(net.state_dict(), path)
-    return path
-
-
-def test_inception_features(inception_file, monkeypatch):
-    monkeypatch.setenv(features.WEIGHTS_VARIABLE, str(inception_file))
-    net = features.InceptionFeatures("quest-inception", ["2048", "spatial"])
-    x = pictures(2, 1, 80)
-    pooled, spatial = net(x)
-    assert pooled.shape == (2, 2048) and spatial.shape == (2, 7 * 17 * 17)
-    seen = []
-    net.Mixed_6d.branch1x1.register_forward_hook(lambda m, a, out: seen.append(out))
-    net(x)
-    assert torch.equal(spatial.view(2, 17, 17, 7), seen[0][:, :7].permute(0, 2, 3, 1))
-    assert net.source == "inception (inception.pth)"
-    alone = features.InceptionFeatures("quest-inception", ["spatial"])
-    assert torch.equal(alone(x)[0], spatial)
-
-
-def test_inception_cannot_use_the_mini_reference(inception_file):
-    with pytest.raises(MetricError, match="mini features"):
-        metrics.evaluate(pictures(16, 0), features="inception", weights=str(inception_file))
-
-
-def test_inception_weights_missing_or_damaged(tmp_path):
-    with pytest.raises(MetricError, match="no file"):
-        metrics.evaluate(pictures(16, 0), features="inception", weights=str(tmp_path / "absent.pth"))
-    (tmp_path / "damaged.pth").write_bytes(b"damaged")
-    with pytest.raises(MetricError, match="inception weights"):
-        metrics.evaluate(pictures(16, 0), features="inception", weights=str(tmp_path / "damaged.pth"))

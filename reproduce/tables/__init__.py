@@ -9,7 +9,11 @@ from typing import Any
 from questlib.errors import ConfigError
 
 FAILED = "N/A"  # the paper: generation failed
-Number = float | str | None  # a number, FAILED, or None = not reported
+UNKNOWN = "not available"  # the paper has a number, but this project does not know it
+Number = float | str | None  # a number, FAILED, UNKNOWN, or None = not reported
+# Methods of the paper's tables without a preset yet: their rows show the paper's numbers, and are not run.
+NOT_YET = ("ptq4dm", "ptq-d", "efficientdm", "tfmq-dm", "full-finetune")
+COSTS = ("hours", "memory_mb", "iterations")  # keys of Cell.paper beside metrics
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,8 @@ class Cell:
     weight_bits: int = 32
     act_bits: int = 32
     overrides: Mapping[str, Any] = field(default_factory=dict)  # QuantConfig keys, they win over the scale's
-    paper: Mapping[str, Number] = field(default_factory=dict)  # by metric
+    dataset: str = "bedrooms"  # name in reproduce.datasets: the model, and how it is sampled
+    paper: Mapping[str, Number] = field(default_factory=dict)  # by metric, or one of COSTS
     independent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by source, by metric
     paper_size_mb: float | None = None
     against: str | None = None  # id of the row that the paper's claim compares this one with
@@ -35,17 +40,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper and the notebook that tells its story."""
+    """A table of the paper and the notebook that tells its story; without one its cells run just so."""
 
     name: str
     title: str
-    notebook: str  # file name in notebooks/
+    notebook: str | None  # file name in notebooks/
     cells: tuple[Cell, ...]
     picture: tuple[str, ...]  # cells whose samples, from the same noise, are shown one above the other
     note: str
-    weights: str = "the LSUN-Bedrooms LDM-4 weights"  # what `paper` scale needs
-    model_env: str = "QUEST_BEDROOMS"  # folder or hub id of those weights
-    reference_env: str = "QUEST_BEDROOMS_REFERENCE"  # file with the reference statistics
+    claim: str = "fid"  # the metric whose order in the paper the distance to full precision is compared with
 
     def cell(self, cell_id: str) -> Cell:
         for cell in self.cells:
@@ -64,6 +67,15 @@ def get_table(name: str) -> Table:
 def all_tables() -> dict[str, Table]:
     from reproduce.tables.ablation import ABLATION  # here: the table files import Cell and Table from this one
     from reproduce.tables.table2 import TABLE2
-    from reproduce.tables.table3 import TABLE3
+    from reproduce.tables.table3 import TABLE3, TABLE3_CHURCHES
+    from reproduce.tables.table4 import TABLE4
+    from reproduce.tables.table5 import TABLE5
+    from reproduce.tables.table6 import TABLE6
+    from reproduce.tables.table7 import TABLE7
+    from reproduce.tables.table8 import TABLE8
+    from reproduce.tables.table9 import TABLE9
+    from reproduce.tables.table10 import TABLE10
+    from reproduce.tables.table11 import TABLE11
 
-    return {table.name: table for table in (TABLE2, TABLE3, ABLATION)}
+    tables = (TABLE2, TABLE3, TABLE3_CHURCHES, TABLE4, TABLE5, TABLE6, TABLE7, TABLE8, TABLE9, TABLE10, TABLE11, ABLATION)
+    return {table.name: table for table in tables}

@@ -1,86 +1,59 @@
-"""Table 3, LSUN-Bedrooms: full precision, min-max PTQ, Q-Diffusion and QuEST (three presets) at W8A8, W4A8, W4A4."""
+"""Table 3, LSUN: PTQ4DM, Q-Diffusion, PTQ-D, EfficientDM and QuEST (three presets) at W8A8, W4A8, W4A4; FID.
+
+Two tables here: Bedrooms, with min-max PTQ as one more row, and Churches.
+"""
 
 from __future__ import annotations
 
-from reproduce.tables import FAILED, Cell, Number, Table
+from reproduce.tables import FAILED, Number, Table
+from reproduce.tables.methods import QUEST, SOURCES, W4A4, W4A8, W8A8, Bits, full_precision, rows
 
-SIZES_MB = {32: 1045.6, 8: 279.1, 4: 148.4}
-SURVEY = "survey"  # Diffusion Model Quantization: A Review, arXiv 2505.05215; QuEST run again by its authors
-USER = "QuEST issue 20"  # a user of the official code, hatchetProject/QuEST issue 20
-Q_DIFFUSION: dict[tuple[int, int], Number] = {(8, 8): 4.53, (4, 8): 5.37, (4, 4): FAILED}
-QUEST: dict[tuple[int, int], float] = {(8, 8): 3.03, (4, 8): 3.26, (4, 4): 5.64}
-QUEST_AGAIN: dict[tuple[int, int], dict[str, dict[str, float]]] = {
-    (8, 8): {SURVEY: {"fid": 4.52, "sfid": 9.31}, USER: {"fid": 2.93}},
-    (4, 8): {SURVEY: {"fid": 6.54, "sfid": 10.06}, USER: {"fid": 3.40}},
-    (4, 4): {SURVEY: {"fid": 8.92, "sfid": 13.21}, USER: {"fid": 11.36}},
+BEDROOMS: dict[Bits, dict[str, Number]] = {
+    W8A8: {"ptq4dm": 4.75, "q-diffusion": 4.53, "ptq-d": 3.75, "efficientdm": FAILED, QUEST: 3.03},
+    W4A8: {"ptq4dm": FAILED, "q-diffusion": 5.37, "ptq-d": 5.94, "efficientdm": 15.15, QUEST: 3.26},
+    W4A4: {"ptq4dm": FAILED, "q-diffusion": FAILED, "ptq-d": FAILED, "efficientdm": 10.60, QUEST: 5.64},
 }
-QUEST_PRESETS = {
-    "quest-paper": "QuEST, as the paper says",
-    "quest-release": "QuEST, as the official release does",
-    "quest": "QuEST, runs in integers (ours)",
+CHURCHES: dict[Bits, dict[str, Number]] = {
+    W8A8: {"ptq4dm": 63.93, "q-diffusion": 6.94, "ptq-d": 10.76, "efficientdm": FAILED, QUEST: 6.55},
+    W4A8: {"ptq4dm": FAILED, "q-diffusion": 7.80, "ptq-d": 7.33, "efficientdm": 9.29, QUEST: 7.33},
+    W4A4: {"ptq4dm": FAILED, "q-diffusion": FAILED, "ptq-d": FAILED, "efficientdm": 14.34, QUEST: 11.76},
 }
+BEDROOMS_MB = {32: 1045.6, 8: 279.1, 4: 148.4}
+CHURCHES_MB = {32: 1125.4, 8: 330.6, 4: 189.9}
+NOTE = "The paper reports FID only; N/A: generation failed. "
 
 
-def _cells() -> tuple[Cell, ...]:
-    cells = [
-        Cell(
-            id="bedrooms-fp",
-            label="full precision",
-            preset=None,
-            paper={"fid": 2.95},
-            independent={SURVEY: {"fid": 3.03, "sfid": 7.03}, USER: {"fid": 3.03}},
-            paper_size_mb=SIZES_MB[32],
-        )
-    ]
-    for weight_bits, act_bits in QUEST:
-        bits = (weight_bits, act_bits)
-        name = f"bedrooms-w{weight_bits}a{act_bits}"
-        common = dict(weight_bits=weight_bits, act_bits=act_bits)
-        cells.append(
-            Cell(
-                id=f"{name}-minmax",
-                label="min-max PTQ",
-                preset="minmax",
-                note="the paper has no such row",
-                against="bedrooms-fp",
-                **common,
-            )
-        )
-        cells.append(
-            Cell(
-                id=f"{name}-q-diffusion",
-                label="Q-Diffusion",
-                preset="q-diffusion",
-                paper={"fid": Q_DIFFUSION[bits]},
-                paper_size_mb=SIZES_MB[weight_bits],
-                against="bedrooms-fp",
-                **common,
-            )
-        )
-        for preset, label in QUEST_PRESETS.items():
-            cells.append(
-                Cell(
-                    id=f"{name}-{preset}",
-                    label=label,
-                    preset=preset,
-                    paper={"fid": QUEST[bits]},
-                    independent=QUEST_AGAIN[bits],
-                    paper_size_mb=SIZES_MB[weight_bits],
-                    against=f"{name}-q-diffusion",
-                    note="the paper has one QuEST row; its number stands beside all three presets",
-                    **common,
-                )
-            )
-    return tuple(cells)
+def _fid(numbers: dict[str, Number]) -> dict[str, dict[str, Number]]:
+    return {method: {"fid": fid} for method, fid in numbers.items()}
 
 
 TABLE3 = Table(
     name="table3",
     title="Table 3: LSUN-Bedrooms 256x256, LDM-4",
     notebook="table03_bedrooms.ipynb",
-    cells=_cells(),
+    cells=(
+        full_precision("bedrooms", {"fid": 2.95}, BEDROOMS_MB[32]),
+        *(
+            cell
+            for bits, numbers in BEDROOMS.items()
+            for cell in rows("bedrooms", bits, {"minmax": None} | _fid(numbers), sizes=BEDROOMS_MB[bits[0]])
+        ),
+    ),
     picture=("bedrooms-fp", "bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
-    note="The paper reports FID only; N/A: generation failed. "
-    "PTQ4DM, PTQ-D and EfficientDM, which the paper also has, are not rebuilt here. "
-    "survey: arXiv 2505.05215, QuEST run again by its authors; QuEST issue 20: a user of the official code.",
+    note=f"{NOTE}EfficientDM: run again by the paper's authors. {SOURCES}",
+)
+TABLE3_CHURCHES = Table(
+    name="table3-churches",
+    title="Table 3: LSUN-Churches 256x256, LDM-8",
+    notebook=None,
+    cells=(
+        full_precision("churches", {"fid": 4.02}, CHURCHES_MB[32]),
+        *(
+            cell
+            for bits, numbers in CHURCHES.items()
+            for cell in rows("churches", bits, _fid(numbers), sizes=CHURCHES_MB[bits[0]])
+        ),
+    ),
+    picture=("churches-fp", "churches-w4a4-q-diffusion", "churches-w4a4-quest"),
+    note=f"{NOTE}PTQ4DM, PTQ-D and EfficientDM: run again by the paper's authors. {SOURCES}",
 )

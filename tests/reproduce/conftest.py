@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from questlib import features, metrics
 from questlib.models.classifier import GroupClassifier
-from reproduce import pipeline, plan, scales
+from reproduce import datasets, pipeline, plan
 
 
 @pytest.fixture(scope="session")
@@ -47,11 +47,12 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
     metrics._load_extractor.cache_clear()
     pipeline.load.cache_clear()
-    scale = dataclasses.replace(
-        scales.SCALES["smoke"], model=str(tiny / "model"), reference=str(tiny / "reference"), samples_per_seed=16,
-        num_inference_steps=2, sample_batch=8, calib_samples=4,
+    setting = datasets.Setting(
+        model=str(tiny / "model"), reference=str(tiny / "reference"), samples_per_seed=16, num_inference_steps=2, sample_batch=8,
+        calib_samples=4,
     )  # fmt: skip
-    monkeypatch.setitem(scales.SCALES, "smoke", scale)
+    bedrooms = dataclasses.replace(datasets.DATASETS["bedrooms"], settings={"smoke": setting})
+    monkeypatch.setitem(datasets.DATASETS, "bedrooms", bedrooms)
 
     def make(table: str = "table3", **choices):
         return plan.make_plan(table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices)

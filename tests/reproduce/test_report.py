@@ -9,6 +9,8 @@ import nbformat
 
 from reproduce import plots, report, run
 from reproduce.pipeline import run_cell
+from reproduce.plan import make_plan
+from reproduce.tables import NOT_YET
 
 CELLS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
 
@@ -19,12 +21,14 @@ def test_tables_and_pictures(tiny_plan, tmp_path):
         run_cell(cell, plan)
     results = report.finish(plan)
     stored = json.loads((plan.folder / "bedrooms-w4a4-q-diffusion.json").read_text())
-    assert stored["metrics"]["fid"]["verdict"] == results[12]["metrics"]["fid"]["verdict"] != ""
+    at = {r["cell"]: i for i, r in enumerate(results)}
+    assert stored["metrics"]["fid"]["verdict"] == results[at["bedrooms-w4a4-q-diffusion"]]["metrics"]["fid"]["verdict"] != ""
     ours = report.frame(results)
-    assert len(ours) == 16 and "±" in ours["FID"][0] and (ours["FID"][1] == "not run")
+    assert len(ours) == 25 and "±" in ours["FID"][0] and (ours["FID"][1] == "not run") and "IS" not in ours
     sides = report.side_by_side(results)
-    assert list(sides["FID paper"][[0, 12, 13, 11]]) == ["2.95", "N/A", "5.64", "not in the paper"]
-    assert "survey 8.92" in sides["FID others"][15]
+    rows = [at[f"bedrooms-{c}"] for c in ("fp", "w4a4-q-diffusion", "w4a4-quest", "w4a4-minmax", "w4a4-efficientdm")]
+    assert list(sides["FID paper"][rows]) == ["2.95", "N/A", "5.64", "not in the paper", "10.60"]
+    assert "survey 8.92" in sides["FID others"][at["bedrooms-w4a4-quest"]]
     for text in (report.terminal(plan, results), report.markdown(plan, results), report.html(plan, results)):
         assert "Q-Diffusion" in text and "compare orders" in text and "not run yet" in text
     assert json.loads(report.as_json(plan, results))["results"][0]["cell"] == "bedrooms-fp"
@@ -40,6 +44,7 @@ def test_figures_without_results(tiny_plan):
     plan = tiny_plan()
     results = report.load_results(plan)
     assert all(r["status"] == "not run" for r in results)
+    assert {r["reason"] for r in results if r["preset"] in NOT_YET} == {"not implemented yet"}
     for figure in (plots.metric_figure(results), plots.cost_figure(results), plots.picture(plan, results)):
         assert figure.axes
 
@@ -74,3 +79,34 @@ def test_kept_notebook_names_no_machine(tiny_plan):
     text = nbformat.writes(run.without_machine(notebook, plan))
     assert str(plan.results.parent) not in text and "50%" not in text and "papermill" not in text
     assert "RESULTS = 'results'" in text and "injected-parameters" in text
+
+
+def test_costs_beside_the_papers(tiny_plan):
+    """Table 6: hours and memory of quantizing, the paper's and ours."""
+    plan = tiny_plan("table6", cells=["bedrooms-fp", "w4a8-baseline"])
+    for cell in plan.cells:
+        run_cell(cell, plan)
+    results = report.finish(plan)
+    sides = report.side_by_side(results).set_index("method")
+    assert list(sides["hours paper"]) == ["not reported", "23.08", "11.52", "13.13", "15.25"]
+    assert list(sides["memory MB paper"]) == ["not reported", "10334", "9822", "11862", "12178"]
+    baseline = next(r for r in results if r["cell"] == "w4a8-baseline")
+    spent = sum(v for k, v in baseline["seconds"].items() if k not in ("sample", "evaluate"))
+    assert sides["hours ours"]["baseline: direct quantization + AdaRound"] == f"{spent / 3600:.2f}"
+    assert list(sides["hours ours"]).count("-") == 4  # full precision and what was not run
+    assert "iterations paper" not in sides
+
+
+def test_numbers_that_are_not_available(tiny_plan):
+    plan = tiny_plan("table7")
+    sides = report.side_by_side(report.load_results(plan)).set_index("method")
+    assert sides["FID paper"]["CMA with L_G"] == "not available" and sides["FID paper"]["TLA without L_G"] == "8.99"
+    assert sides["FID paper"]["full precision"] == sides["FID paper"]["TLA, L_G alone"] == "not in the paper"
+    assert plots.metric_figure(report.load_results(plan)).axes
+
+
+def test_data_sets_are_named_where_a_table_has_several():
+    plan = make_plan("table9", scale="paper", dry=True)
+    assert set(report.frame(report.load_results(plan))["data"]) == {"bedrooms", "imagenet"}
+    plan = make_plan("table4", scale="paper", dry=True)
+    assert "data" not in report.frame(report.load_results(plan))

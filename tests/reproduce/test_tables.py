@@ -5,41 +5,26 @@ from __future__ import annotations
 import pytest
 
 from questlib.errors import ConfigError
+from reproduce.datasets import DATASETS
 from reproduce.plan import make_plan
 from reproduce.scales import SCALES
-from reproduce.tables import all_tables, get_table
-
-
-def test_paper_numbers_of_table_2():
-    numbers = {c.id: (c.paper["fid"], c.paper["sfid"]) for c in get_table("table2").cells if c.preset}
-    assert numbers == {
-        "w8a8-te-ptq": (7.58, 22.07), "w8a8-te-fp": (6.77, 22.03), "w8a8-te-finetune": (5.61, 21.22),
-        "w4a8-te-ptq": (8.59, 22.74), "w4a8-te-fp": (7.55, 21.69), "w4a8-te-finetune": (6.95, 23.17),
-    }  # fmt: skip
-
-
-def test_paper_numbers_of_table_3():
-    cells = get_table("table3").cells
-    numbers = {c.id.removeprefix("bedrooms-"): c.paper.get("fid") for c in cells}
-    assert len(cells) == 16 and numbers["fp"] == 2.95
-    for bits, q_diffusion, quest in (("w8a8", 4.53, 3.03), ("w4a8", 5.37, 3.26), ("w4a4", "N/A", 5.64)):
-        assert numbers[f"{bits}-minmax"] is None and numbers[f"{bits}-q-diffusion"] == q_diffusion
-        assert {numbers[f"{bits}-{p}"] for p in ("quest", "quest-paper", "quest-release")} == {quest}
-    again = get_table("table3").cell("bedrooms-w4a4-quest").independent
-    assert again == {"survey": {"fid": 8.92, "sfid": 13.21}, "QuEST issue 20": {"fid": 11.36}}
+from reproduce.tables import NOT_YET, all_tables
 
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("table", all_tables())
-def test_every_row_is_a_valid_configuration(table, scale, tmp_path):
-    plan = make_plan(table, scale=scale, results=tmp_path, work=tmp_path)
+def test_every_row_is_a_valid_configuration(table, scale):
+    plan = make_plan(table, scale=scale, dry=True)
     for cell in plan.cells:
         assert cell.against is None or plan.table.cell(cell.against)
-        if cell.preset is None:
+        setting = plan.setting(cell)
+        assert setting.features in ("mini", "inception") and setting.num_inference_steps > 0
+        if cell.preset is None or cell.preset in NOT_YET:
             continue
         config = plan.config(cell, 7)
         assert (config.seed, config.weight_bits, config.act_bits) == (7, cell.weight_bits, cell.act_bits)
-        assert config.step_groups <= plan.scale.num_inference_steps
+        assert config.step_groups <= setting.num_inference_steps
+        assert config.save_memory == (scale == "paper")
         for key, value in cell.overrides.items():
             assert getattr(config, key) == value
         if cell.preset in ("minmax", "q-diffusion"):
@@ -59,7 +44,7 @@ def test_table_2_settings(tmp_path):
 @pytest.mark.parametrize(
     ("choices", "message"),
     [
-        (dict(table="table9"), "expected one of table2, table3, ablation"),
+        (dict(table="table99"), "expected one of table2, table3, table3-churches"),
         (dict(scale="huge"), "expected one of smoke, mini, paper"),
         (dict(cells=["w4a8-te-pqt"]), "w4a8-te-ptq"),
         (dict(cells=[]), "at least one"),
@@ -75,10 +60,69 @@ def test_wrong_choices(tmp_path, choices, message):
         make_plan(**{"table": "table2", "scale": "smoke", "results": tmp_path, "work": tmp_path} | choices)
 
 
-def test_paper_scale_says_what_it_needs(tmp_path, monkeypatch):
-    monkeypatch.delenv("QUEST_BEDROOMS", raising=False)
-    plan = make_plan("table3", scale="paper", results=tmp_path, work=tmp_path)
-    assert plan.missing.startswith("needs the LSUN-Bedrooms LDM-4 weights (--model FOLDER_OR_HUB_ID or $QUEST_BEDROOMS)")
+def test_paper_scale_says_what_it_needs(monkeypatch):
+    for name in ("QUEST_BEDROOMS", "QUEST_SD", "QUEST_COCO", "QUEST_CHURCHES"):
+        monkeypatch.delenv(name, raising=False)
+    plan = make_plan("table3", scale="paper", dry=True)
+    bedrooms, other = plan.table.cell("bedrooms-fp"), plan.table.cell("bedrooms-w8a8-ptq4dm")
+    assert plan.missing(bedrooms).startswith(
+        "needs the LSUN-Bedrooms LDM-4 weights (--model FOLDER_OR_HUB_ID or $QUEST_BEDROOMS)"
+    )
+    assert plan.missing(other) == "not implemented yet"
     monkeypatch.setenv("QUEST_BEDROOMS", "somewhere")
-    plan = make_plan("table3", scale="paper", results=tmp_path, work=tmp_path, reference="ref.npz")
-    assert plan.missing is None and plan.model == "somewhere"
+    plan = make_plan("table3", scale="paper", dry=True, reference="ref.npz")
+    assert plan.missing(bedrooms) is None and plan.setting(bedrooms).model == "somewhere"
+    assert plan.setting(bedrooms).reference == "ref.npz"
+    sd = make_plan("table5", scale="paper", dry=True)
+    assert sd.missing(sd.cells[0]) == (
+        "needs the Stable Diffusion v1.4 weights (--model FOLDER_OR_HUB_ID or $QUEST_SD) and "
+        "COCO captions, captions_val2014.json (--captions FILE or $QUEST_COCO)"
+    )
+    monkeypatch.setenv("QUEST_COCO", "captions.json")
+    sd = make_plan("table5", scale="paper", dry=True, model="a/b")
+    assert sd.missing(sd.cells[0]) is None and sd.setting(sd.cells[0]).captions == "captions.json"
+
+
+def test_settings_of_the_paper():
+    """Sampler, steps, eta, guidance and calibration of the official release; samples of the paper."""
+    found = {
+        name: (s.sampler, s.num_inference_steps, s.eta, s.guidance_scale, s.samples_per_seed, s.calib_samples)
+        for name, d in DATASETS.items()
+        for s in (d.settings["paper"],)
+    }
+    assert found == {
+        "bedrooms": ("ddim", 200, 1.0, 1.0, 50_000, 256), "churches": ("ddim", 500, 0.0, 1.0, 50_000, 256),
+        "imagenet": ("ddim", 20, 0.0, 3.0, 50_000, 256), "sd": ("plms", 50, 0.0, 7.5, 10_000, 128),
+        "cifar10": ("ddim", 100, 0.0, 1.0, 50_000, 256),
+    }  # fmt: skip
+
+
+def test_embedded_model_that_does_not_exist(tmp_path, monkeypatch):
+    """Its rows say so and the others of the table run."""
+    (tmp_path / "mini-ldm4").mkdir()
+    (tmp_path / "mini-ldm4" / "model_index.json").write_text("{}")
+    monkeypatch.setattr("reproduce.datasets.MINI", tmp_path)
+    plan = make_plan("table9", scale="mini", dry=True)
+    missing = {cell.id: plan.missing(cell) for cell in plan.cells}
+    assert missing["bedrooms-w8a8-quest"] is None and missing["bedrooms-w8a8-tfmq-dm"] == "not implemented yet"
+    assert missing["imagenet-w8a8-quest"] == "needs the embedded model mini-cin, which does not exist yet"
+
+
+def test_model_and_reference_are_of_one_data_set():
+    with pytest.raises(ConfigError, match="bedrooms, imagenet"):
+        make_plan("table9", scale="paper", dry=True, reference="x")
+    plan = make_plan("table9", scale="paper", dry=True, reference="x", model="y", cells=["imagenet-w8a8-quest"])
+    assert plan.missing(plan.cells[0]) is None
+
+
+def test_cifar_is_measured_with_inception_at_every_scale():
+    for scale in SCALES:
+        plan = make_plan("table11", scale=scale, dry=True)
+        assert plan.setting(plan.cells[0]).features == "inception"
+
+
+def test_a_dry_plan_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make_plan("table3", scale="paper", dry=True)
+    make_plan("table3", scale="mini", dry=True, results=tmp_path / "r", work=tmp_path / "w")
+    assert not list(tmp_path.iterdir())

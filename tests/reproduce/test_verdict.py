@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from reproduce.tables import FAILED, Cell
+from reproduce.tables import FAILED, UNKNOWN, Cell
 from reproduce.verdict import paper_order, verdict
 
 
@@ -48,6 +48,7 @@ def test_rows_without_a_number():
 def test_paper_order():
     assert paper_order(1.0, 2.0) == "better" and paper_order(2.0, 1.0) == "worse" and paper_order(1.0, 1.0) == "equal"
     assert paper_order(FAILED, 1.0) == "worse" and paper_order(1.0, FAILED) == "better"
+    assert paper_order(UNKNOWN, 1.0) is None and paper_order(FAILED, UNKNOWN) is None
     assert paper_order(FAILED, FAILED) is None and paper_order(None, 1.0) is None and paper_order(1.0, None) is None
 
 
@@ -65,3 +66,16 @@ def test_the_paired_distance_takes_the_order_of_the_papers_fid():
     assert verdict("d", cell, base, mine, other, claim="fid").endswith("as in the paper")
     assert verdict("d", cell, base, other, mine, claim="fid").endswith("differs from the paper")
     assert verdict("d", cell, base, mine, other).endswith("the paper gives no order")
+
+
+def test_higher_scores_are_better():
+    cell = Cell(id="q", label="QuEST", preset="quest", paper={"clip_score": 31.5, "inception_score": 202.45})
+    base = Cell(id="b", label="Base", preset="x", paper={"clip_score": 31.4, "inception_score": FAILED})
+    for metric in ("clip_score", "inception_score"):
+        mine, other = (
+            {"status": "done", "metrics": {metric: {"value": v}}, "per_seed": [{"seed": 0, "metrics": {metric: v}}]}
+            for v in (30.0, 29.0)
+        )
+        assert verdict(metric, cell, base, mine, other) == "better than Base (by 1, one seed, no spread); as in the paper"
+        assert verdict(metric, cell, base, other, mine).startswith("worse than Base")
+    assert paper_order(2.0, 1.0, True) == "better" and paper_order(FAILED, 1.0, True) == "worse"

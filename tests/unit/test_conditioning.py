@@ -14,7 +14,7 @@ from questlib.finetune import losses, recorded, run_time_layers, stages, trainab
 from questlib.model import act_quantizers
 from questlib.models.conditioning import Condition, Conditioning
 from questlib.reconstruct import blocks
-from questlib.sampling import Drawing, denoise, choose_scheduler, sample
+from questlib.sampling import Drawing, choose_scheduler, denoise, sample
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,28 @@
+"""Table 11 (supplement): CIFAR-10 32x32, pixel-space DDIM; FID."""
+
+from __future__ import annotations
+
+from reproduce.tables import FAILED, Number, Table
+from reproduce.tables.methods import QUEST, W4A4, W8A8, Bits, full_precision, rows
+
+PAPER: dict[Bits, dict[str, Number]] = {
+    W8A8: {"q-diffusion": 3.75, "efficientdm": 3.75, QUEST: 3.71},
+    W4A4: {"q-diffusion": FAILED, "efficientdm": 10.48, QUEST: 9.37},
+}
+
+TABLE11 = Table(
+    name="table11",
+    title="Table 11: CIFAR-10 32x32",
+    notebook=None,
+    cells=(
+        full_precision("cifar10", None),
+        *(
+            cell
+            for bits, numbers in PAPER.items()
+            for cell in rows("cifar10", bits, {m: {"fid": fid} for m, fid in numbers.items()})
+        ),
+    ),
+    picture=("cifar10-fp", "cifar10-w4a4-q-diffusion", "cifar10-w4a4-quest"),
+    note="N/A: generation failed. The paper does not state the number of steps: 100 here, this project's choice. "
+    "FID is always taken with Inception features.",
+)

@@ -1,0 +1,145 @@
+"""Dry runs: complete without weights, counted on the true architectures, near what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reproduce import estimate
+from reproduce.__main__ import main
+from reproduce.datasets import DATASETS
+from reproduce.plan import make_plan
+from reproduce.scales import SCALES
+from reproduce.tables import NOT_YET, all_tables
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for dataset in DATASETS.values():
+        for name in (dataset.model_env, dataset.reference_env, dataset.captions_env):
+            monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "millions", "mib"),
+    [
+        ("bedrooms", 274.1, 1045.4),
+        ("churches", 295.0, 1125.2),
+        ("imagenet", 400.9, 1529.4),
+        ("sd", 859.5, 3278.8),
+        ("cifar10", 35.7, 136.4),
+    ],
+)
+def test_architectures_are_the_papers(dataset, millions, mib):
+    """Weights: those of the released checkpoints."""
+    found = estimate._architecture(dataset, "paper", None)
+    assert found.weight_bytes / 4e6 == pytest.approx(millions, abs=0.06)
+    assert found.weight_bytes / 2**20 == pytest.approx(mib, abs=0.5)
+    assert found.largest_kept_bytes < found.kept_bytes and found.boundary_bytes < found.kept_bytes
+
+
+def test_operations_are_counted():
+    """A convolution and a linear layer by hand; attention and more are the counter's."""
+    import torch
+    from diffusers import UNet2DModel
+
+    with torch.device("meta"):
+        unet = UNet2DModel(
+            sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32,), layers_per_block=1,
+            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+        )  # fmt: skip
+    expected = 0
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            expected += 2 * layer.weight.numel() * 8 * 8
+        elif isinstance(layer, torch.nn.Linear):
+            expected += 2 * layer.weight.numel()
+    assert estimate.measure(unet).operations == expected > 0
+
+
+@pytest.mark.parametrize("table", all_tables())
+def test_dry_run_of_the_paper(table, tmp_path, monkeypatch, capsys):
+    """Every cell with its command, its numbers and what it lacks; nothing is written, nothing is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("questlib.models.loading.load_pipeline", lambda *a: pytest.fail("a pipeline was loaded"))
+    assert main([table, "--scale", "paper", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for cell in all_tables()[table].cells:
+        dataset = DATASETS[cell.dataset]
+        part = text[text.index(f"\n{cell.id}: ") :].split("\n  not run: ")[0]
+        assert f'python -m reproduce {table} --scale paper --cells {cell.id} --model "${dataset.model_env}"' in part
+        assert ('--captions "$QUEST_COCO"' in part) == dataset.has_captions
+        assert (f'--reference "${dataset.reference_env}"' in part) == dataset.has_reference
+        assert all(f"{k} {v}" in part for k, v in cell.paper.items() if v is not None)
+        if cell.preset in NOT_YET:
+            assert "estimate: none" in part
+        else:
+            assert "UNet evaluations" in part and "GPU hours" in part and " GB" in part
+    lacking = sum(c.preset in NOT_YET for c in all_tables()[table].cells)
+    assert text.count("not run: not implemented yet") == lacking
+    assert text.count("not run: needs ") == len(all_tables()[table].cells) - lacking
+
+
+@pytest.mark.parametrize("scale", ["smoke", "mini"])
+def test_dry_run_of_embedded_models(scale, capsys):
+    assert main(["table3", "--scale", scale, "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "mini-ldm4 for LSUN-Bedrooms" in text and "--model" not in text and "GPU hours" not in text
+    assert text.count("not run: not implemented yet") == 9 and text.count("estimate: none") == 9
+
+
+def test_dry_run_names_an_embedded_model_that_does_not_exist(tmp_path, monkeypatch, capsys):
+    for module in ("datasets", "estimate"):
+        monkeypatch.setattr(f"reproduce.{module}.MINI", tmp_path)
+    estimate._architecture.cache_clear()
+    assert main(["table4", "--scale", "mini", "--dry-run", "--cells", "imagenet-fp"]) == 0
+    text = capsys.readouterr().out
+    assert "estimate: none" in text and "not run: needs the embedded model mini-cin, which does not exist yet" in text
+
+
+def test_what_is_given_stands_in_the_command(capsys):
+    choices = ["--model", "my model", "--reference", "r.npz", "--seeds", "3,4", "--engine", "cpu", "--features", "inception"]
+    assert main(["table3", "--scale", "paper", "--dry-run", "--cells", "bedrooms-fp", *choices]) == 0
+    text = capsys.readouterr().out
+    assert (
+        "python -m reproduce table3 --scale paper --cells bedrooms-fp --seeds 3,4 --features inception --engine cpu "
+        "--model 'my model' --reference r.npz\n"
+    ) in text
+    assert "100,000 samples, 20,000,000 UNet evaluations" in text and "not run" not in text
+
+
+def test_evaluations_of_a_sample():
+    found = {name: d.settings["paper"].evaluations for name, d in DATASETS.items()}
+    assert found == {"bedrooms": 200, "churches": 500, "imagenet": 2 * 20, "sd": 2 * 51, "cifar10": 100}
+
+
+def test_hours_follow_from_counts_and_the_stated_rate():
+    plan = make_plan("table3", scale="paper", dry=True)
+    full, quest = (estimate.estimate(plan.table.cell(f"bedrooms-{c}"), plan) for c in ("fp", "w4a8-quest-paper"))
+    operations = estimate._architecture("bedrooms", "paper", None).operations
+    assert full.hours == {"sample": pytest.approx(50_000 * 200 * operations / estimate.RATE["paper"] / 3600)}
+    assert quest.hours["sample"] == pytest.approx(estimate.SIMULATED * full.hours["sample"])
+    adaround = 20_000 * 32 * 3 * estimate.SIMULATED * operations / estimate.RATE["paper"] / 3600
+    assert quest.hours["reconstruct"] == pytest.approx(adaround)
+    assert quest.memory_bytes > 3 * 4 * 274.1e6
+
+
+@pytest.mark.parametrize("cell", ["w4a8-quest", "w4a8-q-diffusion", "w4a4-quest", "w8a8-quest-paper"])
+def test_estimates_are_near_what_was_measured_at_mini_scale(cell):
+    """Within a factor of 3 of the committed results: times, and memory beyond the first 100 MB of any run."""
+    measured = json.loads((ROOT / "results" / "mini" / "table3" / f"bedrooms-{cell}.json").read_text())
+    plan = make_plan("table3", scale="mini", dry=True)
+    found = estimate.estimate(plan.table.cell(f"bedrooms-{cell}"), plan)
+    for stage in ("sample", "reconstruct", "finetune"):
+        seconds = measured["seconds"][stage] * len(plan.seeds)
+        assert seconds / 3 <= found.hours[stage] * 3600 <= seconds * 3 or seconds == found.hours[stage] == 0
+    assert measured["peak_bytes"] / 3 - 1e8 <= found.memory_bytes <= measured["peak_bytes"] * 3
+
+
+def test_scales_all_have_a_rate():
+    assert set(estimate.RATE) == set(SCALES)
