@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; on several GPUs: accelerate launch -m questlib .."""
-=======
 """python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; or accelerate launch -m questlib ..."""
->>>>>>> 28f8624 (Test guidance, labels, prompts, samplers and checkpointed gradients on tiny pipelines)
 
 from __future__ import annotations
 
