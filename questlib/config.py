@@ -178,7 +178,7 @@ PRESETS: dict[str, dict] = {
     # Huang et al., CVPR 2024: the time path reconstructed as one block, a range for each t there, all else as Q-Diffusion
     "tfmq-dm": _Q_DIFFUSION | dict(temporal_block=True, te_token=True),
     # all weights and activation scales on the global loss, as many iterations as QuEST (Table 8)
-    "full": dict(
+    "full-finetune": dict(
         act_range="mse", adaround=True, te="ptq", cma_layers="all", local_loss=False, cma_iters=2200, softmax_bits=8,
         first_last_act_bits=8, lr_weight=1e-5, lr_scale=1e-4,
     ),

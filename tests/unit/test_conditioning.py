@@ -16,6 +16,8 @@ from questlib.models.conditioning import Condition, Conditioning
 from questlib.reconstruct import blocks
 from questlib.sampling import Drawing, choose_scheduler, denoise, sample
 
+PLAIN = dict(adaround=False, act_granularity="tensor", act_range="minmax", weight_range="minmax")  # quick to quantize
+
 
 @pytest.fixture(scope="module")
 def classes():
@@ -132,7 +134,7 @@ def several():
 
 def test_conditional_model_is_quantized_and_finetuned(several, fast):
     classes, guided = several
-    config = fast("quest", 4, 4, adaround=False, tla_iters=6, cma_iters=14, batch_size=8, lr_scale=2e-2)
+    config = fast("quest", 4, 4, **PLAIN, tla_iters=6, cma_iters=14, batch_size=8, lr_scale=2e-2)
     q = quantize(classes.unet, config, guided)
     assert any(name.endswith("transformer_blocks.0") for name in blocks(q, guided.batch(0, torch.arange(2))))
 
@@ -149,7 +151,7 @@ def test_conditional_model_is_quantized_and_finetuned(several, fast):
 def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(several, fast, monkeypatch):
     """Trap 5: local losses hooked inside checkpointed blocks. Attention too, computed head by head as at full size."""
     classes, guided = several
-    config = fast("quest", 4, 4, adaround=False)
+    config = fast("quest", 4, 4, **PLAIN)
     q = quantize(classes.unet, config, guided)
     step = torch.arange(12) % 3
     batch = guided.batch(step, torch.arange(12))
@@ -190,7 +192,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(seve
 def test_saving_memory_changes_no_result(classes, guided, fast):
     states = []
     for save_memory in (False, True):
-        config = fast("quest", 4, 4, adaround=False, tla_iters=1, cma_iters=2, save_memory=save_memory)
+        config = fast("quest", 4, 4, **PLAIN, tla_iters=1, cma_iters=2, save_memory=save_memory)
         q = quantize(classes.unet, config, guided)
         finetune(q, classes.unet, guided, config)
         assert not q.is_gradient_checkpointing

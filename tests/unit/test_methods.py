@@ -221,7 +221,7 @@ def test_temporal_reconstruction_does_not_share_its_weights_with_others():
 
 # ---- full finetuning ----
 def test_full_finetuning_trains_every_weight(pipe, calib, fast):
-    config = fast("full", 4, 8, lr_weight=1e-3)
+    config = fast("full-finetune", 4, 8, lr_weight=1e-3)
     q = quantize(pipe.unet, config, calib)
     before = {n: m.weight.clone() for n, m in quant_layers(q).items()}
     log = finetune(q, pipe.unet, calib, config)
