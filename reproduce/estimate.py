@@ -27,7 +27,7 @@ from questlib.models.loading import MINI
 from questlib.models.pipelines import FixedHeadsUNet2DModel
 from reproduce.datasets import DATASETS, Dataset, Setting
 from reproduce.plan import Plan
-from reproduce.tables import NOT_YET, Cell
+from reproduce.tables import Cell
 
 RATE = {"smoke": 0.3e12, "mini": 0.3e12, "paper": 40e12}  # operations a second: two CPU cores; one GPU of A100 class
 SIMULATED = 2.0  # time of simulated quantization over full precision
@@ -133,10 +133,10 @@ def _architecture(dataset: str, scale: str, model: str | None) -> Architecture |
 
 
 def estimate(cell: Cell, plan: Plan) -> Estimate | None:
-    """What the cell would take; None when its architecture is not known (see `unet_of`), or it is not implemented."""
+    """What the cell would take; None when its architecture is not known (see `unet_of`)."""
     setting = plan.setting(cell)
     model = _architecture(cell.dataset, plan.scale.name, setting.model)
-    if model is None or cell.preset in NOT_YET:
+    if model is None:
         return None
     seeds = len(plan.seeds)
     samples = setting.samples_per_seed * seeds

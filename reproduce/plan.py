@@ -14,7 +14,7 @@ from questlib.integer.convert import ENGINES as INTEGER_ENGINES
 from questlib.models.loading import embedded_models
 from reproduce.datasets import DATASETS, Setting
 from reproduce.scales import Scale, get_scale
-from reproduce.tables import NOT_YET, Cell, Table, get_table
+from reproduce.tables import Cell, Table, get_table
 
 FEATURES = ("mini", "inception")
 ENGINES = ("fake", *INTEGER_ENGINES)  # simulated, or integers
@@ -48,8 +48,6 @@ class Plan:
 
     def missing(self, cell: Cell) -> str | None:
         """Why the cell cannot run here, or None."""
-        if cell.preset in NOT_YET:
-            return "not implemented yet"
         return DATASETS[cell.dataset].missing(self.setting(cell))
 
     def config(self, cell: Cell, seed: int) -> QuantConfig:
@@ -118,7 +116,7 @@ def make_plan(
         setting = plan.setting(cell)
         if setting.features == "inception" and setting.reference in embedded_models():
             raise ConfigError(f"features inception: {setting.reference} ships mini features only, give --reference IMAGES_OR_NPZ")
-        if cell.preset is not None and cell.preset not in NOT_YET:
+        if cell.preset is not None:
             plan.config(cell, plan.seeds[0])  # an unknown key in a scale or a table shows here
     if not dry:
         check_writable(plan.folder)

@@ -35,7 +35,8 @@ def load_results(plan: Plan) -> list[dict[str, Any]]:
     for cell in plan.table.cells:
         path = plan.folder / f"{cell.id}.json"
         reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
-        results.append(json.loads(path.read_text()) if path.is_file() else empty_result(cell, plan, "not run", reason))
+        found = json.loads(path.read_text()) if path.is_file() else empty_result(cell, plan, "not run", reason)
+        results.append({"dataset": cell.dataset} | found)  # results of before there were several data sets do not name theirs
     return with_verdicts(plan, results)
 
 

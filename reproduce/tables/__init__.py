@@ -11,8 +11,6 @@ from questlib.errors import ConfigError
 FAILED = "N/A"  # the paper: generation failed
 UNKNOWN = "not available"  # the paper has a number, but this project does not know it
 Number = float | str | None  # a number, FAILED, UNKNOWN, or None = not reported
-# Methods of the paper's tables without a preset yet: their rows show the paper's numbers, and are not run.
-NOT_YET = ("ptq4dm", "ptq-d", "efficientdm", "tfmq-dm", "full-finetune")
 COSTS = ("hours", "memory_mb", "iterations")  # keys of Cell.paper beside metrics
 
 

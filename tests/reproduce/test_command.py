@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from reproduce.__main__ import main
-from reproduce.tables import NOT_YET
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,8 +61,7 @@ def test_paper_scale_without_weights(tmp_path):
     table = json.loads(done.stdout)
     assert table["table"] == "table3" and len(table["results"]) == 25
     for result in table["results"]:
-        lacks = "not implemented yet" if result["preset"] in NOT_YET else "needs the LSUN-Bedrooms LDM-4 weights"
-        assert result["status"] == "not run" and result["reason"].startswith(lacks)
+        assert result["status"] == "not run" and result["reason"].startswith("needs the LSUN-Bedrooms LDM-4 weights")
         assert all(entry["value"] is None for entry in result["metrics"].values())
     folder = tmp_path / "results" / "paper" / "table3"
     assert {"table.md", "table.html", "table03_bedrooms.ipynb", "table03_bedrooms.html"} <= {f.name for f in folder.iterdir()}
@@ -73,12 +71,12 @@ def test_paper_scale_without_weights(tmp_path):
 
 
 def test_table_without_a_notebook(tmp_path, monkeypatch, capsys):
-    """It runs cell by cell; rows without a model or a preset say so, and that is no failure."""
+    """It runs cell by cell; rows without a model say so, and that is no failure."""
     monkeypatch.chdir(tmp_path)
     assert main(["table4", "--scale", "paper", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
     reasons = {r["reason"].split(" (")[0] for r in table["results"]}
-    assert reasons == {"needs the ImageNet LDM-4 weights", "not implemented yet"} and len(table["results"]) == 19
+    assert reasons == {"needs the ImageNet LDM-4 weights"} and len(table["results"]) == 19
     row = table["results"][3]
     assert (row["dataset"], row["sampler"], row["num_inference_steps"], row["guidance_scale"]) == ("imagenet", "ddim", 20, 3.0)
     assert row["metrics"]["inception_score"] == {
@@ -87,4 +85,4 @@ def test_table_without_a_notebook(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "results" / "paper" / "table4"
     assert {"table.md", "table.html"} <= {f.name for f in folder.iterdir()} and not list(folder.glob("*.ipynb"))
     text = (folder / "table.md").read_text()
-    assert "| IS paper |" in text and "| 362.34 |" in text and "not implemented yet" in text
+    assert "| IS paper |" in text and "| 362.34 |" in text

@@ -10,7 +10,6 @@ import nbformat
 from reproduce import plots, report, run
 from reproduce.pipeline import run_cell
 from reproduce.plan import make_plan
-from reproduce.tables import NOT_YET
 
 CELLS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
 
@@ -44,7 +43,6 @@ def test_figures_without_results(tiny_plan):
     plan = tiny_plan()
     results = report.load_results(plan)
     assert all(r["status"] == "not run" for r in results)
-    assert {r["reason"] for r in results if r["preset"] in NOT_YET} == {"not implemented yet"}
     for figure in (plots.metric_figure(results), plots.cost_figure(results), plots.picture(plan, results)):
         assert figure.axes
 

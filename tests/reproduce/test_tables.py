@@ -8,7 +8,7 @@ from questlib.errors import ConfigError
 from reproduce.datasets import DATASETS
 from reproduce.plan import make_plan
 from reproduce.scales import SCALES
-from reproduce.tables import NOT_YET, all_tables
+from reproduce.tables import all_tables
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -19,7 +19,7 @@ def test_every_row_is_a_valid_configuration(table, scale):
         assert cell.against is None or plan.table.cell(cell.against)
         setting = plan.setting(cell)
         assert setting.features in ("mini", "inception") and setting.num_inference_steps > 0
-        if cell.preset is None or cell.preset in NOT_YET:
+        if cell.preset is None:
             continue
         config = plan.config(cell, 7)
         assert (config.seed, config.weight_bits, config.act_bits) == (7, cell.weight_bits, cell.act_bits)
@@ -27,7 +27,7 @@ def test_every_row_is_a_valid_configuration(table, scale):
         assert config.save_memory == (scale == "paper")
         for key, value in cell.overrides.items():
             assert getattr(config, key) == value
-        if cell.preset in ("minmax", "q-diffusion"):
+        if cell.preset in ("minmax", "q-diffusion", "ptq4dm", "ptq-d", "tfmq-dm"):
             assert not config.finetunes
     assert set(plan.table.picture) <= {c.id for c in plan.cells}
 
@@ -68,7 +68,7 @@ def test_paper_scale_says_what_it_needs(monkeypatch):
     assert plan.missing(bedrooms).startswith(
         "needs the LSUN-Bedrooms LDM-4 weights (--model FOLDER_OR_HUB_ID or $QUEST_BEDROOMS)"
     )
-    assert plan.missing(other) == "not implemented yet"
+    assert plan.missing(other) == plan.missing(bedrooms)
     monkeypatch.setenv("QUEST_BEDROOMS", "somewhere")
     plan = make_plan("table3", scale="paper", dry=True, reference="ref.npz")
     assert plan.missing(bedrooms) is None and plan.setting(bedrooms).model == "somewhere"
@@ -104,7 +104,7 @@ def test_embedded_model_that_does_not_exist(tmp_path, monkeypatch):
     monkeypatch.setattr("reproduce.datasets.MINI", tmp_path)
     plan = make_plan("table9", scale="mini", dry=True)
     missing = {cell.id: plan.missing(cell) for cell in plan.cells}
-    assert missing["bedrooms-w8a8-quest"] is None and missing["bedrooms-w8a8-tfmq-dm"] == "not implemented yet"
+    assert missing["bedrooms-w8a8-quest"] is None and missing["bedrooms-w8a8-tfmq-dm"] is None
     assert missing["imagenet-w8a8-quest"] == "needs the embedded model mini-cin, which does not exist yet"
 
 
