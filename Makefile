@@ -16,7 +16,7 @@ STAMP := $(VENV)/.questlib-installed
 export GOMP_SPINCOUNT ?= 2000
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help install test lint format notebooks readme reproduce-table2 reproduce-table3 reproduce-ablation
+.PHONY: help install test test-slow lint format notebooks readme reproduce-table2 reproduce-table3 reproduce-ablation
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
 	"$(PY)" -m pytest -n $(JOBS) tests
 	OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
 	@echo "{\"seconds\": $$(( $$(date +%s) - $$(cat runs/test-start) ))}" > runs/test-time.json
+
+test-slow: $(STAMP)  ## what takes long: full-size models (20 GB of memory), launches killed at random
+	"$(PY)" -m pytest -m slow tests
 
 notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
 	"$(PY)" -m reproduce notebooks
