@@ -270,7 +270,7 @@ def _save_state(path, key, unet, stage, iteration, log, opt, schedule, generator
 def _load_state(path, key: str) -> dict | None:
     if path is None or not Path(path).exists():
         return None
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True)
     if state.get("key") != key:
         raise CheckpointError(f"finetune: {path} belongs to another configuration or calibration; remove it or name another file")
     return state

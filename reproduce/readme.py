@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from questlib.errors import QuestError
 from reproduce import engine, plots, report
 from reproduce.store import write_atomically
@@ -80,10 +82,28 @@ def engines(results: Path) -> str:
     return "\n\n".join(parts)
 
 
+def full_size(results: Path) -> str:
+    """Full-size models through quantization: time and memory of benchmarks/results/full_size.json beside `results`."""
+    path = results.parent / "benchmarks" / "results" / "full_size.json"
+    if not path.is_file():
+        return "`benchmarks/full_size.py`: not measured yet."
+    rows = []
+    for model, r in json.loads(path.read_text())["models"].items():
+        gpu, stages = r["finetune_on_gpu"], ("calibrate", "quantize", "finetune", "save")
+        row = {"model": model, "parameters, M": f"{r['parameters'] / 1e6:.1f}", "fp32, MB": f"{r['fp32_bytes'] / 1e6:.0f}"}
+        row |= {"W4A4 on disk, MB": f"{r['checkpoint_bytes'] / 1e6:.0f}", "peak memory, GB": f"{r['peak_bytes'] / 1e9:.1f}"}
+        row |= {f"{stage}, s": f"{r['seconds'][stage]:.0f}" for stage in stages}
+        row |= {"finetuning on a GPU: fixed, GB": f"{gpu['fixed_bytes'] / 1e9:.1f}"}
+        row |= {"+ GB a sample": f"{gpu['bytes_per_sample'] / 1e9:.1f}", "batch in 48 GB": gpu["largest_batch_in_48_gb"]}
+        rows.append(row | {"on": f"{_machine(r['provenance']['machine'])}, {r['threads']} thread(s)"})
+    return f"`python benchmarks/full_size.py`:\n\n{report.as_markdown(pd.DataFrame(rows))}"
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "commands": commands,
     "picture": picture,
     "engines": engines,
+    "full-size": full_size,
     **{t: table(t) for t in TABLES},
 }
 
