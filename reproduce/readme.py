@@ -12,7 +12,9 @@ import pandas as pd
 
 from questlib.errors import QuestError
 from reproduce import engine, plots, report
+from reproduce.datasets import DATASETS
 from reproduce.store import write_atomically
+from reproduce.tables import all_tables
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
 TABLES = ("table2", "table3", "ablation")
@@ -99,11 +101,31 @@ def full_size(results: Path) -> str:
     return f"`python benchmarks/full_size.py`:\n\n{report.as_markdown(pd.DataFrame(rows))}"
 
 
+def paper(results: Path) -> str:
+    """What `paper` scale needs and how it samples, by data set; and each table's command."""
+    parts = [
+        "| data | config | folder of the model | reference | samples a row | sampler |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for d in DATASETS.values():
+        s = d.settings["paper"]
+        reference = d.reference_env if d.has_reference else d.captions_env
+        how = report.sampling_words(vars(s))
+        parts.append(f"| {d.title} | `{d.config}` | `${d.model_env}` | `${reference}` | {s.samples_per_seed:,} | {how} |")
+    parts += ["", "| command | | data | rows |", "| --- | --- | --- | --- |"]
+    for t in all_tables().values():
+        data = ", ".join(dict.fromkeys(c.dataset for c in t.cells))
+        command = f"python -m reproduce {t.name} --scale paper"
+        parts.append(f"| `{command}` | {t.title} | {data} | {len(t.cells)} |")
+    return "\n".join(parts)
+
+
 BLOCKS: dict[str, Callable[[Path], str]] = {
     "commands": commands,
     "picture": picture,
     "engines": engines,
     "full-size": full_size,
+    "paper": paper,
     **{t: table(t) for t in TABLES},
 }
 

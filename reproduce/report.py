@@ -35,8 +35,8 @@ def load_results(plan: Plan) -> list[dict[str, Any]]:
     for cell in plan.table.cells:
         path = plan.folder / f"{cell.id}.json"
         reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
-        found = json.loads(path.read_text()) if path.is_file() else empty_result(cell, plan, "not run", reason)
-        results.append({"dataset": cell.dataset} | found)  # results of before there were several data sets do not name theirs
+        stored = json.loads(path.read_text()) if path.is_file() else {}
+        results.append(empty_result(cell, plan, "not run", reason) | stored)  # an older file lacks what was not known then
     return with_verdicts(plan, results)
 
 
@@ -102,7 +102,7 @@ def reported(results: list[dict[str, Any]]) -> list[str]:
 
 def _name(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
     """The columns that say which row this is; the data set where the table has several."""
-    several = len({x.get("dataset") for x in results}) > 1
+    several = len({x["dataset"] for x in results}) > 1
     bits = "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}"
     return ({"data": r["dataset"]} if several else {}) | {"bits": bits, "method": r["label"]}
 
@@ -152,7 +152,7 @@ def _costs(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
     costs: dict[str, str] = {}
     ours = {"hours": _quantity(_quantize_seconds(r), 3600, 2), "memory_mb": _quantity(r["peak_bytes"], 1e6, 0), "iterations": "-"}
     for key, head in (("hours", "hours"), ("memory_mb", "memory MB"), ("iterations", "iterations")):
-        if any(x.get("paper_costs", {}).get(key) is not None for x in results):
+        if any(x["paper_costs"][key] is not None for x in results):
             value = r["paper_costs"][key]
             costs[f"{head} paper"] = "not reported" if value is None else f"{value:g}"
             costs |= {f"{head} ours": ours[key]} if key != "iterations" else {}
@@ -169,8 +169,8 @@ def reasons(results: list[dict[str, Any]]) -> list[str]:
 
 
 def sampling_words(r: dict[str, Any]) -> str:
-    guidance = f", guidance {r['guidance_scale']:g}" if r.get("guidance_scale", 1.0) != 1 else ""
-    return f"{r.get('sampler', 'ddim').upper()} {r['num_inference_steps']} steps, eta {r['eta']:g}{guidance}"
+    guidance = f", guidance {r['guidance_scale']:g}" if r["guidance_scale"] != 1 else ""
+    return f"{r['sampler'].upper()} {r['num_inference_steps']} steps, eta {r['eta']:g}{guidance}"
 
 
 def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
