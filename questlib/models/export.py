@@ -29,14 +29,14 @@ from questlib.models.card import GRID, write_card
 from questlib.models.classifier import GroupClassifier
 from questlib.models.data import DATASETS, TrainingData, fetch
 from questlib.models.loading import load_pipeline, model_digest
-from questlib.models.presets import PRESETS, Stage
+from questlib.models.presets import NUM_SAMPLES, PRESETS, Stage
 from questlib.models.text import Clip, retrieval, save_clip
 from questlib.models.train import encode
 from questlib.sampling import sample
 
 REFERENCE = "mini-ldm4"  # all emoji models are compared with the one reference.safetensors of this model
 MAX_LOG_LINES = 200
-NUM_SAMPLES, SEED = 2000, 0
+SEED = 0
 
 
 def export(
@@ -221,12 +221,13 @@ def main() -> None:
     parser.add_argument("--model", choices=PRESETS, default=REFERENCE)
     parser.add_argument("--out", type=Path, default=Path("questlib/models/mini"), help="the folder that training wrote")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="where the data archive is, or is fetched to")
+    parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="of the card's figures")
     args = parser.parse_args()
     try:
         if not (args.out / args.model / "training.json").is_file():
             raise ConfigError(f"{args.out}: no exported models; train them with python -m questlib.models.train")
         load_classifier(args.out / "mini-features")  # fail before the data is fetched
-        quality = finish(args.model, fetch(PRESETS[args.model].data, args.work), args.out)
+        quality = finish(args.model, fetch(PRESETS[args.model].data, args.work), args.out, args.samples)
     except QuestError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -23,6 +23,7 @@ from diffusers import (
 
 from questlib.models.pipelines import ClassConditionalPipeline, LatentDiffusionPipeline
 
+NUM_SAMPLES = 2000  # of the card's figures
 DROP = 0.1  # share of labels and prompts left out in training, for classifier-free guidance
 
 

@@ -25,7 +25,7 @@ from questlib.models.classifier import GroupClassifier
 from questlib.models.data import GROUPS, TrainingData, fetch
 from questlib.models.loading import load_pipeline
 from questlib.models.pipelines import ClassEmbedder
-from questlib.models.presets import DROP, PRESETS, Preset, Stage
+from questlib.models.presets import DROP, NUM_SAMPLES, PRESETS, Preset, Stage
 
 VQ_START = 1000  # plain autoencoder before, then the codebook starts from encoder outputs and is used
 KL_WEIGHT = 1e-4  # of the mean over latents; the reconstruction losses are means over pixels
@@ -34,6 +34,7 @@ KL_WEIGHT = 1e-4  # of the mean over latents; the reconstruction losses are mean
 def run_stage(name: str, stage: Stage, model: nn.Module, step_loss: Callable, work: Path, on_step=None) -> nn.Module:
     """step_loss(step, generator) -> loss. EMA weights are returned; state is saved every 500 steps and resumed from."""
     torch.manual_seed(0)
+    work.mkdir(parents=True, exist_ok=True)
     model.train()
     opt = torch.optim.AdamW(model.parameters(), lr=stage.lr, weight_decay=1e-4)
     steps = stage.steps
@@ -241,10 +242,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", choices=PRESETS, default="mini-ldm4", help="which of the embedded models")
     parser.add_argument("--out", type=Path, default=Path("questlib/models/mini"), help="where the diffusers folder is written")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="checkpoints, logs and the data archive")
+    parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="of the card's figures")
     args = parser.parse_args(argv)
     preset, work = PRESETS[args.model], args.work / args.model
     try:
-        work.mkdir(parents=True, exist_ok=True)
         data = fetch(preset.data, args.work)
         print(f"{len(data.images)} images", flush=True)
         vae = trained_autoencoder(args.model, data, args.out, args.work)
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from questlib.models.export import export  # late: training must not depend on metrics
 
-    export(args.model, data, vae, parts, work, args.out, classifier=classifier, clip=clip)
+    export(args.model, data, vae, parts, work, args.out, classifier=classifier, clip=clip, num_samples=args.samples)
     return 0
 
 
