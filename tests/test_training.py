@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
         patch.setattr(export, "InceptionFeatures", ToyInception)
         for name in MODELS:
             stages = {k: replace(s, steps=2, batch=4) for k, s in PRESETS[name].stages.items()}
-            few = {**PRESETS[name].sampling, "num_inference_steps": 3}
+            few = {**PRESETS[name].sampling, "num_inference_steps": 2}
             patch.setitem(PRESETS, name, replace(PRESETS[name], stages=stages, sampling=few))
         for name in MODELS:
             args = ["--model", name, "--work", str(folder / "work"), "--out", str(folder / "out"), "--samples", "16"]
@@ -69,7 +69,7 @@ def test_exported_model(trained, name):
     folder, preset = out / name, PRESETS[name]
     pipe = load_pipeline(folder)
     given = {"class": {"labels": [11]}, "text": {"prompts": ["a red thing"]}}.get(preset.condition, {})
-    images = sample(pipe, 2, num_inference_steps=2, progress=False, **given).images
+    images = sample(pipe, 2, num_inference_steps=1, progress=False, **given).images
     assert images.shape[1:] == toy_data(32 if name == "mini-cifar" else 64).images.shape[1:] and images.float().std() > 0
     state = torch.load(work / name / "unet.pt", weights_only=True)
     averaged = state["ema"]["shadow_params"][0]  # of conv_in: parts are stored after one another, the UNet first
@@ -104,7 +104,7 @@ def test_mini_ldm4_is_measured_as_users_do(trained):
     pipe, quality = load_pipeline(folder), json.loads((folder / "quality.json").read_text())
     assert pipe.vqvae.config.scaling_factor != 0.18215
     assert quality["halves"]["count"] == [20, 20] and quality["images"] == 40
-    images = sample(pipe, 16, num_inference_steps=3, seed=export.SEED, progress=False).images
+    images = sample(pipe, 16, num_inference_steps=2, seed=export.SEED, progress=False).images
     extractor = metrics.MiniFeatures("quest-mini", ["pooled", "spatial"], str(out / "mini-features"))
     stored = metrics.load_reference(folder / "reference.safetensors", "mini")
     assert stored.count == 40
@@ -224,7 +224,7 @@ def test_logs_are_thinned(tmp_path):
     assert len(steps) <= export.MAX_LOG_LINES + 1 and steps[0] == 0 and steps[-1] == 999
 
 
-def test_resuming_gives_the_same_weights(tmp_path):
+def test_resuming_gives_the_same_weights(tmp_path, monkeypatch):
     def run(work, stop_at=None) -> torch.nn.Module:
         torch.manual_seed(3)
         model = torch.nn.Linear(4, 4)
@@ -243,6 +243,11 @@ def test_resuming_gives_the_same_weights(tmp_path):
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=550)
+    assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 500
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)  # now after every step
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop_at=577)
+    assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 577
     resumed = run(tmp_path / "killed")
     assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
     again = run(tmp_path / "killed")  # finished: nothing is trained, the same weights come back

@@ -27,12 +27,13 @@ from questlib.models.loading import load_pipeline
 from questlib.models.pipelines import ClassEmbedder
 from questlib.models.presets import DROP, NUM_SAMPLES, PRESETS, Preset, Stage
 
+SAVE_SECONDS = 300
 VQ_START = 1000  # plain autoencoder before, then the codebook starts from encoder outputs and is used
 KL_WEIGHT = 1e-4  # of the mean over latents; the reconstruction losses are means over pixels
 
 
 def run_stage(name: str, stage: Stage, model: nn.Module, step_loss: Callable, work: Path, on_step=None) -> nn.Module:
-    """step_loss(step, generator) -> loss. EMA weights are returned; state is saved every 500 steps and resumed from."""
+    """step_loss(step, generator) -> loss. EMA weights are returned; state is saved every 500 steps or SAVE_SECONDS."""
     torch.manual_seed(0)
     work.mkdir(parents=True, exist_ok=True)
     model.train()
@@ -52,7 +53,7 @@ def run_stage(name: str, stage: Stage, model: nn.Module, step_loss: Callable, wo
     else:
         seconds = 0.0
         log_file.unlink(missing_ok=True)
-    clock, window = time.time() - seconds, []
+    clock, saved, window = time.time() - seconds, time.time(), []
     for step in range(start, steps):
         if on_step:
             on_step(step)
@@ -69,11 +70,12 @@ def run_stage(name: str, stage: Stage, model: nn.Module, step_loss: Callable, wo
                 log.write(json.dumps(line) + "\n")
             print(name, line, flush=True)
             window = []
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps or time.time() - saved > SAVE_SECONDS:
             state = dict(model=model.state_dict(), opt=opt.state_dict(), schedule=schedule.state_dict(), ema=ema.state_dict(),
                          rng=generator.get_state(), step=step + 1, seconds=time.time() - clock)  # fmt: skip
             torch.save(state, state_file.with_suffix(".tmp"))
             state_file.with_suffix(".tmp").replace(state_file)
+            saved = time.time()
     ema.copy_to(model.parameters())
     return model.eval()
 
