@@ -339,6 +339,12 @@ def test_npm_fails(tmp_path, monkeypatch):
         data.fetch("emoji", tmp_path / "cache")
 
 
+def test_training_without_what_it_is_measured_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "fetch", lambda *args: pytest.fail("data was fetched"))
+    assert train.main(["--model", "mini-cin", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
+    assert "reference of mini-ldm4: no file" in capsys.readouterr().err
+
+
 def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["export", "--out", str(tmp_path), "--work", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:

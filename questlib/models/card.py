@@ -17,6 +17,9 @@ GRID = 8  # rows and columns of each half of samples.png
 KIND = {None: "unconditional", "class": "class-conditional", "text": "text-to-image"}
 TAG = {None: "unconditional-image-generation", "class": "unconditional-image-generation", "text": "text-to-image"}
 SUBJECT = {"emoji": "emoji", "cifar10": "CIFAR-10 images"}
+GIVEN = {"class": "same classes", "text": "same captions"}
+USE = {None: "", "class": ", labels=[0, 1], guidance_scale=3.0", "text": ', prompts=["red heart"], guidance_scale=3.0'}
+SAMPLER = {"DDIMScheduler": "DDIM", "PNDMScheduler": "PLMS"}
 
 
 def write_card(model_dir: Path, real: torch.Tensor, samples: torch.Tensor) -> None:
@@ -94,11 +97,6 @@ Left: {left}. Right: the first {GRID * GRID} samples of seed {s["seed"]}, {s["st
     pipe = questlib.models.loading.load_pipeline("{name}")
     images = questlib.sampling.sample(pipe, 16{USE[preset.condition]}).images
 """
-
-
-GIVEN = {"class": "same classes", "text": "same captions"}
-USE = {None: "", "class": ", labels=[0, 1], guidance_scale=3.0", "text": ', prompts=["red heart"], guidance_scale=3.0'}
-SAMPLER = {"DDIMScheduler": "DDIM", "PNDMScheduler": "PLMS"}
 
 
 def _config(model_dir: Path, part: str) -> dict:

@@ -79,6 +79,16 @@ def export(
     finish(name, data, out_dir, num_samples)
 
 
+def check(name: str, out_dir: Path) -> None:
+    """ConfigError, before hours of training, unless `out_dir` holds what the model will be measured with."""
+    preset = PRESETS[name]
+    if "classifier" in preset.stages or DATASETS[preset.data].features != "mini":
+        return
+    for needed in (out_dir / "mini-features" / "classifier.safetensors", out_dir / REFERENCE / "reference.safetensors"):
+        if not needed.is_file():
+            raise ConfigError(f"{name} is measured with the features and the reference of {REFERENCE}: no file {needed}")
+
+
 def finish(name: str, data: TrainingData, out_dir: Path, num_samples: int = NUM_SAMPLES) -> dict:
     """Reference statistics, quality.json and the card of the exported model in `out_dir`; returns the quality figures."""
     model_dir, reference = out_dir / name, out_dir / REFERENCE / "reference.safetensors"

@@ -247,7 +247,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="of the card's figures")
     args = parser.parse_args(argv)
     preset, work = PRESETS[args.model], args.work / args.model
+    from questlib.models import export  # late: it imports this module
+
     try:
+        export.check(args.model, args.out)
         data = fetch(preset.data, args.work)
         print(f"{len(data.images)} images", flush=True)
         vae = trained_autoencoder(args.model, data, args.out, args.work)
@@ -257,9 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     except (QuestError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    from questlib.models.export import export  # late: training must not depend on metrics
-
-    export(args.model, data, vae, parts, work, args.out, classifier=classifier, clip=clip, num_samples=args.samples)
+    export.export(args.model, data, vae, parts, work, args.out, classifier=classifier, clip=clip, num_samples=args.samples)
     return 0
 
 
