@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from questlib.errors import CheckpointError, ConfigError
+from questlib.models.data import DATASETS
 from questlib.models.loading import MINI, embedded_models, load_pipeline, model_digest
+from questlib.models.presets import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +34,34 @@ def test_embedded_files_are_small_and_readable():
     assert all(p.stat().st_mode & 0o044 == 0o044 for p in files)
 
 
-def test_card_belongs_to_the_weights(pipe):
-    quality = json.loads((MINI / "mini-ldm4" / "quality.json").read_text())
-    assert quality["model_sha256"] == model_digest(pipe)
-    card = (MINI / "mini-ldm4" / "README.md").read_text()
-    assert quality["model_sha256"] in card and f"{quality['samples']['fid']:.3f}" in card and "Apache-2.0" in card
+@pytest.mark.parametrize("name", embedded_models())
+def test_card_belongs_to_the_weights(name):
+    quality = json.loads((MINI / name / "quality.json").read_text())
+    assert quality["model_sha256"] == model_digest(name)
+    card = (MINI / name / "README.md").read_text()
+    assert quality["model_sha256"] in card and f"{quality['samples']['fid']:.3f}" in card
+    assert DATASETS[PRESETS[name].data].licence in card
 
 
-def test_the_model_is_good():
-    """The samples look like the data to the metrics' features, and these know the groups."""
-    quality = json.loads((MINI / "mini-ldm4" / "quality.json").read_text())
-    assert quality["classifier"]["accuracy"] > quality["classifier"]["largest_class"] + 0.1
-    assert quality["samples"]["count"] >= 2000
-    assert quality["halves"]["fid"] < quality["samples"]["fid"]
-    assert quality["samples"]["precision"] > 0.3 and quality["samples"]["recall"] > 0.3
+@pytest.mark.parametrize("name", embedded_models())
+def test_the_model_is_good(name):
+    """The samples look like the data to the metrics' features; metric networks know the groups and the captions."""
+    quality = json.loads((MINI / name / "quality.json").read_text())
+    samples = quality["samples"]
+    assert samples["count"] >= 2000 and samples["precision"] > 0.3 and samples["recall"] > 0.3
+    if "halves" in quality:
+        assert quality["halves"]["fid"] < samples["fid"] and quality["reconstructions"]["psnr"] > 20
+    if "classifier" in quality:
+        assert quality["classifier"]["accuracy"] > quality["classifier"]["largest_class"] + 0.1
+    if "condition" in quality:
+        assert quality["condition"]["samples"] > 0.6
+    if "clip" in quality:
+        assert quality["clip"]["top5"] > 10 * 5 / quality["clip"]["captions"]  # ten times what chance finds
+        assert quality["clip"]["score"] > quality["clip"]["score_of_others"] + 5
+
+
+def test_embedded_models_are_30_mb_together():
+    assert sum(p.stat().st_size for p in MINI.rglob("*") if p.is_file()) < 30e6
 
 
 def test_folder_and_digest(pipe, tmp_path):

