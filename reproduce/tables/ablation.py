@@ -20,8 +20,6 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("calib-16", "quest, ranges from 16 samples a step group", "quest", dict(calib_batch=16)),
     ("not-finetuned", "quest, not finetuned", "quest", dict(tla_iters=0, cma_iters=0)),
     ("nearest", "quest, weights rounded to nearest", "quest", dict(adaround=False)),
-    ("paper", "QuEST, as the paper says", "quest-paper", {}),
-    ("release", "QuEST, as the official release does (no integer form)", "quest-release", {}),
     ("q-diffusion", "Q-Diffusion", "q-diffusion", {}),
     ("q-diffusion-groups", f"Q-Diffusion, {GROUPS} step groups", "q-diffusion", dict(step_groups=GROUPS)),
     ("minmax", "min-max PTQ", "minmax", {}),
@@ -46,5 +44,6 @@ ABLATION = Table(
         ),
     ),
     picture=("fp", BASE, "w4a4-one-group", "w4a4-q-diffusion-groups"),
-    note="The paper has no such table. Each row differs from `quest`, or from a baseline, by what its name says.",
+    note="The paper has no such table; `quest-paper` and `quest-release` at W4A4 stand in Table 3. "
+    "Each row differs from `quest`, or from a baseline, by what its name says.",
 )  # fmt: skip
