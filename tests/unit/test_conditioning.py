@@ -44,7 +44,7 @@ def prompts_pipe(tmp_path_factory):
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3, sample_size=8)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text).eval(), unet=tiny.conditional_unet(),
-        scheduler=PNDMScheduler(skip_prk_steps=True),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
