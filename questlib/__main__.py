@@ -48,9 +48,11 @@ def run_quantize(args: argparse.Namespace) -> None:
     check_writable(args.out)
     state = processes()
     pipe = load_pipeline(args.pipeline).to(device())
-    calib = calibrate(pipe, args.samples, batch_size=args.batch_size, progress=True, **choices)
-    unet = quantize(pipe.unet, config.replace(seed=args.seed), calib, cache_dir=args.out / "cache", progress=True)
-    log = finetune(unet, pipe.unet, calib, unet.quest_config, state_path=args.out / "finetune.pt", progress=True)
+    calib = calibrate(pipe, args.samples, batch_size=args.batch_size, progress=state.is_main_process, **choices)
+    unet = quantize(
+        pipe.unet, config.replace(seed=args.seed), calib, cache_dir=args.out / "cache", progress=state.is_main_process
+    )
+    log = finetune(unet, pipe.unet, calib, unet.quest_config, state_path=args.out / "finetune.pt", progress=state.is_main_process)
     if not state.is_main_process:
         return
     size = save_pretrained(unet, args.out)

@@ -117,8 +117,9 @@ def _open_run(folder: Path, run: dict[str, Any]) -> None:
     path = folder / "run.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        shards = any(folder.glob("*.safetensors"))  # looked for first: whoever writes shards has written run.json before
         if not path.exists():
-            if any(folder.glob("*.safetensors")):
+            if shards:
                 raise QuestError(f"sampling: {folder} holds files of something else (no run.json); name another folder")
             tmp = folder / f"run.json.{os.uname().nodename}-{os.getpid()}"
             tmp.write_text(json.dumps(run))
@@ -152,7 +153,7 @@ def _claimed(shard: Path, wait: bool) -> Iterator[Any]:
             except OSError as error:
                 raise QuestError(f"sampling: {part.parent} is on a file system without file locks ({error.strerror})") from error
             # Before the lock was ours, another may have finished the shard under this very file, or given it up.
-            if shard.exists() or not part.exists() or not os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            if shard.exists() or not _is_at(file, part):
                 continue
             try:
                 yield file
@@ -161,6 +162,13 @@ def _claimed(shard: Path, wait: bool) -> Iterator[Any]:
                 raise
             return
     yield None
+
+
+def _is_at(file: Any, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _write(file: Any, shard: Path, data: bytes) -> None:

@@ -13,6 +13,7 @@ from questlib.errors import ConfigError
 from questlib.finetune import losses, recorded, run_time_layers, stages, trainable
 from questlib.model import act_quantizers
 from questlib.models.conditioning import Condition, Conditioning
+from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder
 from questlib.reconstruct import blocks
 from questlib.sampling import Drawing, choose_scheduler, denoise, sample
 
@@ -43,7 +44,7 @@ def prompts_pipe(tmp_path_factory):
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3, sample_size=8)
     pipe = StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(text).eval(), unet=tiny.conditional_unet(),
-        scheduler=PNDMScheduler(skip_prk_steps=True),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8), safety_checker=None,
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
@@ -94,6 +95,19 @@ def test_prompts_equal_the_stable_diffusion_pipeline(prompts_pipe):
     theirs = prompts_pipe(texts, num_inference_steps=4, guidance_scale=7.5, latents=x, output_type="latent").images
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert sample(prompts_pipe, 3, num_inference_steps=2, prompts=texts, progress=False).images.shape == (3, 3, 8, 8)
+
+
+def test_labels_equal_the_class_conditional_pipeline(classes):
+    """The same latents through this package's own pipeline loop: DDIM, guidance 3, the null class as unconditional context."""
+    torch.manual_seed(0)
+    parts = {"unet": classes.unet, "vae": classes.vqvae, "scheduler": classes.scheduler}
+    pipe = ClassConditionalPipeline(class_embedder=ClassEmbedder(4, 12), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    condition = Conditioning(pipe, guidance_scale=3.0, labels=[2, 0]).at(range(3))
+    ours = denoise(pipe.unet, pipe.scheduler, x, 4, condition=condition)
+    theirs = pipe([2, 0, 2], guidance_scale=3.0, num_inference_steps=4, latents=x, output_type="latent").images
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_holds_what_the_unet_received(classes, guided):
