@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -90,7 +91,12 @@ class Dataset:
             needs.append(f"FID reference images or statistics (--reference PATH or ${self.reference_env})")
         if self.has_captions and setting.captions is None:
             needs.append(f"COCO captions, captions_val2014.json (--captions FILE or ${self.captions_env})")
+        elif setting.captions == SD_CAPTIONS and not Path(SD_CAPTIONS).is_file():
+            needs.append(f"the captions of {setting.model}, {Path(SD_CAPTIONS).name}, which do not exist yet")
         return f"needs {' and '.join(needs)}" if needs else None
+
+
+SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 
 
 def _mini(model: str, *, smoke_steps: int = 4, **common: Any) -> dict[str, Setting]:
@@ -108,7 +114,6 @@ def _paper(steps: int, **settings: Any) -> dict[str, Setting]:
     return {"paper": Setting(num_inference_steps=steps, **(common | settings))}
 
 
-SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 DATASETS: dict[str, Dataset] = {
     d.name: d
     for d in (

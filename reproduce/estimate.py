@@ -37,7 +37,7 @@ ABOUT = f"""Estimates, not measurements; each cell by itself (cells share calibr
 Operations: of the UNet alone, two a multiply-add, counted on its architecture; a backward pass is two forward passes.
 Hours: operations / {RATE["paper"] / 1e12:g}e12 a second for one GPU of A100 class, {RATE["mini"] / 1e12:g}e12 for two CPU cores (smoke, mini); {SIMULATED:g} times as long in
   simulated quantization. Without autoencoder, range search and metrics.
-Memory: float32 weights three times (teacher, student, its rounded weights), gradients and Adam's moments of {TRAINED:.0%} of them, and
+Memory: float32 weights three times (teacher, student, its rounded weights), gradients and Adam's moments of {TRAINED:.0%} of them (full finetuning: all), and
   {KEPT:g} times the activations that the plain model keeps for a backward pass of one batch (under gradient checkpointing: of its
   largest block, and all blocks' inputs)."""  # noqa: E501
 # google/ddpm-cifar10-32, unet/config.json: the DDPM of Ho et al. 2020 (35.7 M weights)
@@ -156,7 +156,8 @@ def estimate(cell: Cell, plan: Plan) -> Estimate | None:
         kept = model.largest_kept_bytes * KEPT + model.boundary_bytes if c.save_memory else model.kept_bytes * KEPT
         forward = c.forward_batch * model.largest_kept_bytes
         batch = c.batch_size * (kept if tla + cma else model.largest_kept_bytes * KEPT)
-        trained = 3 * TRAINED * model.weight_bytes if tla + cma else 0
+        share = 1.0 if c.cma_layers == "all" and not c.lora_rank else TRAINED
+        trained = 3 * share * model.weight_bytes if tla + cma else 0
         memory = 3 * model.weight_bytes + trained + max(batch, forward, setting.sample_batch * model.largest_kept_bytes)
     hours = {stage: n * model.operations / RATE[plan.scale.name] / 3600 for stage, n in passes.items()}
     return Estimate(samples, evaluations, hours, memory)

@@ -104,7 +104,7 @@ def full_size(results: Path) -> str:
 def paper(results: Path) -> str:
     """What `paper` scale needs and how it samples, by data set; and each table's command."""
     parts = [
-        "| data | config | folder of the model | reference | samples a row | sampler |",
+        "| data | config | model at | reference or prompts | samples a row | sampler |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for d in DATASETS.values():

@@ -136,5 +136,12 @@ def test_estimates_are_near_what_was_measured_at_mini_scale(cell):
     assert measured["peak_bytes"] / 3 - 1e8 <= found.memory_bytes <= measured["peak_bytes"] * 3
 
 
+def test_full_finetuning_takes_gradients_and_moments_of_all_weights():
+    plan = make_plan("table8", scale="paper", dry=True)
+    full, quest = (estimate.estimate(plan.table.cell(f"w4a8-{m}"), plan) for m in ("full-finetune", "quest"))
+    weights = estimate._architecture("bedrooms", "paper", None).weight_bytes
+    assert full.memory_bytes - quest.memory_bytes == pytest.approx(3 * (1 - estimate.TRAINED) * weights)
+
+
 def test_scales_all_have_a_rate():
     assert set(estimate.RATE) == set(SCALES)

@@ -108,6 +108,18 @@ def test_embedded_model_that_does_not_exist(tmp_path, monkeypatch):
     assert missing["imagenet-w8a8-quest"] == "needs the embedded model mini-cin, which does not exist yet"
 
 
+def test_embedded_model_without_its_captions(tmp_path, monkeypatch):
+    (tmp_path / "mini-sd").mkdir()
+    (tmp_path / "mini-sd" / "model_index.json").write_text("{}")
+    for name, place in (("MINI", tmp_path), ("SD_CAPTIONS", str(tmp_path / "mini-sd" / "captions.json"))):
+        monkeypatch.setattr(f"reproduce.datasets.{name}", place)
+    sd = DATASETS["sd"]
+    setting = sd.setting("mini", captions=str(tmp_path / "mini-sd" / "captions.json"))
+    assert sd.missing(setting) == "needs the captions of mini-sd, captions.json, which do not exist yet"
+    (tmp_path / "mini-sd" / "captions.json").write_text("{}")
+    assert sd.missing(setting) is None
+
+
 def test_model_and_reference_are_of_one_data_set():
     with pytest.raises(ConfigError, match="bedrooms, imagenet"):
         make_plan("table9", scale="paper", dry=True, reference="x")
