@@ -36,7 +36,8 @@ def load_results(plan: Plan) -> list[dict[str, Any]]:
         path = plan.folder / f"{cell.id}.json"
         reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
         stored = json.loads(path.read_text()) if path.is_file() else {}
-        results.append(empty_result(cell, plan, "not run", reason) | stored)  # an older file lacks what was not known then
+        empty = empty_result(cell, plan, "not run", reason)  # an older file lacks what was not known then
+        results.append(empty | stored | {"metrics": empty["metrics"] | stored.get("metrics", {})})
     return with_verdicts(plan, results)
 
 

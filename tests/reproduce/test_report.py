@@ -108,3 +108,13 @@ def test_data_sets_are_named_where_a_table_has_several():
     assert set(report.frame(report.load_results(plan))["data"]) == {"bedrooms", "imagenet"}
     plan = make_plan("table4", scale="paper", dry=True)
     assert "data" not in report.frame(report.load_results(plan))
+
+
+def test_an_older_result_without_a_metric_of_today(tiny_plan):
+    plan = tiny_plan()
+    empty = report.empty_result(plan.cells[0], plan, "done", None)
+    older = empty | {"metrics": {k: v for k, v in empty["metrics"].items() if k != "inception_score"}}
+    del older["dataset"]
+    report.write_json(plan.folder / f"{plan.cells[0].id}.json", older)
+    result = report.load_results(plan)[0]
+    assert result["status"] == "done" and result["dataset"] == "bedrooms" and result["metrics"]["inception_score"]["value"] is None
