@@ -39,6 +39,7 @@ LDM4_IMAGENET = {  # CompVis cin256-v2; attention_head_dim is diffusers' name fo
     "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
     "attention_head_dim": 1, "cross_attention_dim": 512,
 }  # fmt: skip
+TIMESTEPS = torch.arange(1, 1000, 50)
 MODELS = {  # UNet, scheduler, tokens and width of the context, guidance scale
     "sd14": (SD14, PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False), (77, 768), 7.5),
     "ldm4-imagenet": (LDM4_IMAGENET, DDIMScheduler(clip_sample=False), (1, 512), 3.0),
