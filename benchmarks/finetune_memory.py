@@ -99,7 +99,7 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
                 layer.freeze()
         channels, size = settings.get("in_channels", 4), settings["sample_size"]
         x, context = (torch.empty(batch_size, *s) for s in ((channels, size, size), shape))
-        t = torch.empty(batch_size, dtype=torch.int64)
+        t = torch.zeros(batch_size, dtype=torch.int64)
         local, total = losses(student, teacher, stage, config, Batch(x, t, x, context), t, {})
         (local + config.global_weight * total).backward()
     return living.peak + moments
