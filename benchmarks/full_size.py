@@ -39,6 +39,7 @@ LDM4_IMAGENET = {  # CompVis cin256-v2; attention_head_dim is diffusers' name fo
     "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
     "attention_head_dim": 1, "cross_attention_dim": 512,
 }  # fmt: skip
+TIMESTEPS = torch.arange(1, 1000, 50)
 MODELS = {  # UNet, scheduler, tokens and width of the context, guidance scale
     "sd14": (SD14, PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False), (77, 768), 7.5),
     "ldm4-imagenet": (LDM4_IMAGENET, DDIMScheduler(clip_sample=False), (1, 512), 3.0),
@@ -55,18 +56,6 @@ class RandomContext:
 
     def __call__(self, labels: torch.Tensor) -> torch.Tensor:
         return self.table[labels]
-
-
-def on_gpu(full: int, trained: int, rise: int) -> dict[str, int]:
-    """Estimated bytes of finetuning on a GPU, from the rise measured here with a batch of one: the tensors are the same.
-
-    Fixed: teacher and student (2 x full), the quantized weights of the layers that are not trained (full - trained), and for the
-    trained ones gradient and Adam's two moments (3 x trained). Finetuning here began with every quantized weight in memory: the
-    rise is 3 x trained - trained + what one sample needs. The teacher's targets count in it, though on a GPU they wait outside.
-    """
-    fixed, sample = 3 * full + 2 * trained, max(0, rise - 2 * trained)
-    budget = 46 * 10**9  # of 48: CUDA's own memory and fragmentation
-    return {"fixed_bytes": fixed, "bytes_per_sample": sample, "largest_batch_in_48_gb": max(0, budget - fixed) // max(1, sample)}
 
 
 def measure(model: str, folder: Path) -> dict[str, Any]:
@@ -88,14 +77,12 @@ def measure(model: str, folder: Path) -> dict[str, Any]:
         config = QuantConfig.preset("quest", 4, 4, **FEW)
         calib = timed("calibrate", lambda: questlib.calibrate(pipe, 1, 2, guidance_scale=guidance))
         student = timed("quantize", lambda: questlib.quantize(unet, config, calib, progress=True))
-        with PeakMemory() as tuning:
-            log = timed("finetune", lambda: questlib.finetune(student, unet, calib, config, progress=True))
+        log = timed("finetune", lambda: questlib.finetune(student, unet, calib, config, progress=True))
         size = timed("save", lambda: questlib.save_pretrained(student, folder))
     full = sum(p.numel() for p in unet.parameters()) * 4
     trained = {s.name: sum(m.weight.numel() for m in s.layers.values()) for s in stages(student, config)}
     return {
         "parameters": full // 4, "fp32_bytes": full, "checkpoint_bytes": size, "peak_bytes": resident + memory.bytes,
-        "finetune_rise_bytes": tuning.bytes, "finetune_on_gpu": on_gpu(full, 4 * max(trained.values()), tuning.bytes),
         "seconds": seconds | {f"quantize: {k}": v for k, v in student.quest_log["seconds"].items()},
         "trained_weights": trained,
         "loss": log["loss"], "calibration_x": list(calib.x.shape), "context": list(calib.context.shape),

@@ -85,20 +85,28 @@ def engines(results: Path) -> str:
 
 
 def full_size(results: Path) -> str:
-    """Full-size models through quantization: time and memory of benchmarks/results/full_size.json beside `results`."""
-    path = results.parent / "benchmarks" / "results" / "full_size.json"
-    if not path.is_file():
-        return "`benchmarks/full_size.py`: not measured yet."
-    rows = []
-    for model, r in json.loads(path.read_text())["models"].items():
-        gpu, stages = r["finetune_on_gpu"], ("calibrate", "quantize", "finetune", "save")
-        row = {"model": model, "parameters, M": f"{r['parameters'] / 1e6:.1f}", "fp32, MB": f"{r['fp32_bytes'] / 1e6:.0f}"}
-        row |= {"W4A4 on disk, MB": f"{r['checkpoint_bytes'] / 1e6:.0f}", "peak memory, GB": f"{r['peak_bytes'] / 1e9:.1f}"}
-        row |= {f"{stage}, s": f"{r['seconds'][stage]:.0f}" for stage in stages}
-        row |= {"finetuning on a GPU: fixed, GB": f"{gpu['fixed_bytes'] / 1e9:.1f}"}
-        row |= {"+ GB a sample": f"{gpu['bytes_per_sample'] / 1e9:.1f}", "batch in 48 GB": gpu["largest_batch_in_48_gb"]}
-        rows.append(row | {"on": f"{_machine(r['provenance']['machine'])}, {r['threads']} thread(s)"})
-    return f"`python benchmarks/full_size.py`:\n\n{report.as_markdown(pd.DataFrame(rows))}"
+    """Full-size models: time and memory of quantization on this machine, and what finetuning takes on a GPU."""
+    folder, parts = results.parent / "benchmarks" / "results", []
+    for name, rows_of in (("full_size", quantized_row), ("finetune_memory", finetune_row)):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            table = pd.DataFrame([rows_of(model, found) for model, found in json.loads(path.read_text())["models"].items()])
+            parts.append(f"`python benchmarks/{name}.py`:\n\n{report.as_markdown(table)}")
+        else:
+            parts.append(f"`benchmarks/{name}.py`: not measured yet.")
+    return "\n\n".join(parts)
+
+
+def quantized_row(model: str, r: dict[str, Any]) -> dict[str, str]:
+    row = {"model": model, "parameters, M": f"{r['parameters'] / 1e6:.1f}", "fp32, MB": f"{r['fp32_bytes'] / 1e6:.0f}"}
+    row |= {"W4A4 on disk, MB": f"{r['checkpoint_bytes'] / 1e6:.0f}", "peak memory, GB": f"{r['peak_bytes'] / 1e9:.1f}"}
+    row |= {f"{stage}, s": f"{r['seconds'][stage]:.0f}" for stage in ("calibrate", "quantize", "finetune", "save")}
+    return row | {"on": f"{_machine(r['provenance']['machine'])}, {r['threads']} thread(s)"}
+
+
+def finetune_row(model: str, counts: list[dict[str, Any]]) -> dict[str, str]:
+    name = {False: "", True: ", save_memory"}
+    return {"model": model} | {f"batch {c['batch_size']}{name[c['save_memory']]}, GB": f"{c['bytes'] / 1e9:.1f}" for c in counts}
 
 
 def paper(results: Path) -> str:
