@@ -117,4 +117,5 @@ def test_an_older_result_without_a_metric_of_today(tiny_plan):
     del older["dataset"]
     report.write_json(plan.folder / f"{plan.cells[0].id}.json", older)
     result = report.load_results(plan)[0]
-    assert result["status"] == "done" and result["dataset"] == "bedrooms" and result["metrics"]["inception_score"]["value"] is None
+    assert (result["status"], result["dataset"]) == ("done", "bedrooms")
+    assert result["metrics"]["inception_score"]["value"] is None
