@@ -46,7 +46,8 @@ def conditional_unet(width: int = 12) -> UNet2DConditionModel:
 
 def class_conditional(classes: int = 4, tokens: int = 1) -> SimpleNamespace:
     torch.manual_seed(0)
+    vae = autoencoder().eval().requires_grad_(False)
     return SimpleNamespace(
-        unet=conditional_unet(), scheduler=DDIMScheduler(clip_sample=False),
-        class_embedder=Embedder(classes, tokens).requires_grad_(False), vqvae=autoencoder().eval().requires_grad_(False),
+        unet=conditional_unet(), scheduler=DDIMScheduler(clip_sample=False), vqvae=vae, components={"vqvae": vae},
+        class_embedder=Embedder(classes, tokens).requires_grad_(False),
     )  # fmt: skip
