@@ -68,7 +68,7 @@ def denoise(
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """Latents [N, C, h, w] -> uint8 images [N, 3, H, W] by the pipeline's autoencoder; without one they are images already."""
-    vae, images = pipe.components.get("vqvae") or pipe.components.get("vae"), latents
+    vae, images = getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None), latents
     if vae is not None:
         images = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(batch_size)])
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
