@@ -51,7 +51,7 @@ test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
 	OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
 	@echo "{\"seconds\": $$(( $$(date +%s) - $$(cat runs/test-start) ))}" > runs/test-time.json
 
-test-slow: $(STAMP)  ## what takes long: full-size models (20 GiB of memory), launches killed at random
+test-slow: $(STAMP)  ## what takes long: full-size models (20 GB of memory), launches killed at random
 	"$(PY)" -m pytest -m slow tests
 
 notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale

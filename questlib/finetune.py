@@ -217,11 +217,11 @@ def finetune(
                     f"finetune: loss is {local} (local), {total} (global) in stage {stage.name} at iteration {i}; "
                     "lower the learning rates"
                 )
-            opt.zero_grad(set_to_none=True)
             loss.backward()
             for p in params:
                 p.grad = None if p.grad is None else mean(p.grad)
             opt.step(), schedule.step()
+            opt.zero_grad(set_to_none=True)  # here, so that the next forward pass does not carry them along
             for p in (p for g in groups if g["positive"] for p in g["params"]):
                 p.data.clamp_min_(1e-8)  # a scale stays positive
             log["loss"].append([stage.name, i, local, total])

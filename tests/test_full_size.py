@@ -1,4 +1,4 @@
-"""The paper's larger models at full size, with random weights, through the whole of quantization in 20 GiB."""
+"""The paper's larger models at full size, with random weights, through the whole of quantization in 20 GB."""
 
 import contextlib
 import sys
@@ -47,6 +47,6 @@ def test_memory_counted_on_fake_tensors_is_that_of_real_ones(monkeypatch):
 def test_full_size_goes_through_in_20_gb(model):
     found = full_size.run(model)
     assert found["parameters"] == PARAMETERS[model]
-    assert found["peak_bytes"] < 20 * 2**30  # Stable Diffusion came close: benchmarks/results/full_size.json
+    assert found["peak_bytes"] < 20e9
     assert found["checkpoint_bytes"] < 0.145 * found["fp32_bytes"]
     assert [entry[0] for entry in found["loss"]] == ["tla", "tla", "cma", "cma"]
