@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).parent))
-from full_size import MODELS, TIMESTEPS  # noqa: E402
+from cpu_unet import TIMESTEPS  # noqa: E402
+from full_size import MODELS  # noqa: E402
 
 from questlib.calibrate import Batch  # noqa: E402
 from questlib.config import QuantConfig  # noqa: E402

@@ -23,7 +23,10 @@ import psutil
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 
-import questlib
+sys.path.insert(0, str(Path(__file__).parent))
+from cpu_unet import SD14  # noqa: E402
+
+import questlib  # noqa: E402
 from questlib.config import QuantConfig
 from questlib.finetune import stages
 from reproduce.provenance import PeakMemory, provenance
@@ -32,14 +35,12 @@ RESULT = Path(__file__).parent / "results" / "full_size.json"
 FEW = dict(
     adaround_iters=2, recon_samples=1, tla_iters=2, cma_iters=2, batch_size=1, calib_batch=2, forward_batch=1, save_memory=True
 )
-SD14 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # CompVis/stable-diffusion-v1-4, unet/config.json
 LDM4_IMAGENET = {  # CompVis cin256-v2; attention_head_dim is diffusers' name for the number of heads
     "sample_size": 64, "in_channels": 3, "out_channels": 3, "block_out_channels": (192, 384, 576, 960),
     "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
     "attention_head_dim": 1, "cross_attention_dim": 512,
 }  # fmt: skip
-TIMESTEPS = torch.arange(1, 1000, 50)
 MODELS = {  # UNet, scheduler, tokens and width of the context, guidance scale
     "sd14": (SD14, PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False), (77, 768), 7.5),
     "ldm4-imagenet": (LDM4_IMAGENET, DDIMScheduler(clip_sample=False), (1, 512), 3.0),

@@ -14,7 +14,7 @@ from questlib.calibrate import calibrate
 from questlib.checkpoint import save_pretrained
 from questlib.config import PRESETS, QuantConfig
 from questlib.distributed import device, processes
-from questlib.errors import ConfigError, QuestError, check_writable
+from questlib.errors import ConfigError, check_writable
 from questlib.finetune import finetune
 from questlib.models.loading import load_pipeline
 from questlib.quantize import quantize
@@ -84,13 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     e.add_argument("out", type=Path, help="a new file, OUT.npz")
     e.add_argument("--count", type=int, help="the first COUNT samples (default: all)")
     e.set_defaults(run=run_export)
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except QuestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return arguments.run(parser, argv)
 
 
 if __name__ == "__main__":

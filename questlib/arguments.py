@@ -1,12 +1,13 @@
-"""Command-line options of sampling, the same wherever a pipeline is sampled: `add(parser)`, then `choices(args)`."""
+"""What command lines share: options of sampling (`add(parser)`, then `choices(args)`), and how a command ends (`run`)."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, QuestError
 from questlib.models.samplers import SAMPLERS
 
 
@@ -18,6 +19,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--labels", help="class labels separated by commas, taken in turn (default: all classes)")
     parser.add_argument("--prompts", type=Path, help="text file, a prompt a line, taken in turn")
     parser.add_argument("--seed", type=int, default=0)
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Parse, call what the command has set as `run`, and give the exit code: 2, and one line, for a QuestError."""
+    args = parser.parse_args(argv)
+    try:
+        args.run(args)
+    except QuestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def choices(args: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from questlib.models.loading import MINI
 from questlib.models.pipelines import FixedHeadsUNet2DModel
 from reproduce.datasets import DATASETS, Dataset, Setting
 from reproduce.plan import Plan
+from reproduce.report import sampling_words
 from reproduce.tables import Cell
 
 RATE = {"smoke": 0.3e12, "mini": 0.3e12, "paper": 40e12}  # operations a second: two CPU cores; one GPU of A100 class
@@ -186,8 +187,7 @@ def command(cell: Cell, plan: Plan) -> str:
 def lines(cell: Cell, plan: Plan) -> list[str]:
     """The cell in words, one fact a line."""
     setting, found = plan.setting(cell), estimate(cell, plan)
-    guidance = f", guidance {setting.guidance_scale:g}" if setting.guidance_scale != 1 else ""
-    how = f"{setting.sampler.upper()} {setting.num_inference_steps} steps, eta {setting.eta:g}{guidance}"
+    how = sampling_words(vars(setting))
     stand_in = "" if plan.scale.name == "paper" else f"{setting.model} for "
     preset = "full precision" if cell.preset is None else f"preset {cell.preset}"
     text = [

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from questlib.errors import QuestError
+from questlib import arguments
 from questlib.models.compvis import check_new, config_names, convert, save
 from questlib.models.download import SOURCES, download
 
@@ -44,13 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     c.add_argument("--raw", action="store_true", help="take the raw weights of the UNet though there are EMA weights")
     c.add_argument("--sha256", help="refuse a checkpoint with another digest")
     c.set_defaults(run=run_convert)
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except QuestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return arguments.run(parser, argv)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from questlib.errors import ConfigError
+from questlib.models.conditioning import Condition
 
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -155,15 +156,8 @@ class ClassConditionalPipeline(LatentDiffusionPipeline):
             raise ConfigError(
                 f"class_labels: expected one or more labels in 0..{null} ({null}: no class), found {labels.tolist()}"
             )
-        guided = guidance_scale != 1
-        context = self.class_embedder(torch.cat([torch.full_like(labels, null), labels]) if guided else labels)
-
-        def eps(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-            if not guided:
-                return self.unet(x, t, encoder_hidden_states=context).sample
-            without, with_label = self.unet(torch.cat([x, x]), t, encoder_hidden_states=context).sample.chunk(2)
-            return without + guidance_scale * (with_label - without)
-
+        condition = Condition(self.class_embedder(labels), self.class_embedder(torch.full_like(labels, null)), guidance_scale)
+        eps = functools.partial(condition.predict, self.unet)
         return self._sample(eps, len(labels), num_inference_steps, eta, generator, latents, output_type, return_dict)
 
 
