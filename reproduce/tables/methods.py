@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from reproduce.tables import Cell, Number
@@ -92,3 +92,18 @@ def rows(
                 Cell(id=name(dataset, bits, method), label=LABELS[method], preset=method, against=against, note=note, **common)
             )
     return tuple(cells)
+
+
+def all_rows(
+    dataset: str, paper: Mapping[Bits, Mapping[str, tuple[Number, ...]]], metrics: Sequence[str], *,
+    sizes: Mapping[int, Mapping[str, float] | float] | None = None, extra: Sequence[str] = (), **choices: Any,
+) -> tuple[Cell, ...]:  # fmt: skip
+    """`rows` at all bit-widths of a table: paper[bits][method] holds the number of each of `metrics`.
+
+    sizes: by weight bits. extra: methods that the paper does not have, first.
+    """
+    cells: tuple[Cell, ...] = ()
+    for bits, numbers in paper.items():
+        named = dict.fromkeys(extra) | {m: dict(zip(metrics, values, strict=True)) for m, values in numbers.items()}
+        cells += rows(dataset, bits, named, sizes=sizes and sizes[bits[0]], **choices)
+    return cells

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reproduce.tables import FAILED, UNKNOWN, Number, Table
-from reproduce.tables.methods import QUEST, SOURCES, W4A4, W8A8, Bits, rows
+from reproduce.tables.methods import QUEST, SOURCES, W4A4, W8A8, Bits, all_rows
 
 PAPER: dict[Bits, dict[str, tuple[Number, Number]]] = {
     W8A8: {"q-diffusion": (8.19, 2.25), "ptq-d": (9.89, 2.25), "efficientdm": (FAILED, FAILED), QUEST: (6.86, 2.27)},
@@ -14,14 +14,7 @@ TABLE10 = Table(
     name="table10",
     title="Table 10: more metrics on LSUN-Bedrooms",
     notebook=None,
-    cells=tuple(
-        cell
-        for bits, numbers in PAPER.items()
-        for cell in rows(
-            "bedrooms", bits, {m: {"sfid": sfid, "inception_score": score} for m, (sfid, score) in numbers.items()},
-            reference=False,
-        )
-    ),
+    cells=all_rows("bedrooms", PAPER, ["sfid", "inception_score"], reference=False),
     picture=("bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
     note=f"N/A: generation failed. The paper's W4A4 numbers of QuEST are not available to this project. {SOURCES}",
     claim="sfid",

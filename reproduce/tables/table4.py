@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reproduce.tables import FAILED, Number, Table
-from reproduce.tables.methods import QUEST, SOURCES, W4A4, W4A8, W8A8, Bits, full_precision, rows
+from reproduce.tables.methods import QUEST, SOURCES, W4A4, W4A8, W8A8, Bits, all_rows, full_precision
 
 METRICS = ("fid", "sfid", "inception_score")
 PAPER: dict[Bits, dict[str, tuple[Number, Number, Number]]] = {
@@ -26,8 +26,10 @@ PAPER: dict[Bits, dict[str, tuple[Number, Number, Number]]] = {
         QUEST: (5.98, 7.93, 202.45),
     },
 }
-SIZES_MB = {8: 428.7, 4: 237.5}
-EFFICIENTDM_MB = {8: 435.0, 4: 243.8}
+SIZES_MB = {
+    8: {"q-diffusion": 428.7, "ptq-d": 428.7, "efficientdm": 435.0, QUEST: 428.7},
+    4: {"q-diffusion": 237.5, "ptq-d": 237.5, "efficientdm": 243.8, QUEST: 237.5},
+}
 
 TABLE4 = Table(
     name="table4",
@@ -35,16 +37,7 @@ TABLE4 = Table(
     notebook=None,
     cells=(
         full_precision("imagenet", dict(zip(METRICS, (11.28, 7.70, 364.73), strict=True)), 1529.7),
-        *(
-            cell
-            for bits, numbers in PAPER.items()
-            for cell in rows(
-                "imagenet",
-                bits,
-                {method: dict(zip(METRICS, values, strict=True)) for method, values in numbers.items()},
-                sizes=dict.fromkeys(numbers, SIZES_MB[bits[0]]) | {"efficientdm": EFFICIENTDM_MB[bits[0]]},
-            )
-        ),
+        *all_rows("imagenet", PAPER, METRICS, sizes=SIZES_MB),
     ),
     picture=("imagenet-fp", "imagenet-w4a4-q-diffusion", "imagenet-w4a4-quest"),
     note="The paper says itself that FID is not valid here (it falls as bits fall): judge on sFID and IS. "

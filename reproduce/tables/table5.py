@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from reproduce.tables import FAILED, Number, Table
-from reproduce.tables.methods import QUEST, W4A4, W4A8, W8A8, Bits, full_precision, rows
+from reproduce.tables.methods import QUEST, W4A4, W4A8, W8A8, Bits, all_rows, full_precision
 
-PAPER: dict[Bits, dict[str, Number]] = {
-    W8A8: {"q-diffusion": 31.43, QUEST: 31.47},
-    W4A8: {"q-diffusion": 31.39, QUEST: 31.50},
-    W4A4: {"q-diffusion": FAILED, QUEST: 28.85},
+PAPER: dict[Bits, dict[str, tuple[Number]]] = {
+    W8A8: {"q-diffusion": (31.43,), QUEST: (31.47,)},
+    W4A8: {"q-diffusion": (31.39,), QUEST: (31.50,)},
+    W4A4: {"q-diffusion": (FAILED,), QUEST: (28.85,)},
 }
 SIZES_MB = {8: 949.0, 4: 539.1}
 
@@ -18,11 +18,7 @@ TABLE5 = Table(
     notebook=None,
     cells=(
         full_precision("sd", {"clip_score": 31.50}, 3279.1),
-        *(
-            cell
-            for bits, numbers in PAPER.items()
-            for cell in rows("sd", bits, {m: {"clip_score": v} for m, v in numbers.items()}, sizes=SIZES_MB[bits[0]])
-        ),
+        *all_rows("sd", PAPER, ["clip_score"], sizes=SIZES_MB),
     ),
     picture=("sd-fp", "sd-w4a4-q-diffusion", "sd-w4a4-quest"),
     note="The paper: CLIP ViT-B/16 score x100; N/A: generation failed. Prompts: one caption an image, see questlib.clip_score.",
