@@ -11,6 +11,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import nn
 
+from questlib.timesteps import nearest
+
 
 class NoiseCorrection(nn.Module):
     """timesteps int64 [T], ascending; gain (k) and variance (of what is left) float32 [T], bias float32 [T, C]."""
@@ -25,16 +27,12 @@ class NoiseCorrection(nn.Module):
         self.register_buffer("calibrated", torch.tensor(False))
         self._ready = False  # set once `calibrated` was seen: no device sync at every call
 
-    def index(self, t: torch.Tensor) -> torch.Tensor:
-        """The nearest calibrated step of each timestep, int64 [1 or B]."""
-        return (t.reshape(-1, 1).to(self.timesteps.device) - self.timesteps).abs().argmin(1)
-
     def hook(self, module: nn.Module, args: tuple, kwargs: dict, out):
         """The UNet's forward hook: its output, corrected once there is an estimate."""
         self._ready = self._ready or bool(self.calibrated)
         if not self._ready:
             return None
-        i = self.index(torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]))
+        i, _ = nearest(self.timesteps, torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1]))
         eps = out[0]
         eps = (eps - self.bias[i, :, None, None].to(eps)) / (1 + self.gain[i, None, None, None].to(eps))
         return (eps, *out[1:]) if isinstance(out, tuple) else type(out)(sample=eps)
@@ -42,7 +40,7 @@ class NoiseCorrection(nn.Module):
     @torch.no_grad()
     def estimate(self, step: torch.Tensor, eps_hat: torch.Tensor, eps: torch.Tensor) -> None:
         """Of one timestep, from the quantized and the full-precision UNet's outputs [N, C, h, w] on equal inputs."""
-        i, error = int(self.index(step)), (eps_hat - eps).double()
+        i, error = int(nearest(self.timesteps, step)[0]), (eps_hat - eps).double()
         eps = eps.double()
         centred = eps - eps.mean((0, 2, 3), keepdim=True)  # a regression with an intercept for each channel
         k = (error * centred).sum() / centred.square().sum().clamp_min(1e-12)
@@ -61,5 +59,5 @@ class NoiseCorrection(nn.Module):
             return 1.0
         # x_{t-1} depends on eps by this factor (Song et al. 2021, Eq. 12)
         slope = (1 - then - variance).clamp_min(0).sqrt() - (then * (1 - now) / now).sqrt()
-        left = (variance - slope**2 * self.variance[int(self.index(t))].cpu()).clamp_min(0)
+        left = (variance - slope**2 * self.variance[int(nearest(self.timesteps, t)[0])].cpu()).clamp_min(0)
         return float((left / variance).sqrt())

@@ -20,6 +20,13 @@ def contiguous_groups(num_steps: int, num_groups: int) -> torch.Tensor:
     return torch.arange(num_steps) * num_groups // num_steps
 
 
+def nearest(timesteps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each timestep t (any shape, B elements) the index of the nearest of `timesteps` [T], and its distance: int64 [B]."""
+    distance = (t.reshape(-1, 1).to(timesteps.device) - timesteps[None]).abs()  # [B, T]
+    index = distance.argmin(1)
+    return index, distance.gather(1, index[:, None])[:, 0]
+
+
 class StepGroups(nn.Module):
     """Holds the calibrated timesteps of a UNet and, during its forward, the group in force: an int, or int64 [B].
 
@@ -43,10 +50,9 @@ class StepGroups(nn.Module):
     def lookup(self, t: torch.Tensor) -> int | torch.Tensor:
         """Timesteps, any shape with 1 or B elements -> one int where all agree, else int64 [B]."""
         t = t.reshape(-1).to(self.timesteps.device)
-        distance = (t[:, None] - self.timesteps[None]).abs()  # [B, T]
-        nearest = distance.argmin(1)
-        self._warn_if_far(t, distance.gather(1, nearest[:, None])[:, 0])
-        groups = self.groups[nearest]
+        index, distance = nearest(self.timesteps, t)
+        self._warn_if_far(t, distance)
+        groups = self.groups[index]
         return int(groups[0]) if bool((groups == groups[0]).all()) else groups
 
     def _warn_if_far(self, t: torch.Tensor, distance: torch.Tensor) -> None:
