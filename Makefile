@@ -16,10 +16,18 @@ STAMP := $(VENV)/.questlib-installed
 export GOMP_SPINCOUNT ?= 2000
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
-.PHONY: help install test test-slow lint format notebooks readme reproduce-table2 reproduce-table3 reproduce-ablation
+# one target a table: make's name, the table's name where it is another one (reproduce/tables/__init__.py has the same)
+REPRODUCE := table2 bedrooms churches imagenet sd $(addprefix table,6 7 8 9 10 11) figure2 figure3 ablation
+bedrooms = table3
+churches = table3-churches
+imagenet = table4
+sd = table5
+
+.PHONY: help install test test-slow lint format notebooks readme reproduce-all reproduce-table3 reproduce-table4 reproduce-table5
+.PHONY: $(addprefix reproduce-,$(REPRODUCE))
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  SCALE=smoke|mini|paper chooses the size of a reproduction (now: $(SCALE))"
 
 install: $(STAMP)  ## make .venv (or use the active environment) and install the pinned packages
@@ -60,11 +68,26 @@ notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
 readme: $(STAMP)  ## write the README's generated blocks again from results/mini
 	"$(PY)" -m reproduce readme
 
-reproduce-table2: $(STAMP)  ## table 2: time-embedding settings (SCALE=mini by default)
-	"$(PY)" -m reproduce table2 --scale $(SCALE)
+# reproduce-NAME for each table and figure; what two of them share is made once
+$(addprefix reproduce-,$(REPRODUCE)): reproduce-%: $(STAMP)
+	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE)
 
-reproduce-table3: $(STAMP)  ## table 3, Bedrooms: the methods at W8A8, W4A8, W4A4 (SCALE=mini by default)
-	"$(PY)" -m reproduce table3 --scale $(SCALE)
+reproduce-table2:  ## table 2: time-embedding settings
+reproduce-bedrooms:  ## table 3, LSUN-Bedrooms: the methods at W8A8, W4A8, W4A4
+reproduce-churches:  ## table 3, LSUN-Churches
+reproduce-imagenet:  ## table 4: class-conditional ImageNet
+reproduce-sd:  ## table 5: Stable Diffusion
+reproduce-table3: reproduce-bedrooms reproduce-churches  ## both of table 3
+reproduce-table4: reproduce-imagenet
+reproduce-table5: reproduce-sd
+reproduce-table6:  ## table 6: what the parts of QuEST add, and cost
+reproduce-table7:  ## table 7: with and without the global loss
+reproduce-table8:  ## table 8: cost of finetuning
+reproduce-table9:  ## table 9: against TFMQ-DM
+reproduce-table10:  ## table 10: more metrics on Bedrooms
+reproduce-table11:  ## table 11: CIFAR-10
+reproduce-figure2:  ## figure 2: activations before and after finetuning
+reproduce-figure3:  ## figure 3: sensitivity of layer types
+reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
+reproduce-all: $(addprefix reproduce-,$(REPRODUCE))  ## all of them, one after the other; go on with the same command
 
-reproduce-ablation: $(STAMP)  ## what the parts of our preset do at W4A4 (SCALE=mini by default)
-	"$(PY)" -m reproduce ablation --scale $(SCALE)

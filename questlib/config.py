@@ -14,6 +14,7 @@ OFF = 16  # a bit-width of 16 switches a quantizer off
 CHOICES = {
     "act_granularity": ("tensor", "channel", "carrier", "token"),
     "act_range": ("minmax", "mse", "percentile"),
+    "act_layers": ("all", "feed_forward", "linear", "conv"),
     "weight_range": ("minmax", "mse"),
     "te": ("ptq", "fp", "finetune"),
     "te_layers": ("all", "projections"),
@@ -34,6 +35,8 @@ class QuantConfig:
     first_last_act_bits: int | None = None  # conv_in and conv_out inputs; None: act_bits
     first_last_weight_bits: int | None = None  # conv_in and conv_out weights; None: weight_bits
     te_act_bits: int | None = None  # inputs of the time-embedding layers; None: act_bits
+    # whose inputs are quantized (Fig. 3): all, attention products too | feed_forward | linear: all other Linears | conv: Conv2d
+    act_layers: str = "all"
     # ranges (Sec. 3.1)
     # tensor | channel (free, fake only) | carrier (base * m_k * 2^e: runs in integers; only up to 4 bits, wider codes per tensor)
     # token (linear layers and 1x1 convolutions: the range of each token as it comes, times static ratios m_k * 2^e; else carrier)

@@ -96,7 +96,14 @@ def freeze(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def _act_bits(role: str, config: QuantConfig) -> int:
+def layer_kind(layer: nn.Module, role: str) -> str:
+    """feed_forward, linear (all other Linears) or conv: the kinds of the paper's Fig. 3."""
+    return "conv" if isinstance(layer, nn.Conv2d) else "feed_forward" if role == "feed_forward" else "linear"
+
+
+def _act_bits(layer: nn.Module, role: str, config: QuantConfig) -> int:
+    if config.act_layers not in ("all", layer_kind(layer, role)):
+        return OFF
     special = {"first": config.first_last_act_bits, "last": config.first_last_act_bits}
     special |= dict.fromkeys(TIME_ROLES, config.te_act_bits)
     bits = special.get(role)
@@ -141,7 +148,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         split[splits.get(name, channels) :] = 1
         own_token = (token or config.te_token and role in TIME_ROLES) and sees_tokens(layer)
         act = ActQuantizer(
-            f"{name}.act", _act_bits(role, config), steps, channels, -1 if isinstance(layer, nn.Linear) else 1,
+            f"{name}.act", _act_bits(layer, role, config), steps, channels, -1 if isinstance(layer, nn.Linear) else 1,
             torch.arange(channels) if free else split, carrier=carrier,
             shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1, token=own_token,
         )  # fmt: skip
@@ -154,11 +161,12 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         if isinstance(module, Attention):
             width = module.to_q.out_features
             index = torch.arange(width) if free else torch.zeros(width, dtype=torch.int64)
+            act_bits = config.act_bits if config.act_layers == "all" else OFF
             q, k, v = (
-                ActQuantizer(f"{name}.{x}", config.act_bits, steps, width, -1, index.clone(), carrier=carrier, shifts=x == "v")
+                ActQuantizer(f"{name}.{x}", act_bits, steps, width, -1, index.clone(), carrier=carrier, shifts=x == "v")
                 for x in "qkv"
             )
-            bits = config.act_bits if config.softmax_bits is None or config.act_bits == OFF else config.softmax_bits
+            bits = act_bits if config.softmax_bits is None or act_bits == OFF else config.softmax_bits
             probs = ActQuantizer(f"{name}.probs", bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True)
             module.processor = QuantAttnProcessor(q, k, v, probs)
     unet.quest_steps = steps

@@ -141,7 +141,7 @@ def estimate(cell: Cell, plan: Plan) -> Estimate | None:
         return None
     seeds = len(plan.seeds)
     samples = setting.samples_per_seed * seeds
-    evaluations = samples * setting.evaluations
+    evaluations = samples * plan.drawing(cell).evaluations
     passes = {"sample": evaluations * (1.0 if cell.preset is None else SIMULATED)}  # forward passes of one input
     memory = model.weight_bytes + setting.sample_batch * model.largest_kept_bytes
     if cell.preset is not None:
@@ -187,7 +187,7 @@ def command(cell: Cell, plan: Plan) -> str:
 def lines(cell: Cell, plan: Plan) -> list[str]:
     """The cell in words, one fact a line."""
     setting, found = plan.setting(cell), estimate(cell, plan)
-    how = sampling_words(vars(setting))
+    how = sampling_words(vars(plan.drawing(cell)))
     stand_in = "" if plan.scale.name == "paper" else f"{setting.model} for "
     preset = "full precision" if cell.preset is None else f"preset {cell.preset}"
     text = [

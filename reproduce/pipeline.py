@@ -47,16 +47,24 @@ class SeedRun:
         self.pipe, self.model_sha256 = load(setting.model)
         self.store = Store(plan.work)
         self.config = None if cell.preset is None else plan.config(cell, seed)
-        self.how = {name: getattr(setting, name) for name in ("num_inference_steps", "eta", "sampler", "guidance_scale")}
+        self.how, self.drawn = (
+            {name: getattr(s, name) for name in ("num_inference_steps", "eta", "sampler", "guidance_scale")}
+            for s in (setting, plan.drawing(cell))
+        )  # while calibrating; for the images
         if setting.captions is not None:  # the i-th sample is drawn, and scored, with the i-th prompt
-            self.how["prompts"] = clip_score.coco_prompts(setting.captions, setting.samples_per_seed, seed)
-        schedule = self.how | {"model": self.model_sha256}
-        schedule |= {"device": self.pipe.device.type}  # a CPU's and a GPU's products differ in the last bits and in their seconds
-        drawing = schedule | {
-            "seed": SAMPLING_SEED + seed,
-            "num_samples": setting.samples_per_seed,
-            "batch": setting.sample_batch,
-        }
+            prompts = clip_score.coco_prompts(setting.captions, setting.samples_per_seed, seed)
+            self.how, self.drawn = ({**how, "prompts": prompts} for how in (self.how, self.drawn))
+        # a CPU's and a GPU's products differ in the last bits and in their seconds
+        schedule = self.how | {"model": self.model_sha256, "device": self.pipe.device.type}
+        drawing = (
+            schedule
+            | self.drawn
+            | {
+                "seed": SAMPLING_SEED + seed,
+                "num_samples": setting.samples_per_seed,
+                "batch": setting.sample_batch,
+            }
+        )
         drawing |= {"code": code_hash(sampling.sample)}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
         if self.config is None:
@@ -78,7 +86,7 @@ class SeedRun:
             "reference": setting.reference,
         }
         key |= {"files": file_digests(setting.reference), "code": code_hash(metrics.evaluate)}
-        if "prompts" in self.how:
+        if "prompts" in self.drawn:
             key |= {"clip": setting.clip, "clip code": code_hash(clip_score.clip_score)}
         self.score = self.store.product("evaluate", key)
 
@@ -115,7 +123,7 @@ class SeedRun:
             drawn.append(
                 sampling.sample(
                     self.pipe, self.setting.samples_per_seed, seed=SAMPLING_SEED + self.seed,
-                    batch_size=self.setting.sample_batch, out_dir=folder / "shards", unet=unet, **self.how,
+                    batch_size=self.setting.sample_batch, out_dir=folder / "shards", unet=unet, **self.drawn,
                 )
             )  # fmt: skip
             return {}
@@ -130,8 +138,8 @@ class SeedRun:
         images = None if paired is None else paired.images
         about = self.setting
         values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, paired=images))
-        if "prompts" in self.how:
-            values["clip_score"] = clip_score.clip_score(samples.images, self.how["prompts"], model=about.clip)
+        if "prompts" in self.drawn:
+            values["clip_score"] = clip_score.clip_score(samples.images, self.drawn["prompts"], model=about.clip)
         if paired is not None:
             values["latent_snr_db"] = metrics.latent_snr_db(samples.latents, paired.latents)
         strip = torch.cat(list(samples.images[:PREVIEW]), dim=2).permute(1, 2, 0)  # [H, PREVIEW * W, 3]
@@ -183,7 +191,7 @@ class SeedRun:
 
 def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dict[str, Any]:
     """A result without numbers of ours; the paper's stand in their own place only."""
-    setting = plan.setting(cell)
+    setting = plan.drawing(cell)
     numbers = {
         m: {"value": None, "std": None, "paper": cell.paper.get(m), "independent": _independent(cell, m), "verdict": None}
         for m in METRICS

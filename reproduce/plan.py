@@ -46,6 +46,10 @@ class Plan:
         setting = DATASETS[cell.dataset].setting(self.scale.name, self.model, self.reference, self.captions)
         return replace(setting, features=self.features or setting.features or self.scale.features)
 
+    def drawing(self, cell: Cell) -> Setting:
+        """The cell's setting as its images are drawn: `Cell.sampling` may differ from what was calibrated."""
+        return replace(self.setting(cell), **cell.sampling)
+
     def missing(self, cell: Cell) -> str | None:
         """Why the cell cannot run here, or None."""
         return DATASETS[cell.dataset].missing(self.setting(cell))

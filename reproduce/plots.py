@@ -12,7 +12,7 @@ from PIL import Image
 
 from reproduce.plan import Plan
 from reproduce.tables import FAILED
-from reproduce.tables.ablation import BASE
+from reproduce.verdict import HIGHER_IS_BETTER
 
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
@@ -64,7 +64,7 @@ def metric_figure(results: list[dict[str, Any]], metric: str = "fid", label: str
         for axes, value in ((left, full["paper"]), (right, full["value"])):
             if value is not None:
                 axes.axhline(value, ls="--", lw=1, color="black", label="full precision")
-        if any(v is not None for v in ours.values()):
+        if metric not in HIGHER_IS_BETTER and any(v is not None for v in ours.values()):
             right.set_yscale("log")
         right.legend(fontsize=7)
     plt.close(figure)
@@ -91,15 +91,17 @@ def cost_figure(results: list[dict[str, Any]]) -> Figure:
     return figure
 
 
-def ablation_figure(results: list[dict[str, Any]], base: str = BASE) -> Figure:
+def rows_figure(results: list[dict[str, Any]], base: str) -> Figure:
     """FID and distance to full precision of every row, with the spread over seeds; the line is row `base`."""
     done = [r for r in results if r["status"] == "done" and r["preset"] is not None]
+    one_width = len({(r["weight_bits"], r["act_bits"]) for r in done}) == 1
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(10, 0.8 + 0.26 * max(len(done), 1)), sharey=True)
         heads = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
         for axes, (metric, label) in zip(panels, heads, strict=True):
             entries = [r["metrics"][metric] for r in done]
-            names, values = [r["label"] for r in done], [e["value"] for e in entries]
+            names = [r["label"] if one_width else f"W{r['weight_bits']}A{r['act_bits']}  {r['label']}" for r in done]
+            values = [e["value"] for e in entries]
             axes.barh(names, values, xerr=[e["std"] or 0 for e in entries], color=COLORS[3], error_kw={"lw": 0.8})
             for r, value in zip(done, values, strict=True):
                 if r["cell"] == base:
@@ -107,6 +109,30 @@ def ablation_figure(results: list[dict[str, Any]], base: str = BASE) -> Figure:
             axes.set_xlabel(f"{label} ({results[0]['scale']} scale)")
             axes.grid(axis="x", alpha=0.3)
         panels[0].invert_yaxis()
+    plt.close(figure)
+    return figure
+
+
+def sensitivity_figure(results: list[dict[str, Any]]) -> Figure:
+    """Figure 3: FID and distance to full precision over activation bits, a line a kind of layer; dashed: full precision."""
+    done = [r for r in results if r["status"] == "done"]
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
+        heads = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
+        for axes, (metric, label) in zip(panels, heads, strict=True):
+            for i, kind in enumerate(dict.fromkeys(r["label"] for r in done if r["preset"] is not None)):
+                rows = [r for r in done if r["label"] == kind]
+                entries = [r["metrics"][metric] for r in rows]
+                bits, values = [r["act_bits"] for r in rows], [e["value"] for e in entries]
+                axes.errorbar(bits, values, [e["std"] or 0 for e in entries], marker="o", color=COLORS[i + 1], label=kind)
+            full = [r["metrics"][metric]["value"] for r in done if r["preset"] is None]
+            if full and full[0] is not None:
+                axes.axhline(full[0], ls="--", lw=1, color="black", label="full precision")
+            axes.set(xlabel="bits of the activations", ylabel=f"{label} ({results[0]['scale']} scale)")
+            axes.xaxis.set_inverted(True)
+            axes.set_xticks(sorted({r["act_bits"] for r in done if r["preset"] is not None}, reverse=True))
+        if done:
+            panels[0].legend(fontsize=7)
     plt.close(figure)
     return figure
 

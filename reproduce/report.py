@@ -192,6 +192,16 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
     return words + plan.table.note
 
 
+def made_by(results: list[dict[str, Any]]) -> str:
+    """Commits, torch and machines of the rows that are there; a commit with changes beside it is named so."""
+    made = [r["provenance"] for r in results if r["status"] == "done"]
+    lines = dict.fromkeys(
+        f"made at commit {p['commit']}{' with changes' if p['dirty'] else ''}, torch {p['versions']['torch']}, "
+        f"{p['machine']['cpu']}, {p['machine']['cores']} cores" for p in made
+    )  # fmt: skip
+    return "\n".join(lines) or "nothing was made"
+
+
 def as_markdown(data: pd.DataFrame) -> str:
     cells = [list(map(str, data.columns)), ["---"] * len(data.columns), *data.astype(str).values.tolist()]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)

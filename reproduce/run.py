@@ -15,7 +15,6 @@ from nbformat import NotebookNode
 
 from questlib.errors import ConfigError
 from reproduce import report
-from reproduce.pipeline import run_cell
 from reproduce.plan import Plan
 from reproduce.provenance import ROOT, machine
 from reproduce.store import write_atomically, write_json
@@ -48,14 +47,10 @@ def preflight(plan: Plan) -> None:
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:
-    """Execute the plan's notebook, or its cells where it has none; keep all beside the results. Progress goes to stderr."""
+    """Execute the plan's notebook; keep all beside the results. Progress goes to stderr."""
     fresh = not any(plan.work.glob("*/*/key.json"))  # nothing of an earlier run to go on from
     start = time.time()
-    if plan.table.notebook is None:
-        for cell in plan.cells:
-            run_cell(cell, plan)
-    else:
-        execute(plan)
+    execute(plan)
     record_time(plan, time.time() - start, fresh)
     return report.finish(plan)
 
@@ -68,7 +63,7 @@ def execute(plan: Plan) -> None:
         "SCALE": plan.scale.name, "RESULTS": str(plan.results.resolve()), "WORK": str(plan.work.resolve()),
         "CELLS": [c.id for c in plan.cells] if len(plan.cells) < len(plan.table.cells) else None,
         "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
-        "FEATURES": plan.features, "MODEL": plan.model, "REFERENCE": plan.reference,
+        "FEATURES": plan.features, "MODEL": plan.model, "REFERENCE": plan.reference, "CAPTIONS": plan.captions,
         "ENGINE": plan.engine if plan.engine != "fake" else None,
     }  # fmt: skip
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"  # papermill writes as it goes; results get the whole
@@ -95,8 +90,8 @@ def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
         results = [json.loads((plan.folder / f"{cell.id}.json").read_text()) for cell in plan.cells]
         products = {(stage, name) for r in results for seed in r["per_seed"] for stage, name in seed["products"].items()}
         seconds = sum(json.loads((plan.work / s / n / "done.json").read_text())["seconds"] for s, n in products)
-    target = f"make reproduce-{plan.table.name}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
-    target = target if plan.engine == "fake" and plan.table.notebook is not None else plan.command
+    target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
+    target = target if plan.engine == "fake" else plan.command
     write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
 
 

@@ -14,6 +14,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from reproduce.tables import all_tables
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DEV = PROJECT["optional-dependencies"]["dev"]
@@ -65,12 +67,29 @@ def test_ci_runs_make_test():
 
 @pytest.mark.parametrize(
     "target",
-    ["help", "install", "lint", "test", "notebooks", "readme", "reproduce-table2", "reproduce-table3", "reproduce-ablation"],
+    ["help", "install", "lint", "test", "notebooks", "readme", "reproduce-all", "reproduce-table3"]
+    + [t.target for t in all_tables().values()],
 )
 def test_make_help_lists_the_target(target):
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     listed = subprocess.run(["make", "help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
     assert re.search(rf"^  make {target} ", listed, re.M)
+
+
+def make_plan_of(target: str) -> list[str]:
+    """What `make TARGET` would run of this package."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(["make", "-n", target, "SCALE=smoke"], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return re.findall(r"-m reproduce (.*)", done.stdout)
+
+
+def test_every_table_has_its_target():
+    tables = all_tables()
+    for name, table in tables.items():
+        assert make_plan_of(table.target) == [f"{name} --scale smoke"]
+    assert sorted(make_plan_of("reproduce-all")) == sorted(f"{name} --scale smoke" for name in tables)
+    assert make_plan_of("reproduce-table3") == ["table3 --scale smoke", "table3-churches --scale smoke"]
+    assert make_plan_of("reproduce-table4") == ["table4 --scale smoke"]
 
 
 @pytest.mark.parametrize(("active", "expected"), [("VIRTUAL_ENV", True), ("CONDA_PREFIX", True), ("base", False), (None, False)])

@@ -10,6 +10,8 @@ from questlib.errors import ConfigError
 
 FAILED = "N/A"  # the paper: generation failed
 UNKNOWN = "not available"  # the paper has a number, but this project does not know it
+# names of `make` targets by table; the others are named as their table. `make reproduce-table3` runs both of the first two
+TARGETS = {"table3": "bedrooms", "table3-churches": "churches", "table4": "imagenet", "table5": "sd"}
 Number = float | str | None  # a number, FAILED, UNKNOWN, or None = not reported
 COSTS = ("hours", "memory_mb", "iterations")  # keys of Cell.paper beside metrics
 
@@ -25,6 +27,7 @@ class Cell:
     act_bits: int = 32
     overrides: Mapping[str, Any] = field(default_factory=dict)  # QuantConfig keys, they win over the scale's
     dataset: str = "bedrooms"  # name in reproduce.datasets: the model, and how it is sampled
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # keys of its Setting: images are drawn otherwise than calibrated
     paper: Mapping[str, Number] = field(default_factory=dict)  # by metric, or one of COSTS
     independent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by source, by metric
     paper_size_mb: float | None = None
@@ -38,15 +41,20 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper and the notebook that tells its story; without one its cells run just so."""
+    """A table, or figure, of the paper and the notebook that tells its story."""
 
     name: str
     title: str
-    notebook: str | None  # file name in notebooks/
+    notebook: str  # file name in notebooks/
     cells: tuple[Cell, ...]
     picture: tuple[str, ...]  # cells whose samples, from the same noise, are shown one above the other
     note: str
     claim: str = "fid"  # the metric whose order in the paper the distance to full precision is compared with
+
+    @property
+    def target(self) -> str:
+        """What `make` calls it."""
+        return f"reproduce-{TARGETS.get(self.name, self.name)}"
 
     def cell(self, cell_id: str) -> Cell:
         for cell in self.cells:
@@ -64,6 +72,7 @@ def get_table(name: str) -> Table:
 
 def all_tables() -> dict[str, Table]:
     from reproduce.tables.ablation import ABLATION  # here: the table files import Cell and Table from this one
+    from reproduce.tables.figures import FIGURE2, FIGURE3
     from reproduce.tables.table2 import TABLE2
     from reproduce.tables.table3 import TABLE3, TABLE3_CHURCHES
     from reproduce.tables.table4 import TABLE4
@@ -75,5 +84,5 @@ def all_tables() -> dict[str, Table]:
     from reproduce.tables.table10 import TABLE10
     from reproduce.tables.table11 import TABLE11
 
-    tables = (TABLE2, TABLE3, TABLE3_CHURCHES, TABLE4, TABLE5, TABLE6, TABLE7, TABLE8, TABLE9, TABLE10, TABLE11, ABLATION)
-    return {table.name: table for table in tables}
+    tables = (TABLE2, TABLE3, TABLE3_CHURCHES, TABLE4, TABLE5, TABLE6, TABLE7, TABLE8, TABLE9, TABLE10, TABLE11)
+    return {table.name: table for table in (*tables, FIGURE2, FIGURE3, ABLATION)}

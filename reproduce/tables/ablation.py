@@ -7,12 +7,16 @@ from typing import Any
 from reproduce.tables import Cell, Table
 
 GROUPS = 4  # step groups of the `quest` preset
+EVERY_STEP = 1000  # step groups: as many as the sampler has steps
 ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("one-group", "quest, one step group", "quest", dict(step_groups=1)),
     ("tensor", "quest, scales per tensor", "quest", dict(act_granularity="tensor")),
     ("channel", "quest, free scales per channel (no integer form)", "quest", dict(act_granularity="channel")),
     ("token", "quest, a grid a token", "quest", dict(act_granularity="token")),
     ("norm2", "quest, ranges by squared error", "quest", dict(range_norm=2.0)),
+    ("norm2-steps", "quest, squared error, scales for each step", "quest", dict(range_norm=2.0, step_groups=EVERY_STEP)),
+    ("norm2-all", "quest, squared error, all layers finetuned", "quest", dict(range_norm=2.0, cma_layers="all")),
+    ("norm2-long", "quest, squared error, 600 iterations of CMA", "quest", dict(range_norm=2.0, cma_iters=600)),
     ("token-norm2", "quest, a grid a token, ranges by squared error", "quest", dict(act_granularity="token", range_norm=2.0)),
     ("softmax-16", "quest, softmax not quantized", "quest", dict(softmax_bits=16)),
     ("softmax-4", "quest, softmax at 4 bits", "quest", dict(softmax_bits=4)),
@@ -24,6 +28,13 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("q-diffusion-groups", f"Q-Diffusion, {GROUPS} step groups", "q-diffusion", dict(step_groups=GROUPS)),
     ("minmax", "min-max PTQ", "minmax", {}),
     ("minmax-groups", f"min-max PTQ, {GROUPS} step groups", "minmax", dict(step_groups=GROUPS)),
+)
+# another sampler or number of steps than calibrated: quest against full precision drawn in the same way
+DRAWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("steps-10", "DDIM 10 steps", dict(num_inference_steps=10)),
+    ("steps-50", "DDIM 50 steps", dict(num_inference_steps=50)),
+    ("plms", "PLMS", dict(sampler="plms")),
+    ("dpm", "DPM-Solver++", dict(sampler="dpm-solver++")),
 )
 NOTE = "the paper has no such row"
 BASE = "w4a4-quest"
@@ -41,6 +52,17 @@ ABLATION = Table(
                 note=NOTE,
             )
             for name, label, preset, overrides in ROWS
+        ),
+        *(
+            cell
+            for name, label, how in DRAWN
+            for cell in (
+                Cell(id=f"fp-{name}", label=f"full precision, {label}", preset=None, sampling=how, note=NOTE),
+                Cell(
+                    id=f"w4a4-{name}", label=f"quest, drawn by {label}", preset="quest", weight_bits=4, act_bits=4, sampling=how,
+                    against=f"fp-{name}", note=NOTE,
+                ),
+            )
         ),
     ),
     picture=("fp", BASE, "w4a4-one-group", "w4a4-q-diffusion-groups"),

@@ -13,7 +13,7 @@ PAPER: dict[Bits, dict[str, tuple[Number, Number]]] = {
 TABLE10 = Table(
     name="table10",
     title="Table 10: more metrics on LSUN-Bedrooms",
-    notebook=None,
+    notebook="table10_more_metrics.ipynb",
     cells=all_rows("bedrooms", PAPER, ["sfid", "inception_score"], reference=False),
     picture=("bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
     note=f"N/A: generation failed. The paper's W4A4 numbers of QuEST are not available to this project. {SOURCES}",

@@ -13,7 +13,7 @@ PAPER: dict[Bits, dict[str, tuple[Number]]] = {
 TABLE11 = Table(
     name="table11",
     title="Table 11: CIFAR-10 32x32",
-    notebook=None,
+    notebook="table11_cifar10.ipynb",
     cells=(
         full_precision("cifar10", None),
         *all_rows("cifar10", PAPER, ["fid"]),

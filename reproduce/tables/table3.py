@@ -37,7 +37,7 @@ TABLE3 = Table(
 TABLE3_CHURCHES = Table(
     name="table3-churches",
     title="Table 3: LSUN-Churches 256x256, LDM-8",
-    notebook=None,
+    notebook="table03_churches.ipynb",
     cells=(
         full_precision("churches", {"fid": 4.02}, CHURCHES_MB[32]),
         *all_rows("churches", CHURCHES, ["fid"], sizes=CHURCHES_MB),

@@ -15,7 +15,7 @@ SIZES_MB = {8: 949.0, 4: 539.1}
 TABLE5 = Table(
     name="table5",
     title="Table 5: Stable Diffusion v1.4, 512x512",
-    notebook=None,
+    notebook="table05_stable_diffusion.ipynb",
     cells=(
         full_precision("sd", {"clip_score": 31.50}, 3279.1),
         *all_rows("sd", PAPER, ["clip_score"], sizes=SIZES_MB),

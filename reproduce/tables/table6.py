@@ -19,7 +19,7 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any], tuple[float, float, float], str
 TABLE6 = Table(
     name="table6",
     title="Table 6: components of QuEST and their cost, LSUN-Bedrooms W4A8",
-    notebook=None,
+    notebook="table06_components.ipynb",
     cells=(
         full_precision("bedrooms", {"fid": 2.95}, 1045.6),
         *(

@@ -24,7 +24,7 @@ ROWS: tuple[tuple[str, str, dict[str, Any], tuple[Number, Number], str | None, s
 TABLE7 = Table(
     name="table7",
     title="Table 7: finetuning with and without the global loss",
-    notebook=None,
+    notebook="table07_global_loss.ipynb",
     cells=(
         full_precision("bedrooms", None),
         *(

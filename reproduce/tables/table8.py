@@ -15,7 +15,7 @@ ROWS = {
 TABLE8 = Table(
     name="table8",
     title="Table 8: cost of finetuning, LDM-4",
-    notebook=None,
+    notebook="table08_finetuning_cost.ipynb",
     cells=(
         full_precision("bedrooms", None),
         *(

@@ -56,7 +56,7 @@ def test_time_of_a_fresh_run_is_kept_and_others_are_summed_by_stage(tiny_plan):
     stages = json.loads(path.read_text())
     at_least = sum(r["seconds"]["sample"] + r["seconds"]["evaluate"] for r in results)
     assert stages["seconds"] >= round(at_least, 1) > 0 and not stages["fresh"]
-    assert stages["command"] == "make reproduce-table3 SCALE=smoke"
+    assert stages["command"] == "make reproduce-bedrooms SCALE=smoke"
     run.record_time(plan, 100.0, fresh=True)
     run.record_time(plan, 3.0, fresh=False)
     stored = json.loads(path.read_text())

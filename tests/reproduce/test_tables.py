@@ -26,7 +26,8 @@ def test_every_row_is_a_valid_configuration(table, scale):
         assert config.step_groups <= setting.num_inference_steps
         assert config.save_memory == (scale == "paper")
         for key, value in cell.overrides.items():
-            assert getattr(config, key) == value
+            one_a_step = key == "step_groups" and value > setting.num_inference_steps
+            assert getattr(config, key) == (setting.num_inference_steps if one_a_step else value)
         if cell.preset in ("minmax", "q-diffusion", "ptq4dm", "ptq-d", "tfmq-dm"):
             assert not config.finetunes
     assert set(plan.table.picture) <= {c.id for c in plan.cells}

@@ -126,3 +126,20 @@ def test_a_copy_looks_up_its_own_steps(pipe, calib, fast):
     q(x, 1)
     assert (q.quest_steps.current, other.quest_steps.current) == (4, 0)
     assert next(act_quantizers(other)).steps is other.quest_steps
+
+
+def test_inputs_of_one_kind_of_layer(pipe):
+    """Fig. 3: the others, and the attention products, stay in full precision; the kinds together are all layers."""
+    seen = {}
+    for kind in ("feed_forward", "linear", "conv", "all"):
+        q = insert(pipe.unet, QuantConfig.preset("quest-paper", 16, 6, act_layers=kind), T)
+        seen[kind] = {n for n, layer in quant_layers(q).items() if layer.act.enabled}
+        inputs = {id(layer.act) for layer in quant_layers(q).values()}
+        products = [a for a in act_quantizers(q) if a.enabled and id(a) not in inputs]
+        assert bool(products) == (kind == "all")
+        assert all(layer.wq is None for layer in quant_layers(q).values())
+    modules = dict(pipe.unet.named_modules())
+    assert seen["conv"] == {n for n in seen["all"] if isinstance(modules[n], nn.Conv2d)}
+    assert seen["linear"] == seen["all"] - seen["conv"] and not seen["feed_forward"]  # this UNet has no feed-forward layers
+    with pytest.raises(ConfigError, match="act_layers: expected one of all, feed_forward, linear, conv"):
+        QuantConfig(act_layers="attention")
