@@ -11,13 +11,12 @@ from typing import Any
 import pandas as pd
 
 from questlib.errors import QuestError
-from reproduce import engine, plots, report
+from reproduce import claims, engine, plots, report
 from reproduce.datasets import DATASETS
 from reproduce.store import write_atomically
 from reproduce.tables import all_tables
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
-TABLES = ("table2", "table3", "ablation")
 PICTURE = "picture.png"
 
 
@@ -28,19 +27,16 @@ def _machine(about: dict[str, Any]) -> str:
 def commands(results: Path) -> str:
     """The commands with the time they took, install apart."""
     lines = ["| command | what it does | measured | on |", "| --- | --- | --- | --- |"]
-    files = {"make test": results / "mini" / "test.json"} | {
-        f"make reproduce-{t}": results / "mini" / t / "run.json" for t in TABLES
+    what = {"make test": ("lint, tests, all notebooks at smoke scale", results / "mini" / "test.json")}
+    what |= {
+        f"make {t.target}": (f"{t.title}, mini scale", results / "mini" / name / "run.json") for name, t in all_tables().items()
     }
-    what = {"make test": "lint, tests, all notebooks at smoke scale"}
-    for command, path in files.items():
+    for command, (text, path) in what.items():
         measured = machine = "not measured yet"
         if path.is_file():
             run = json.loads(path.read_text())
             remark = "" if run.get("fresh", True) else " (sum of its stages, run in several goes)"
             measured, machine = f"{run['seconds'] / 60:.1f} min{remark}", _machine(run["machine"])
-        text = what.get(
-            command, f"{command.removeprefix('make reproduce-').replace('table', 'table ')} at mini scale, from a fresh start"
-        )
         lines.append(f"| `{command}` | {text} | {measured} | {machine} |")
     return "\n".join(lines)
 
@@ -56,8 +52,27 @@ def picture(results: Path) -> str:
     return f"![{names}](results/mini/table3/{PICTURE})\n\nTop to bottom, from the same noise: {names}."
 
 
-def table(name: str) -> Callable[[Path], str]:
-    return lambda results: report.markdown(*report.committed(name, results)).rstrip()
+def tables(results: Path) -> str:
+    """Every table, folded up: how much of it is there, and paper and ours side by side."""
+    parts = []
+    for name in all_tables():
+        plan, found = report.committed(name, results)
+        done = sum(r["status"] == "done" for r in found)
+        verdicts = [r["metrics"][m]["verdict"] or "" for r in found for m in report.reported(found)]
+        counts = [f"{sum(w in v for v in verdicts)} {w}" for w in ("as in the paper", "differs from the paper")]
+        summary = f"<b>{plan.table.title}</b>: {done} of {len(found)} rows done" + (f"; {', '.join(counts)}" if done else "")
+        text = report.markdown(plan, found) if done else "\n".join(f"- {line}" for line in report.reasons(found))
+        parts.append(f"<details><summary>{summary}</summary>\n\n{text.rstrip()}\n\n</details>")
+    return "\n\n".join(parts)
+
+
+def claims_block(results: Path) -> str:
+    found = {name: report.committed(name, results)[1] for name in all_tables()}
+    rows = []
+    for claim in claims.CLAIMS:
+        word, words = claims.judge(claim, found)
+        rows.append({"the paper's claim": claim.text, "where": claim.where, "here": f"**{word}**", "measured": words})
+    return report.as_markdown(pd.DataFrame(rows))
 
 
 def equality(found: dict[str, Any]) -> list[str]:
@@ -134,7 +149,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "engines": engines,
     "full-size": full_size,
     "paper": paper,
-    **{t: table(t) for t in TABLES},
+    "claims": claims_block,
+    "tables": tables,
 }
 
 

@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -76,7 +77,15 @@ def export(
     for stage in preset.stages:
         _copy_log(work_dir / f"{stage}.jsonl", model_dir / "logs" / f"{stage}.jsonl")
     (model_dir / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    if preset.condition == "text":
+        (model_dir / "captions.json").write_text(_as_coco(data.captions) + "\n")
     finish(name, data, out_dir, num_samples)
+
+
+def _as_coco(captions: Sequence[str]) -> str:
+    """The captions in the layout of COCO's annotations, which questlib.clip_score reads, one a line."""
+    lines = (json.dumps({"id": i, "image_id": i, "caption": caption}) for i, caption in enumerate(captions))
+    return '{"annotations": [\n' + ",\n".join(lines) + "\n]}"
 
 
 def check(name: str, out_dir: Path) -> None:

@@ -40,5 +40,5 @@ def test_blocks_are_replaced_and_the_rest_stays(tmp_path):
 
 
 def test_wrong_blocks(tmp_path):
-    with pytest.raises(QuestError, match="table2"):
+    with pytest.raises(QuestError, match="tables"):
         render("<!-- generated: commands -->\n<!-- end: commands -->\n", tmp_path)

@@ -1,0 +1,57 @@
+"""Claims refer to rows that exist, and are judged by the results alone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from reproduce.claims import CLAIMS, judge
+from reproduce.plan import make_plan
+from reproduce.report import PAIRED, load_results
+from reproduce.tables import all_tables, get_table
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: f"{c.table}: {c.text}")
+def test_rows_exist(claim):
+    table = get_table(claim.table)
+    for pair in claim.pairs:
+        for cell in pair:
+            assert table.cell(cell)
+    assert claim.where.startswith(("Table", "Fig."))
+
+
+def results_of(claim, tmp_path, values):
+    """Results of the claim's table where its rows have values[cell] = {metric: [by seed]}."""
+    results = load_results(make_plan(claim.table, scale="mini", results=tmp_path, work=tmp_path))
+    for r in results:
+        for seed, _ in enumerate(next(iter(values.get(r["cell"], {"": []}).values()))):
+            r["per_seed"].append({"seed": seed, "metrics": {m: v[seed] for m, v in values[r["cell"]].items()}})
+        for metric, v in values.get(r["cell"], {}).items():
+            r["status"] = "done"
+            r["metrics"][metric]["value"] = sum(v) / len(v)
+    return {claim.table: results}
+
+
+@pytest.mark.parametrize(
+    ("fid", "distance", "word"),
+    [([1.0, 1.1], [1.0, 1.1], "holds"), ([1.0, 1.1], [3.0, 3.1], "holds in part"), ([3.0, 1.0], [3.0, 3.1], "does not hold")],
+)
+def test_verdicts(tmp_path, fid, distance, word):
+    claim = CLAIMS[0]
+    ((mine, base),) = claim.pairs
+    values = {mine: {"fid": fid, PAIRED: distance}, base: {"fid": [2.0, 2.1], PAIRED: [2.0, 2.1]}}
+    results = results_of(claim, tmp_path, values)
+    before = copy.deepcopy(results)
+    found, words = judge(claim, results)
+    assert found == word and results == before
+    assert f"FID {sum(fid) / 2:.2f} against 2.05" in words
+
+
+def test_without_results_nothing_is_said(tmp_path):
+    results = {t: load_results(make_plan(t, scale="mini", results=tmp_path, work=tmp_path)) for t in all_tables()}
+    assert {judge(claim, results)[0] for claim in CLAIMS} == {"not run"}
+    claim = CLAIMS[0]
+    ((mine, base),) = claim.pairs
+    half = results_of(claim, tmp_path, {mine: {"fid": [1.0]}, base: {"fid": [2.0]}})  # a metric is missing
+    assert judge(claim, half) == ("not run", "distance to FP not measured")
