@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from questlib import metrics
-from questlib.clip_score import clip_score, load_clip
+from questlib.clip_score import clip_score, coco_prompts, load_clip
 from questlib.errors import QuestError
 from questlib.models import card, data, export, text, train
 from questlib.models.loading import MINI, load_pipeline, model_digest
@@ -129,6 +129,12 @@ def test_autoencoder_of_another_model(trained, emoji):
     assert all(torch.equal(v, ldm8.vae.state_dict()[k]) for k, v in sd.vae.state_dict().items())
     assert json.loads((out / "mini-sd" / "training.json").read_text())["stages"].keys() == {"clip", "unet"}
     assert not (work / "mini-sd" / "autoencoder.pt").exists()
+
+
+def test_captions_are_read_as_prompts(trained):
+    """mini-sd's captions stand in for COCO's: one a training image."""
+    prompts = coco_prompts(trained[1] / "mini-sd" / "captions.json", count=40)
+    assert sorted(prompts) == sorted(toy_data().captions)
 
 
 def test_clip_is_read_by_open_clip(trained):
