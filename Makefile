@@ -89,5 +89,6 @@ reproduce-table11:  ## table 11: CIFAR-10
 reproduce-figure2:  ## figure 2: activations before and after finetuning
 reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
-reproduce-all: $(addprefix reproduce-,$(REPRODUCE))  ## all of them, one after the other; go on with the same command
+reproduce-all: $(STAMP)  ## all of them, $(JOBS) at a time with one share of the cores each; go on with the same command
+	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(REPRODUCE)) SCALE=$(SCALE)
 

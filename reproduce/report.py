@@ -216,7 +216,8 @@ def markdown(plan: Plan, results: list[dict[str, Any]]) -> str:
 def html(plan: Plan, results: list[dict[str, Any]]) -> str:
     style = "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto}td,th{padding:.3em .7em;text-align:left}</style>"
     notes = "".join(f"<li>{line}</li>" for line in reasons(results))
-    tables = [data.to_html(index=False, border=0) for data in (frame(results), side_by_side(results))]
+    with pd.option_context("display.max_colwidth", None):  # verdicts are whole sentences
+        tables = [data.to_html(index=False, border=0) for data in (frame(results), side_by_side(results))]
     return (
         f"<!doctype html><meta charset='utf-8'><title>{plan.table.title}</title>{style}<h1>{plan.table.title}</h1>"
         f"<p>{conditions(plan, results)}</p>{tables[0]}<ul>{notes}</ul><h2>Paper and ours</h2>{tables[1]}\n"

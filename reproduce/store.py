@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 BY_VALUE = {"questlib", "questlib.config", "questlib.errors"}  # see code_hash
 
 
@@ -49,9 +51,16 @@ class Product:
         return json.loads((self.folder / "done.json").read_text())
 
     def make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Run `build(folder)` unless done; its dict is kept with the seconds it took, those of interrupted tries included."""
+        """Run `build(folder)` unless done; its dict is kept with the seconds it took, those of interrupted tries included.
+
+        Where another process makes the same product, this one waits for it.
+        """
         if self.done:
             return self.info
+        with FileLock(self.folder / "lock"):
+            return self.info if self.done else self._make(build)
+
+    def _make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         tries = self.folder / "tries.json"
         before = json.loads(tries.read_text()) if tries.is_file() else {"seconds": 0.0, "interrupted": 0}
         # Written first, so that a try that is killed leaves a mark even though its seconds are lost.

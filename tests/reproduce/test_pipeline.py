@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -210,3 +212,20 @@ def test_samples_do_not_depend_on_global_random_state(tiny_plan):
     torch.manual_seed(123)
     again = run_cell(plan.cells[0], plan.__class__(**{**vars(plan), "work": plan.work / "again"}))
     assert first["metrics"] == again["metrics"]
+
+
+def test_two_processes_make_a_product_once(tmp_path):
+    """The second waits for the first and reads what it made."""
+    code = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from reproduce.store import Store\n"
+        "def build(folder):\n"
+        "    with (folder / 'builds').open('a') as f: f.write('x')\n"
+        "    time.sleep(0.5)\n"
+        "    return {'value': 7}\n"
+        "print(Store(Path(sys.argv[1])).product('stage', {'a': 1}).make(build)['value'])\n"
+    )
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [run.communicate()[0].strip() for run in runs] == ["7"] * 3
+    assert next(tmp_path.glob("stage/*/builds")).read_text() == "x"
