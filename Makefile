@@ -65,6 +65,10 @@ test-slow: $(STAMP)  ## what takes long: full-size models (20 GB of memory), lau
 notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
 	"$(PY)" -m reproduce notebooks
 
+.PHONY: site
+site: $(STAMP)  ## notebooks and tables as a static HTML site in site/
+	"$(PY)" -m reproduce site
+
 readme: $(STAMP)  ## write the README's generated blocks again from results/mini
 	"$(PY)" -m reproduce readme
 

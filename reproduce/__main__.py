@@ -1,4 +1,4 @@
-"""python -m reproduce TABLE --scale smoke|mini|paper [--dry-run]; python -m reproduce sample | readme | notebooks."""
+"""python -m reproduce TABLE --scale smoke|mini|paper [--dry-run]; python -m reproduce sample | readme | notebooks | site."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def parser() -> Parser:
     p.add_argument(
         "what",
         help=f"{', '.join(all_tables())}; sample: see sample --help; readme: write its generated blocks; "
-        "notebooks: execute them in place",
+        "notebooks: execute them in place; site: all of it as HTML",
     )
     p.add_argument("--scale", default="mini", help=f"{', '.join(SCALES)} (default: mini)")
     p.add_argument("--cells", help="some of the table's cells, separated by commas (default: all)")
@@ -40,6 +40,7 @@ def parser() -> Parser:
     p.add_argument("--dry-run", action="store_true", help="what each cell is, would take and would lack; nothing is run")
     p.add_argument("--results", type=Path, default=Path("results"), help="result JSON, tables, notebooks (default: results)")
     p.add_argument("--work", type=Path, default=Path("runs"), help="products of the stages, to go on from (default: runs)")
+    p.add_argument("--out", type=Path, default=Path("site"), help="folder of the HTML site (default: site)")
     p.add_argument("--json", action="store_true", help="print the results as JSON to stdout, and nothing else there")
     return p
 
@@ -94,6 +95,11 @@ def main(argv: list[str] | None = None) -> int:
             from reproduce import run
 
             run.execute_in_place(sorted(run.NOTEBOOKS.glob("*.ipynb")))
+            return 0
+        if args.what == "site":
+            from reproduce import site
+
+            print(f"{site.build(args.out, args.results)} pages: {args.out / 'index.html'}")
             return 0
         return reproduce_table(args)
     except QuestError as error:

@@ -236,6 +236,6 @@ def as_json(plan: Plan, results: list[dict[str, Any]]) -> str:
 
 
 def committed(table: str, results: Path) -> tuple[Plan, list[dict[str, Any]]]:
-    """Plan and results of a full mini run under `results`; for the README."""
-    plan = make_plan(table, scale="mini", results=results, work=results)
+    """Plan and results of a full mini run under `results`, where nothing is written; for the README and the site."""
+    plan = make_plan(table, scale="mini", results=results, work=results, dry=True)
     return plan, load_results(plan)

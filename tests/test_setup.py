@@ -67,7 +67,7 @@ def test_ci_runs_make_test():
 
 @pytest.mark.parametrize(
     "target",
-    ["help", "install", "lint", "test", "notebooks", "readme", "reproduce-all", "reproduce-table3"]
+    ["help", "install", "lint", "test", "notebooks", "readme", "site", "reproduce-all", "reproduce-table3"]
     + [t.target for t in all_tables().values()],
 )
 def test_make_help_lists_the_target(target):
