@@ -197,7 +197,7 @@ PRESETS: dict[str, dict] = {
     ),
     # ours: integer-executable granularity, TE layers and all attention layers, both losses, step groups
     "quest": dict(
-        act_range="mse", range_norm=4.0, adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8,
+        act_range="mse", adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8,
         first_last_weight_bits=8, normalize_local=True,
         tla_iters=1100, cma_iters=1100, lr_relative=True, lr_decay=True, lr_weight=2e-2, lr_scale=2e-3,
     ),

@@ -124,7 +124,7 @@ PRESETS = {
         scheduler=partial(DDIMScheduler, beta_end=0.0155, **LDM_BETAS),
         stages={
             "autoencoder": Stage("KL autoencoder, f=8", steps=6000, batch=16, lr=2e-3),
-            "unet": Stage("UNet (eps-prediction)", steps=12000, batch=64, lr=1e-3, ema=0.9995, bf16=False),
+            "unet": Stage("UNet (eps-prediction)", steps=8000, batch=64, lr=1e-3, ema=0.9995, bf16=False),
         },
     ),
     "mini-cin": Preset(
@@ -169,7 +169,7 @@ PRESETS = {
         scheduler=partial(PNDMScheduler, beta_start=0.00085, beta_end=0.012, skip_prk_steps=True, **BETAS),
         stages={
             "clip": Stage("mini-clip (CLIP score)", steps=2000, batch=128, lr=1e-3, bf16=False),
-            "unet": Stage("UNet and text encoder (eps-prediction)", steps=10000, batch=64, lr=1e-3, ema=0.9995, bf16=False),
+            "unet": Stage("UNet and text encoder (eps-prediction)", steps=8000, batch=64, lr=1e-3, ema=0.9995, bf16=False),
         },
         condition="text",
         sampling={"num_inference_steps": 50, "guidance_scale": 3.0},
