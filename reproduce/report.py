@@ -189,6 +189,8 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
         words += "The paper's numbers are of its own model and data: compare orders, not values. "
         words += "Few samples bias FID upwards, for all rows alike, and a row may come out below full precision by chance: "
         words += "the distance to the full-precision images from the same noise tells rows apart that FID cannot. "
+    if shared := [f"{r['cell']} ({r['same_as']})" for r in done if r.get("same_as")]:
+        words += f"The same row as another table's, made there: {', '.join(shared)}. "
     return words + plan.table.note
 
 
