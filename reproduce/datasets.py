@@ -96,16 +96,17 @@ class Dataset:
         return f"needs {' and '.join(needs)}" if needs else None
 
 
+GUIDED = 500  # samples a seed at mini scale where each takes two calls a step
 SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 
 
-def _mini(model: str, *, smoke_steps: int = 4, **common: Any) -> dict[str, Setting]:
+def _mini(model: str, *, smoke_steps: int = 4, samples_per_seed: int = 1000, **common: Any) -> dict[str, Setting]:
     """The embedded stand-in at `smoke` and `mini` scale."""
     common = dict(model=model, reference=EMOJI, num_inference_steps=20) | common
     smoke = common | dict(num_inference_steps=smoke_steps)
     return {
         "smoke": Setting(samples_per_seed=32, calib_samples=8, sample_batch=32, **smoke),
-        "mini": Setting(samples_per_seed=1000, calib_samples=64, sample_batch=100, **common),
+        "mini": Setting(samples_per_seed=samples_per_seed, calib_samples=64, sample_batch=100, **common),
     }
 
 
@@ -136,7 +137,7 @@ DATASETS: dict[str, Dataset] = {
             title="ImageNet 256x256, class-conditional LDM-4",
             weights="the ImageNet LDM-4 weights",
             config="cin256-v2",
-            settings=_mini("mini-cin", guidance_scale=3.0) | _paper(20, guidance_scale=3.0),
+            settings=_mini("mini-cin", guidance_scale=3.0, samples_per_seed=GUIDED) | _paper(20, guidance_scale=3.0),
         ),
         Dataset(
             name="sd",
@@ -146,7 +147,7 @@ DATASETS: dict[str, Dataset] = {
             has_reference=False,
             has_captions=True,
             settings=_mini(
-                "mini-sd", sampler="plms", num_inference_steps=50, guidance_scale=3.0, captions=SD_CAPTIONS, clip=MINI_CLIP
+                "mini-sd", samples_per_seed=GUIDED, sampler="plms", num_inference_steps=50, guidance_scale=3.0, captions=SD_CAPTIONS, clip=MINI_CLIP
             )
             | _paper(
                 50, sampler="plms", guidance_scale=7.5, samples_per_seed=COCO_PROMPTS, calib_samples=128, sample_batch=8,
