@@ -147,7 +147,8 @@ DATASETS: dict[str, Dataset] = {
             has_reference=False,
             has_captions=True,
             settings=_mini(
-                "mini-sd", samples_per_seed=GUIDED, sampler="plms", num_inference_steps=50, guidance_scale=3.0, captions=SD_CAPTIONS, clip=MINI_CLIP
+                "mini-sd", samples_per_seed=GUIDED, sampler="plms", num_inference_steps=50, guidance_scale=3.0,
+                captions=SD_CAPTIONS, clip=MINI_CLIP,
             )
             | _paper(
                 50, sampler="plms", guidance_scale=7.5, samples_per_seed=COCO_PROMPTS, calib_samples=128, sample_batch=8,
