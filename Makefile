@@ -23,7 +23,7 @@ churches = table3-churches
 imagenet = table4
 sd = table5
 
-.PHONY: help install test test-slow lint format notebooks readme reproduce-all reproduce-table3 reproduce-table4 reproduce-table5
+.PHONY: help install test test-slow lint format notebooks readme site reproduce-all reproduce-table3 reproduce-table4 reproduce-table5
 .PHONY: $(addprefix reproduce-,$(REPRODUCE))
 
 help:  ## list the targets
@@ -65,7 +65,6 @@ test-slow: $(STAMP)  ## what takes long: full-size models (20 GB of memory), lau
 notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
 	"$(PY)" -m reproduce notebooks
 
-.PHONY: site
 site: $(STAMP)  ## notebooks and tables as a static HTML site in site/
 	"$(PY)" -m reproduce site
 
@@ -95,4 +94,3 @@ reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
 reproduce-all: $(STAMP)  ## all of them, $(JOBS) at a time with one share of the cores each; go on with the same command
 	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(REPRODUCE)) SCALE=$(SCALE)
-

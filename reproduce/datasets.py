@@ -100,13 +100,13 @@ GUIDED = 500  # samples a seed at mini scale where each takes two calls a step
 SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 
 
-def _mini(model: str, *, smoke_steps: int = 4, samples_per_seed: int = 1000, **common: Any) -> dict[str, Setting]:
+def _mini(model: str, *, smoke_steps: int = 4, **common: Any) -> dict[str, Setting]:
     """The embedded stand-in at `smoke` and `mini` scale."""
-    common = dict(model=model, reference=EMOJI, num_inference_steps=20) | common
-    smoke = common | dict(num_inference_steps=smoke_steps)
+    common = dict(model=model, reference=EMOJI, num_inference_steps=20, samples_per_seed=1000) | common
+    smoke = common | dict(num_inference_steps=smoke_steps, samples_per_seed=32)
     return {
-        "smoke": Setting(samples_per_seed=32, calib_samples=8, sample_batch=32, **smoke),
-        "mini": Setting(samples_per_seed=samples_per_seed, calib_samples=64, sample_batch=100, **common),
+        "smoke": Setting(calib_samples=8, sample_batch=32, **smoke),
+        "mini": Setting(calib_samples=64, sample_batch=100, **common),
     }
 
 

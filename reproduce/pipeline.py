@@ -47,24 +47,17 @@ class SeedRun:
         self.pipe, self.model_sha256 = load(setting.model)
         self.store = Store(plan.work)
         self.config = None if cell.preset is None else plan.config(cell, seed)
+        prompts = {}
+        if setting.captions is not None:  # the i-th sample is drawn, and scored, with the i-th prompt
+            prompts["prompts"] = clip_score.coco_prompts(setting.captions, setting.samples_per_seed, seed)
         self.how, self.drawn = (
-            {name: getattr(s, name) for name in ("num_inference_steps", "eta", "sampler", "guidance_scale")}
+            {name: getattr(s, name) for name in ("num_inference_steps", "eta", "sampler", "guidance_scale")} | prompts
             for s in (setting, plan.drawing(cell))
         )  # while calibrating; for the images
-        if setting.captions is not None:  # the i-th sample is drawn, and scored, with the i-th prompt
-            prompts = clip_score.coco_prompts(setting.captions, setting.samples_per_seed, seed)
-            self.how, self.drawn = ({**how, "prompts": prompts} for how in (self.how, self.drawn))
         # a CPU's and a GPU's products differ in the last bits and in their seconds
         schedule = self.how | {"model": self.model_sha256, "device": self.pipe.device.type}
-        drawing = (
-            schedule
-            | self.drawn
-            | {
-                "seed": SAMPLING_SEED + seed,
-                "num_samples": setting.samples_per_seed,
-                "batch": setting.sample_batch,
-            }
-        )
+        drawing = schedule | self.drawn | {"seed": SAMPLING_SEED + seed, "num_samples": setting.samples_per_seed}
+        drawing |= {"batch": setting.sample_batch}
         drawing |= {"code": code_hash(sampling.sample)}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
         if self.config is None:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
+from reproduce import report
 from reproduce.plan import Plan
 from reproduce.tables import FAILED
 from reproduce.verdict import HIGHER_IS_BETTER
@@ -29,10 +30,12 @@ COLORS = [
     "#a3b18a",
 ]  # by method, in the table's order
 
+PANELS = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))  # metrics side by side, and their names
+
 
 def _quantized(results: list[dict[str, Any]]) -> tuple[list[str], list[str], dict[tuple[str, str], dict[str, Any]]]:
     """(bit-widths, methods, results by both), full precision left out."""
-    rows = {(f"W{r['weight_bits']}A{r['act_bits']}", r["label"]): r for r in results if r["preset"] is not None}
+    rows = {(report.bits(r), r["label"]): r for r in results if r["preset"] is not None}
     return list(dict.fromkeys(b for b, _ in rows)), list(dict.fromkeys(m for _, m in rows)), rows
 
 
@@ -76,7 +79,7 @@ def cost_figure(results: list[dict[str, Any]]) -> Figure:
     done = [r for r in results if r["status"] == "done" and r["preset"] is not None]
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 0.6 + 0.26 * max(len(done), 1)))
-        names = [f"W{r['weight_bits']}A{r['act_bits']}  {r['label']}" for r in done]
+        names = [f"{report.bits(r)}  {r['label']}" for r in done]
         left = np.zeros(len(done))
         for i, stage in enumerate(("calibrate", "ranges", "reconstruct", "finetune")):
             width = np.array([r["seconds"][stage] for r in done])
@@ -94,13 +97,12 @@ def cost_figure(results: list[dict[str, Any]]) -> Figure:
 def rows_figure(results: list[dict[str, Any]], base: str) -> Figure:
     """FID and distance to full precision of every row, with the spread over seeds; the line is row `base`."""
     done = [r for r in results if r["status"] == "done" and r["preset"] is not None]
-    one_width = len({(r["weight_bits"], r["act_bits"]) for r in done}) == 1
+    one_width = len({report.bits(r) for r in done}) == 1
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(10, 0.8 + 0.26 * max(len(done), 1)), sharey=True)
-        heads = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
-        for axes, (metric, label) in zip(panels, heads, strict=True):
+        for axes, (metric, label) in zip(panels, PANELS, strict=True):
             entries = [r["metrics"][metric] for r in done]
-            names = [r["label"] if one_width else f"W{r['weight_bits']}A{r['act_bits']}  {r['label']}" for r in done]
+            names = [r["label"] if one_width else f"{report.bits(r)}  {r['label']}" for r in done]
             values = [e["value"] for e in entries]
             axes.barh(names, values, xerr=[e["std"] or 0 for e in entries], color=COLORS[3], error_kw={"lw": 0.8})
             for r, value in zip(done, values, strict=True):
@@ -118,8 +120,7 @@ def sensitivity_figure(results: list[dict[str, Any]]) -> Figure:
     done = [r for r in results if r["status"] == "done"]
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
-        heads = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
-        for axes, (metric, label) in zip(panels, heads, strict=True):
+        for axes, (metric, label) in zip(panels, PANELS, strict=True):
             for i, kind in enumerate(dict.fromkeys(r["label"] for r in done if r["preset"] is not None)):
                 rows = [r for r in done if r["label"] == kind]
                 entries = [r["metrics"][metric] for r in rows]
@@ -144,7 +145,7 @@ def picture(plan: Plan, results: list[dict[str, Any]]) -> Figure:
     with plt.rc_context(STYLE | {"axes.grid": False}):
         figure, rows = plt.subplots(len(strips), 1, figsize=(8, 1.25 * len(strips)))
         for axes, (result, path) in zip(rows, strips, strict=True):
-            bits = "" if result["preset"] is None else f" W{result['weight_bits']}A{result['act_bits']}"
+            bits = "" if result["preset"] is None else f" {report.bits(result)}"
             axes.set_title(f"{result['label']}{bits}", loc="left", fontsize=8)
             axes.axis("off")
             if result["status"] == "done" and path.is_file():

@@ -101,11 +101,15 @@ def reported(results: list[dict[str, Any]]) -> list[str]:
     return [m for m in HEADS if any(r["metrics"].get(m, {}).get("paper") is not None for r in results)]
 
 
+def bits(r: dict[str, Any]) -> str:
+    """Of a row's weights and activations, as `Cell.bits` has it."""
+    return "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}"
+
+
 def _name(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
     """The columns that say which row this is; the data set where the table has several."""
     several = len({x["dataset"] for x in results}) > 1
-    bits = "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}"
-    return ({"data": r["dataset"]} if several else {}) | {"bits": bits, "method": r["label"]}
+    return ({"data": r["dataset"]} if several else {}) | {"bits": bits(r), "method": r["label"]}
 
 
 def frame(results: list[dict[str, Any]]) -> pd.DataFrame:

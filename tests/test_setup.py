@@ -65,22 +65,25 @@ def test_ci_runs_make_test():
     assert "set -euo pipefail" in script.read_text() and "make test" in script.read_text()
 
 
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    """make, without the variables of a make that runs these tests."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+
+
 @pytest.mark.parametrize(
     "target",
     ["help", "install", "lint", "test", "notebooks", "readme", "site", "reproduce-all", "reproduce-table3"]
     + [t.target for t in all_tables().values()],
 )
 def test_make_help_lists_the_target(target):
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    listed = subprocess.run(["make", "help"], cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    listed = make("help").stdout
     assert re.search(rf"^  make {target} ", listed, re.M)
 
 
 def make_plan_of(target: str) -> list[str]:
     """What `make TARGET` would run of this package."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    done = subprocess.run(["make", "-n", target, "SCALE=smoke"], cwd=ROOT, env=environment, capture_output=True, text=True)
-    return re.findall(r"-m reproduce (.*)", done.stdout)
+    return re.findall(r"-m reproduce (.*)", make("-n", target, "SCALE=smoke").stdout)
 
 
 def test_every_table_has_its_target():
