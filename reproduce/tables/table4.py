@@ -42,7 +42,7 @@ TABLE4 = Table(
     picture=("imagenet-fp", "imagenet-w4a4-q-diffusion", "imagenet-w4a4-quest"),
     note="The paper says itself that FID is not valid here (it falls as bits fall): judge on sFID and IS. "
     f"N/A: generation failed. EfficientDM: run again by the paper's authors. {SOURCES} At mini scale labels are drawn evenly, "
-    "but the classes of the reference images are not equally frequent: every row's FID has that difference in it, full precision's "
-    "too (the card of mini-cin, which draws labels as often as the images have them, has the model's own FID).",
+    "but the classes of the reference images are not equally frequent: every row's FID has that in it, full precision's too "
+    "(mini-cin's card has an FID without it).",
     claim="sfid",
 )
