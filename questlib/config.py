@@ -195,10 +195,11 @@ PRESETS: dict[str, dict] = {
         te_layers="projections", cma_layers="qkv", cma_local_loss=False, global_weight=1.0, tla_order="sequential",
         tla_iters=16000, cma_iters=6400, lr_weight=1e-5, lr_scale=1e-4, lr_scale_tla=1e-5,
     ),
-    # ours: integer-executable granularity, TE layers and all attention layers, both losses, step groups
+    # ours: integer-executable granularity, TE layers and all attention layers, step groups, both losses: local errors relative to
+    # each layer's power, L_G ten times as heavy as in the paper (ablation: global-2)
     "quest": dict(
         act_range="mse", adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8,
-        first_last_weight_bits=8, normalize_local=True,
+        first_last_weight_bits=8, normalize_local=True, global_weight=20.0,
         tla_iters=1100, cma_iters=1100, lr_relative=True, lr_decay=True, lr_weight=2e-2, lr_scale=2e-3,
     ),
 }  # fmt: skip
