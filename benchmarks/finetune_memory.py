@@ -29,7 +29,7 @@ from full_size import MODELS  # noqa: E402
 
 from questlib.calibrate import Batch  # noqa: E402
 from questlib.config import QuantConfig  # noqa: E402
-from questlib.finetune import losses, stages, trainable  # noqa: E402
+from questlib.finetune import losses, settle, stages, trainable  # noqa: E402
 from questlib.model import act_quantizers, insert, quant_layers  # noqa: E402
 from reproduce.provenance import provenance  # noqa: E402
 
@@ -95,9 +95,10 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
         student.enable_gradient_checkpointing()
     with mode, living:
         selected = {id(layer) for layer in stage.layers.values()}
-        for layer in quant_layers(student).values():
-            if id(layer) not in selected:
-                layer.freeze()
+        others = [layer for layer in quant_layers(student).values() if id(layer) not in selected]
+        for layer in others:
+            layer.freeze()
+            settle([layer] if save_memory else [])
         channels, size = settings.get("in_channels", 4), settings["sample_size"]
         x, context = (torch.empty(batch_size, *s) for s in ((channels, size, size), shape))
         t = torch.zeros(batch_size, dtype=torch.int64)

@@ -82,7 +82,8 @@ class QuantConfig:
     seed: int = 0
     # memory
     forward_batch: int = 64  # at most so many inputs at once go through the UNet where activations are recorded
-    save_memory: bool = False  # finetuning: gradient checkpointing, the teacher's targets wait on the CPU; same gradients
+    # finetuning: gradient checkpointing, the teacher's targets wait on the CPU, untrained layers keep one weight; same gradients
+    save_memory: bool = False
 
     def __post_init__(self) -> None:
         for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "first_last_weight_bits", "te_act_bits"):

@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +154,13 @@ def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
     return groups
 
 
+def settle(layers: Iterable[QuantLayer]) -> None:
+    """Frozen layers that stay as they are keep one tensor in place of two: their quantized weight, whose codes are the same."""
+    for layer in layers:
+        if layer.w_hat is not None:
+            layer.weight.data = layer.w_hat
+
+
 def finetune(
     unet: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, state_path: str | Path | None = None,
     progress: bool = False,
@@ -178,7 +185,13 @@ def finetune(
     log["trained_fraction"] = log["trained_weights"] / sum(m.weight.numel() for m in quant_layers(unet).values())
     key = hashlib.sha256(f"{config.hash()}-{calib.hash()}".encode()).hexdigest()
     state = _load_state(state_path, key)
-    freeze(unet)
+    untrained = [m for m in quant_layers(unet).values() if id(m) not in trained] if config.save_memory else []
+
+    def rest() -> None:
+        freeze(unet)
+        settle(untrained)
+
+    rest()
     synchronize(unet)
     if config.save_memory:
         unet.enable_gradient_checkpointing()
@@ -193,7 +206,7 @@ def finetune(
         if state is not None:  # before `trainable`, which takes relative learning rates from the stage's starting point
             unet.load_state_dict(state["model"], strict=False)
             log, start = state["log"], state["iteration"]
-            freeze(unet)
+            rest()
         groups = trainable(unet, stage, config)
         params = [p for g in groups for p in g["params"]]
         opt = torch.optim.Adam(groups)
@@ -230,14 +243,14 @@ def finetune(
                 _save_state(state_path, key, unet, number, i + 1, log, opt, schedule, generator)
         log["seconds"] = time.perf_counter() - clock
         merge(stage.layers.values())
-        freeze(unet)
+        rest()
         if state_path is not None:
             _save_state(state_path, key, unet, number + 1, 0, log, opt, schedule, generator)
     if state is not None:  # every stage was done when it was saved
         log = state["log"]
         unet.load_state_dict(state["model"], strict=False)
     unet.disable_gradient_checkpointing()
-    freeze(unet)
+    rest()
     return log
 
 
