@@ -38,6 +38,6 @@ TABLE7 = Table(
     picture=("bedrooms-fp", "w4a4-tla-local", "w4a4-tla", "w4a4-cma"),
     note="The paper states neither the data set nor the bits of its Table 7. This reproduction declares its own: Bedrooms at "
     "W4A4 (with TLA and L_G the paper has 6.41 here, but 4.41 in Table 6 for Bedrooms at W4A8). The paper's text: L_G gains CMA "
-    "5.21 FID; without the local loss TLA is worse by 7.13 FID and 9.39 sFID. The paper weighs L_G by 2; `quest`, whose local loss is "
-    "relative, by 20 (both weights stand in the ablation).",
+    "5.21 FID; without the local loss TLA is worse by 7.13 FID and 9.39 sFID. The paper weighs L_G by 2, "
+    "`quest`, whose local loss is relative, by 20 (both weights stand in the ablation).",
 )  # fmt: skip
