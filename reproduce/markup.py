@@ -96,6 +96,7 @@ def read_notebook(path: Path) -> NotebookNode:
 def notebook_html(notebook: NotebookNode, name: str) -> tuple[str, str, dict[str, bytes]]:
     """(the first heading, or `name`; the HTML fragment; its images by file name, which starts with `name`)."""
     headings = []
+    notebook.metadata.pop("widgets", None)  # their state would come as a script; their text is shown
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             headings += map(plain, re.findall(r"^#+ +(.+)$", cell.source, re.M))

@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from questlib.errors import CheckpointError, ConfigError
 from questlib.models.pipelines import PIPELINES
@@ -68,8 +69,9 @@ def model_digest(pipe_or_path: DiffusionPipeline | nn.Module | str | Path) -> st
 def _from_folder(folder: Path) -> DiffusionPipeline:
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
-    bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    bars = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for module in bars:
+        module.disable_progress_bar()
     try:
         index = json.loads((folder / "model_index.json").read_text())
         pipeline = PIPELINES.get(index["_class_name"], DiffusionPipeline)  # diffusers finds its own classes only
@@ -78,8 +80,8 @@ def _from_folder(folder: Path) -> DiffusionPipeline:
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})") from error
     finally:
-        if bar:
-            logging.enable_progress_bar()
+        for module in bars:
+            module.enable_progress_bar()
     return _prepare(pipe)
 
 
