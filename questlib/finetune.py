@@ -249,8 +249,8 @@ def finetune(
     if state is not None:  # every stage was done when it was saved
         log = state["log"]
         unet.load_state_dict(state["model"], strict=False)
+        rest()
     unet.disable_gradient_checkpointing()
-    rest()
     return log
 
 

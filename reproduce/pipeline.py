@@ -57,8 +57,7 @@ class SeedRun:
         # a CPU's and a GPU's products differ in the last bits and in their seconds
         schedule = self.how | {"model": self.model_sha256, "device": self.pipe.device.type}
         drawing = schedule | self.drawn | {"seed": SAMPLING_SEED + seed, "num_samples": setting.samples_per_seed}
-        drawing |= {"batch": setting.sample_batch}
-        drawing |= {"code": code_hash(sampling.sample)}
+        drawing |= {"batch": setting.sample_batch, "code": code_hash(sampling.sample)}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
         if self.config is None:
             self.calibration = self.checkpoint = None

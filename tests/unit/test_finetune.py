@@ -81,7 +81,7 @@ def test_release_never_trains_the_time_embedding_scales(pipe, calib, fast):
 
 
 def test_finetuning_brings_the_model_closer(pipe, calib, fast):
-    config = fast("quest", 4, 4, range_norm=4.0, tla_iters=30, cma_iters=60, batch_size=8)
+    config = fast("quest", 4, 4, tla_iters=30, cma_iters=60, batch_size=8)
     q = quantize(pipe.unet, config, calib)
 
     def error():
