@@ -98,7 +98,7 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
         others = [layer for layer in quant_layers(student).values() if id(layer) not in selected]
         for layer in others:
             layer.freeze()
-        settle(others if save_memory else ())
+            settle([layer] if save_memory else [])  # at once: the peak to be counted is the step's
         channels, size = settings.get("in_channels", 4), settings["sample_size"]
         x, context = (torch.empty(batch_size, *s) for s in ((channels, size, size), shape))
         t = torch.zeros(batch_size, dtype=torch.int64)
