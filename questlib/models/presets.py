@@ -194,7 +194,7 @@ PRESETS = {
         scheduler=partial(
             DDIMScheduler, num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=True
         ),
-        stages={"unet": Stage("UNet (eps-prediction)", steps=10000, batch=64, lr=1e-3, ema=0.9995)},
+        stages={"unet": Stage("UNet (eps-prediction)", steps=5000, batch=64, lr=1e-3, ema=0.9995)},
         data="cifar10",
         sampling={"num_inference_steps": 100},
     ),
