@@ -1,4 +1,4 @@
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; python -m questlib export-npz SAMPLES OUT.npz"""
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; export-npz SAMPLES OUT.npz; reference IMAGES OUT"""
 
 from __future__ import annotations
 
@@ -66,6 +66,20 @@ def run_export(args: argparse.Namespace) -> None:
     print(f"{args.out}: arr_0, {count} images of {height}x{width}")
 
 
+def run_reference(args: argparse.Namespace) -> None:
+    from questlib.reference import load_reference, save_reference  # late: slow imports
+
+    if args.out.suffix != ".safetensors" or args.out.exists():
+        raise ConfigError(f"{args.out}: expected a new file OUT.safetensors{', this one exists' if args.out.exists() else ''}")
+    check_writable(args.out.parent)
+    real = load_reference(args.images, args.features)
+    if real.pooled is None:
+        raise ConfigError(f"{args.images}: statistics without images can be used as they are")
+    save_reference(real, args.out, args.features)
+    height, width = real.size
+    print(f"{args.out}: {args.features} features of {real.count} images of {height}x{width}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m questlib", description="Quantize a diffusers UNet pipeline with QuEST.")
     sub = parser.add_subparsers(dest="command", required=True)
@@ -84,6 +98,11 @@ def main(argv: list[str] | None = None) -> int:
     e.add_argument("out", type=Path, help="a new file, OUT.npz")
     e.add_argument("--count", type=int, help="the first COUNT samples (default: all)")
     e.set_defaults(run=run_export)
+    r = sub.add_parser("reference", help="what FID and the others compare with, taken once of a folder of images or an .npz")
+    r.add_argument("images", type=Path, help="folder of PNG or JPEG files, or .npz with arr_0 uint8 [N, H, W, 3]")
+    r.add_argument("out", type=Path, help="a new file, OUT.safetensors")
+    r.add_argument("--features", choices=("inception", "mini"), default="inception")
+    r.set_defaults(run=run_reference)
     return arguments.run(parser, argv)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from questlib.errors import ConfigError, MetricError
-from questlib.metrics import check_images
+from questlib.features import check_images
 
 # OpenAI's ViT-B/16. Its weights were trained with QuickGELU: open_clip's plain "ViT-B-16" would compute another activation.
 CLIP_MODEL, CLIP_PRETRAINED = "ViT-B-16-quickgelu", "openai"

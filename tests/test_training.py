@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from questlib import metrics
+from questlib import features, metrics, reference
 from questlib.clip_score import clip_score, coco_prompts, load_clip
 from questlib.errors import QuestError
 from questlib.models import card, data, export, text, train
@@ -56,7 +56,7 @@ def trained(tmp_path_factory):
     return folder / "work", folder / "out"
 
 
-class ToyInception(metrics.MiniFeatures):
+class ToyInception(features.MiniFeatures):
     SIZE = 32
 
     def __init__(self, name: str, features_list: list[str]) -> None:
@@ -105,8 +105,8 @@ def test_mini_ldm4_is_measured_as_users_do(trained):
     assert pipe.vqvae.config.scaling_factor != 0.18215
     assert quality["halves"]["count"] == [20, 20] and quality["images"] == 40
     images = sample(pipe, 16, num_inference_steps=2, seed=export.SEED, progress=False).images
-    extractor = metrics.MiniFeatures("quest-mini", ["pooled", "spatial"], str(out / "mini-features"))
-    stored = metrics.load_reference(folder / "reference.safetensors", "mini")
+    extractor = features.MiniFeatures("quest-mini", ["pooled", "spatial"], str(out / "mini-features"))
+    stored = reference.load_reference(folder / "reference.safetensors", "mini")
     assert stored.count == 40
     fid = metrics.compare(metrics.statistics(images, extractor), stored)["fid"]
     assert fid == pytest.approx(quality["samples"]["fid"], rel=1e-6)

@@ -45,6 +45,7 @@ def _text(model_dir: Path, training: dict, quality: dict, logs: dict[str, list[d
         for k, v in training["stages"].items()
     )
     precision = "bf16 autocast" if all(st.bf16 for st in preset.stages.values()) else "bf16 autocast where it is faster"
+    compared = quality.get("reference", quality["images"])  # cards older than the entry: all images
     guided = f", guidance scale {s['guidance_scale']:g}" if "guidance_scale" in s else ""
     left = "real images, evenly picked" if preset.condition is None else f"the real images of the {GIVEN[preset.condition]}"
     sampler = SAMPLER[_config(model_dir, "scheduler")["_class_name"]]
@@ -91,7 +92,7 @@ Left: {left}. Right: the first {GRID * GRID} samples of seed {s["seed"]}, {s["st
 
 | compared | images | FID | sFID | KID | precision | recall |
 |---|---|---|---|---|---|---|
-| samples, {s["steps"]} {sampler} steps, against the data | {s["count"]:,} / {quality["images"]:,} | {_row(s)} |
+| samples, {s["steps"]} {sampler} steps, against the data | {s["count"]:,} / {compared:,} | {_row(s)} |
 {_other_rows(quality)}{_condition(quality)}
 ## Use
     pipe = questlib.models.loading.load_pipeline("{name}")

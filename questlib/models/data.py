@@ -158,17 +158,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m questlib.models.data", description=main.__doc__)
     parser.add_argument("--data", choices=DATASETS, default="emoji")
     parser.add_argument("--out", type=Path, required=True, help="folder for the images")
+    parser.add_argument("--count", type=int, help="the first COUNT of them (default: all)")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="where the archive is kept")
     args = parser.parse_args(argv)
     try:
         data = fetch(args.data, args.work)
         args.out.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(data.images):
+        for i, image in enumerate(data.images[: args.count]):
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(args.out / f"{i:05d}.png")  # CHW -> HWC
     except QuestError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{args.out}: {len(data.images)} images")
+    print(f"{args.out}: {len(data.images[: args.count])} images")
     return 0
 
 

@@ -24,18 +24,20 @@ from torch import nn
 
 from questlib.clip_score import clip_score, load_clip
 from questlib.errors import ConfigError, QuestError
-from questlib.features import InceptionFeatures, MiniFeatures, load_classifier
-from questlib.metrics import Statistics, compare, load_reference, psnr, statistics
+from questlib.features import InceptionFeatures, MiniFeatures, Statistics, load_classifier, statistics
+from questlib.metrics import compare, psnr
 from questlib.models.card import GRID, write_card
 from questlib.models.classifier import GroupClassifier
 from questlib.models.data import DATASETS, TrainingData, fetch
 from questlib.models.loading import load_pipeline, model_digest
 from questlib.models.presets import NUM_SAMPLES, PRESETS, Stage
 from questlib.models.text import Clip, retrieval, save_clip
-from questlib.models.train import encode
+from questlib.models.train import REFERENCE_HELP, encode
+from questlib.reference import load_reference, save_reference
 from questlib.sampling import sample
 
 REFERENCE = "mini-ldm4"  # all emoji models are compared with the one reference.safetensors of this model
+REFERENCE_IMAGES = 10_000  # the first ones, of a data set that is measured with Inception, unless statistics of it are given
 MAX_LOG_LINES = 200
 SEED = 0
 
@@ -51,6 +53,7 @@ def export(
     classifier: GroupClassifier | None = None,
     clip: Clip | None = None,
     num_samples: int = NUM_SAMPLES,
+    reference: Path | None = None,
 ) -> None:
     """fp16 weights in diffusers layout, metric networks, reference statistics, training logs; then `measure` and the card."""
     preset, model_dir = PRESETS[name], out_dir / name
@@ -79,7 +82,7 @@ def export(
     (model_dir / "training.json").write_text(json.dumps(training, indent=1) + "\n")
     if preset.condition == "text":
         (model_dir / "captions.json").write_text(_as_coco(data.captions) + "\n")
-    finish(name, data, out_dir, num_samples)
+    finish(name, data, out_dir, num_samples, reference)
 
 
 def _as_coco(captions: Sequence[str]) -> str:
@@ -98,17 +101,20 @@ def check(name: str, out_dir: Path) -> None:
             raise ConfigError(f"{name} is measured with the features and the reference of {REFERENCE}: no file {needed}")
 
 
-def finish(name: str, data: TrainingData, out_dir: Path, num_samples: int = NUM_SAMPLES) -> dict:
-    """Reference statistics, quality.json and the card of the exported model in `out_dir`; returns the quality figures."""
-    model_dir, reference = out_dir / name, out_dir / REFERENCE / "reference.safetensors"
+def finish(name: str, data: TrainingData, out_dir: Path, num_samples: int = NUM_SAMPLES, reference: Path | None = None) -> dict:
+    """Reference statistics, quality.json and the card of the exported model in `out_dir`; returns the quality figures.
+
+    reference: of a model that is measured with Inception, what `python -m questlib reference` wrote.
+    """
+    model_dir, emoji = out_dir / name, out_dir / REFERENCE / "reference.safetensors"
     if DATASETS[PRESETS[name].data].features == "mini":
         extractor = MiniFeatures("quest-mini", ["pooled", "spatial"], str(out_dir / "mini-features")).eval()
         if name == REFERENCE:
-            save_reference(statistics(data.images, extractor), reference)
-        real = load_reference(reference, "mini")
+            save_reference(statistics(data.images, extractor), emoji, "mini")
+        real = load_reference(emoji, "mini")
     else:
         extractor = InceptionFeatures("quest-inception", ["2048", "spatial"]).eval()
-        real = statistics(data.images, extractor)
+        real = load_reference(data.images[:REFERENCE_IMAGES] if reference is None else reference, "inception")
     quality, samples = measure(name, data, real, extractor, out_dir, num_samples)
     (model_dir / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
     pick = _order(data)  # beside a sample the image whose label or caption it was given
@@ -118,13 +124,6 @@ def finish(name: str, data: TrainingData, out_dir: Path, num_samples: int = NUM_
     for path in out_dir.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600, which a wheel would keep
     return quality
-
-
-def save_reference(real: Statistics, path: Path) -> None:
-    """Pooled features in fp16 [N, D] (KID, precision and recall need them all), moments of the spatial features, image count."""
-    mean, cov = (torch.from_numpy(m).contiguous() for m in real.spatial_moments)
-    tensors = {"pooled": real.pooled.half(), "spatial_mean": mean, "spatial_cov": cov, "count": torch.tensor(real.count)}
-    save_file(tensors, path)
 
 
 def _order(data: TrainingData) -> torch.Tensor:
@@ -152,6 +151,7 @@ def measure(
     quality = {
         "model_sha256": model_digest(pipe),
         "images": len(data.images),
+        "reference": real.count,
         "samples": {**about, "seconds": round(time.time() - start, 1), **compare(statistics(images, extractor), real)},
     }
     if preset.autoencoder is not None:
@@ -241,12 +241,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("questlib/models/mini"), help="the folder that training wrote")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="where the data archive is, or is fetched to")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="of the card's figures")
+    parser.add_argument("--reference", type=Path, help=REFERENCE_HELP)
     args = parser.parse_args()
     try:
         if not (args.out / args.model / "training.json").is_file():
             raise ConfigError(f"{args.out}: no exported models; train them with python -m questlib.models.train")
         load_classifier(args.out / "mini-features")  # fail before the data is fetched
-        quality = finish(args.model, fetch(PRESETS[args.model].data, args.work), args.out, args.samples)
+        quality = finish(args.model, fetch(PRESETS[args.model].data, args.work), args.out, args.samples, args.reference)
     except QuestError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -196,6 +196,5 @@ PRESETS = {
         ),
         stages={"unet": Stage("UNet (eps-prediction)", steps=5000, batch=64, lr=1e-3, ema=0.9995)},
         data="cifar10",
-        sampling={"num_inference_steps": 100},
     ),
 }

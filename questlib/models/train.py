@@ -28,6 +28,7 @@ from questlib.models.pipelines import ClassEmbedder
 from questlib.models.presets import DROP, NUM_SAMPLES, PRESETS, Preset, Stage
 
 SAVE_SECONDS = 300
+REFERENCE_HELP = "for mini-cifar: statistics made by python -m questlib reference (default: of its first 10,000 images)"
 VQ_START = 1000  # plain autoencoder before, then the codebook starts from encoder outputs and is used
 KL_WEIGHT = 1e-4  # of the mean over latents; the reconstruction losses are means over pixels
 
@@ -245,6 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("questlib/models/mini"), help="where the diffusers folder is written")
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="checkpoints, logs and the data archive")
     parser.add_argument("--samples", type=int, default=NUM_SAMPLES, help="of the card's figures")
+    parser.add_argument("--reference", type=Path, help=REFERENCE_HELP)
     args = parser.parse_args(argv)
     preset, work = PRESETS[args.model], args.work / args.model
     from questlib.models import export  # late: it imports this module
@@ -260,7 +262,10 @@ def main(argv: list[str] | None = None) -> int:
     except (QuestError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    export.export(args.model, data, vae, parts, work, args.out, classifier=classifier, clip=clip, num_samples=args.samples)
+    export.export(
+        args.model, data, vae, parts, work, args.out,
+        classifier=classifier, clip=clip, num_samples=args.samples, reference=args.reference,
+    )  # fmt: skip
     return 0
 
 

@@ -19,6 +19,6 @@ TABLE11 = Table(
         *all_rows("cifar10", PAPER, ["fid"]),
     ),
     picture=("cifar10-fp", "cifar10-w4a4-q-diffusion", "cifar10-w4a4-quest"),
-    note="N/A: generation failed. The paper does not state the number of steps: 100 here, this project's choice. "
+    note="N/A: generation failed. The paper does not state the number of steps: 100 at paper scale, this project's choice. "
     "FID is always taken with Inception features.",
 )

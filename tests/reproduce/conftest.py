@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from questlib import features, metrics
+from questlib import features
 from questlib.models.classifier import GroupClassifier
 from reproduce import datasets, pipeline, plan
 
@@ -45,7 +45,7 @@ def tiny(tmp_path_factory) -> Path:
 def tiny_plan(tiny, tmp_path, monkeypatch):
     """make(table, **choices) -> a plan at a scale of two DDIM steps on the tiny pipeline."""
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
-    metrics._load_extractor.cache_clear()
+    features._load_extractor.cache_clear()
     pipeline.load.cache_clear()
     setting = datasets.Setting(
         model=str(tiny / "model"), reference=str(tiny / "reference"), samples_per_seed=16, num_inference_steps=2, sample_batch=8,
@@ -58,5 +58,5 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
         return plan.make_plan(table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices)
 
     yield make
-    metrics._load_extractor.cache_clear()
+    features._load_extractor.cache_clear()
     pipeline.load.cache_clear()

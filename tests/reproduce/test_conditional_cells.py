@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import open_clip
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from questlib import features, metrics, sampling
+from questlib.__main__ import main
 from questlib.clip_score import clip_score, coco_prompts, load_clip
+from questlib.errors import MetricError
 from questlib.models.compvis import clip_tokenizer
 from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder
 from questlib.shards import read_samples
@@ -40,7 +52,7 @@ def conditional(tiny, tmp_path, monkeypatch):
     """make(table) -> a plan at a scale of two steps on a tiny model of the table's data set."""
     torch.manual_seed(0)
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
-    metrics._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
+    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
     reference = str(tiny / "reference")
 
     def setting(name: str, **choices) -> None:
@@ -94,7 +106,7 @@ def conditional(tiny, tmp_path, monkeypatch):
         return plan.make_plan(table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices)
 
     yield make
-    metrics._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
+    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
 
 
 def test_class_conditional_cell(conditional, monkeypatch):
@@ -154,3 +166,46 @@ def test_bad_captions_are_found_before_the_work(conditional, tmp_path):
 def test_prompts_are_as_many_as_samples_of_the_paper():
     assert datasets.DATASETS["sd"].settings["paper"].samples_per_seed == 10_000
     assert {c.dataset for c in get_table("table5").cells} == {"sd"}
+
+
+def test_pixel_cell(tiny, tmp_path, monkeypatch):
+    """Table 11 without an autoencoder, from a reference taken once; the features of full precision are too, for all rows."""
+    torch.manual_seed(0)
+    net = UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=4,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    DDIMPipeline(net, DDIMScheduler()).save_pretrained(tmp_path / "cifar")
+    monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
+    monkeypatch.setattr(features.MiniFeatures, "SIZE", 32)
+    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), pipeline.FULL_FEATURES.clear()
+    images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
+    np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
+    assert main(["reference", str(tmp_path / "images.npz"), str(tmp_path / "r.safetensors"), "--features", "mini"]) == 0
+    setting = dataclasses.replace(
+        datasets.DATASETS["cifar10"].settings["smoke"], model=str(tmp_path / "cifar"), reference=str(tmp_path / "r.safetensors"),
+        samples_per_seed=16, num_inference_steps=2, features="mini",
+    )  # fmt: skip
+    cifar = dataclasses.replace(datasets.DATASETS["cifar10"], settings={"smoke": setting})
+    monkeypatch.setitem(datasets.DATASETS, "cifar10", cifar)
+    taken, real = [], metrics.features_of
+    monkeypatch.setattr(metrics, "features_of", lambda *args: taken.append(len(args[0])) or real(*args))
+    made = plan.make_plan(
+        "table11", scale="smoke", results=tmp_path / "results", work=tmp_path / "work",
+        cells=["cifar10-fp", "cifar10-w8a8-q-diffusion", "cifar10-w4a4-quest"],
+    )  # fmt: skip
+    run.preflight(made)
+    results = [pipeline.run_cell(cell, made) for cell in made.cells]
+    assert [r["status"] for r in results] == ["done"] * 3, [r["reason"] for r in results]
+    assert taken == [16]
+    assert results[0]["metrics"]["fid"]["value"] > 0 and results[0]["reference"] == "r.safetensors"
+    one = pipeline.SeedRun(made.cells[2], made, 0)
+    full, ours = (torch.cat([s.images for s in read_samples(p.folder / "shards")]) for p in (one.fp_samples, one.samples))
+    alone = metrics.evaluate(ours, reference=images, paired=full)  # nothing of it kept
+    for name in ("fid", "sfid", "kid", "feature_distance_to_fp"):  # the kept features are rounded to fp16
+        assert results[2]["metrics"][name]["value"] == pytest.approx(alone[name], rel=2e-3, abs=1e-4), name
+    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), pipeline.FULL_FEATURES.clear()
+    other = dataclasses.replace(setting, features="inception")
+    monkeypatch.setitem(datasets.DATASETS, "cifar10", dataclasses.replace(cifar, settings={"smoke": other}))
+    with pytest.raises(MetricError, match="holds mini features, not inception"):
+        run.preflight(made)

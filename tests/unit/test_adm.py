@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from questlib import metrics
+from questlib import features, metrics, reference
 from questlib.__main__ import main
 from questlib.adm import NpzImages, export_npz, read_npz
 from questlib.errors import MetricError, QuestError
@@ -89,7 +89,7 @@ def test_bad_choices(shards, tmp_path):
 def test_statistics_and_images_in_one_file(tmp_path):
     """As ADM does: FID and sFID by the file's statistics, the others by its images."""
     x, y, path = pictures(40, 1), pictures(30, 2), tmp_path / "reference.npz"
-    extractor = metrics._extractor("mini", None)
+    extractor = features.load_extractor("mini")
     whole = metrics.statistics(pictures(200, 3), extractor)
     (mu, sigma), (mu_s, sigma_s) = whole.pooled_moments, whole.spatial_moments
     np.savez(path, y.permute(0, 2, 3, 1).numpy(), mu=mu, sigma=sigma, mu_s=mu_s, sigma_s=sigma_s)
@@ -125,7 +125,7 @@ def test_bad_reference(tmp_path, arrays, message):
 
 def test_wrong_resolution_is_found_before_any_feature_is_computed(tmp_path, monkeypatch):
     np.savez(tmp_path / "r.npz", np.zeros((16, 32, 32, 3), np.uint8))
-    monkeypatch.setattr(metrics, "statistics", lambda *a: pytest.fail("features were computed"))
+    monkeypatch.setattr(reference, "statistics", lambda *a: pytest.fail("features were computed"))
     with pytest.raises(MetricError, match="the reference is 32x32"):
         metrics.evaluate(pictures(16), reference=tmp_path / "r.npz")
 

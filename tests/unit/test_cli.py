@@ -1,9 +1,13 @@
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from questlib import from_pretrained
+from questlib import from_pretrained, metrics
 from questlib.__main__ import main
+from questlib.errors import MetricError
+from questlib.reference import check_features
 
 TINY = [
     "--samples",
@@ -52,3 +56,28 @@ def test_unknown_model_and_unwritable_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main(["quantize", "mini-ldm4", "--out", str(tmp_path / "file")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_reference_taken_once(tmp_path, capsys):
+    """The file gives the same metrics as the images, but for features rounded to fp16; nothing is overwritten."""
+    x, out = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8), tmp_path / "r.safetensors"
+    np.savez(tmp_path / "images.npz", x[:24].permute(0, 2, 3, 1).numpy())
+    assert main(["reference", str(tmp_path / "images.npz"), str(out), "--features", "mini"]) == 0
+    assert "mini features of 24 images of 64x64" in capsys.readouterr().out
+    ours, direct = metrics.evaluate(x[24:], reference=out), metrics.evaluate(x[24:], reference=x[:24])
+    for name in ("fid", "sfid", "kid", "precision", "recall"):
+        assert ours[name] == pytest.approx(direct[name], rel=1e-3, abs=1e-5), name
+    assert ours["n_reference"] == 24
+    with pytest.raises(MetricError, match="images are 32x32, the reference is 64x64"):
+        metrics.evaluate(x[24:, :, :32, :32].contiguous(), reference=out)
+    with pytest.raises(MetricError, match="holds mini features, not inception: give images"):
+        check_features(out, "inception")
+    before = out.read_bytes()
+    assert main(["reference", str(tmp_path / "images.npz"), str(out), "--features", "mini"]) == 2
+    assert "a new file OUT.safetensors, this one exists" in capsys.readouterr().err and out.read_bytes() == before
+    np.savez(tmp_path / "moments.npz", mu=np.zeros(128), sigma=np.eye(128))
+    assert main(["reference", str(tmp_path / "moments.npz"), str(tmp_path / "s.safetensors"), "--features", "mini"]) == 2
+    assert "can be used as they are" in capsys.readouterr().err
+    (tmp_path / "bad.safetensors").write_bytes(b"damaged")
+    with pytest.raises(MetricError, match="damaged or not a reference file"):
+        metrics.evaluate(x, reference=tmp_path / "bad.safetensors")

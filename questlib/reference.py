@@ -1,0 +1,97 @@
+"""What samples are compared with: read from a model's folder, images or ADM's .npz, and kept as .safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
+
+from questlib.adm import read_npz
+from questlib.errors import MetricError
+from questlib.features import MIN_SAMPLES, MiniFeatures, Statistics, check_images, load_extractor, moments, statistics
+from questlib.models.loading import MINI
+
+
+def load_reference(
+    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = 100,
+    size: tuple[int, int] | None = None,
+) -> Statistics:  # fmt: skip
+    """What to compare with; see `evaluate` for the kinds of source. `size`: (H, W) that it must have, checked before the work."""
+    if isinstance(source, torch.Tensor):
+        check_images(source, "reference")
+        check_size(tuple(source.shape[-2:]), size)
+        return statistics(source, load_extractor(features, weights), batch_size)
+    exported = [p for p in (MINI / str(source) / "reference.safetensors", Path(source) / "reference.safetensors") if p.is_file()]
+    path = exported[0] if exported else Path(source)
+    if path.is_dir():
+        files = sorted(str(p) for p in path.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        if len(files) < MIN_SAMPLES:
+            raise MetricError(f"reference {path}: {len(files)} images are too few, at least {MIN_SAMPLES}")
+        check_size(_image_size(files[0]), size)
+        return statistics(ImagesPathDataset(files, TransformPILtoRGBTensor()), load_extractor(features, weights), batch_size)
+    if not path.is_file():
+        raise MetricError(f"reference {source}: not an embedded model, a file or a folder")
+    if path.suffix == ".npz":
+        pooled, spatial, images = read_npz(path)
+        if images is None:
+            return Statistics(None, pooled, spatial, None, None)
+        check_size(images.shape[1:3], size)
+        if images.shape[0] < MIN_SAMPLES:
+            raise MetricError(f"reference {path}: {images.shape[0]} images are too few, at least {MIN_SAMPLES}")
+        of_images = statistics(images, load_extractor(features, weights), batch_size)
+        # ADM's statistics are of the whole data set, its images often a part of it.
+        return of_images._replace(pooled_moments=pooled, spatial_moments=spatial) if pooled is not None else of_images
+    check_features(path, features)
+    try:
+        with safe_open(path, "pt") as file:
+            t = {name: file.get_tensor(name) for name in file.keys()}
+            height, width = map(int, (file.metadata() or {}).get("size", f"{MiniFeatures.SIZE}x{MiniFeatures.SIZE}").split("x"))
+        check_size((height, width), size)
+        pooled = t["pooled"].double()
+        spatial_moments = (t["spatial_mean"].numpy(), t["spatial_cov"].numpy())
+        return Statistics(pooled, moments(pooled), spatial_moments, (height, width), int(t["count"]))
+    except (SafetensorError, KeyError) as error:
+        raise MetricError(f"reference {path}: damaged or not a reference file ({error})") from error
+
+
+def save_reference(real: Statistics, path: Path, features: str) -> None:
+    """What `load_reference` reads as .safetensors: the images need not be looked at again for every row of a table.
+
+    Pooled features in fp16 [N, D] (KID, precision and recall need them all), moments of the spatial features, image count.
+    """
+    mean, cov = (torch.from_numpy(m).contiguous() for m in real.spatial_moments)
+    tensors = {"pooled": real.pooled.half(), "spatial_mean": mean, "spatial_cov": cov, "count": torch.tensor(real.count)}
+    height, width = real.size
+    save_file(tensors, path, {"features": features, "size": f"{height}x{width}"})
+
+
+def check_features(reference: Path, features: str) -> None:
+    """MetricError if a .safetensors reference cannot be read or is of other features than those wanted."""
+    try:
+        with safe_open(reference, "pt") as file:
+            found = (file.metadata() or {}).get("features", "mini")  # mini-ldm4's file is older than the entry
+    except (OSError, SafetensorError) as error:
+        raise MetricError(f"reference {reference}: damaged or not a reference file ({error})") from error
+    if found != features:
+        raise MetricError(
+            f"reference {reference} holds {found} features, not {features}: give images, an .npz, "
+            f"or make one by python -m questlib reference IMAGES OUT.safetensors --features {features}"
+        )
+
+
+def check_size(reference: tuple[int, ...], images: tuple[int, int] | None) -> None:
+    """MetricError unless the reference has the images' resolution."""
+    if images is not None and tuple(reference) != tuple(images):
+        raise MetricError(f"images are {images[0]}x{images[1]}, the reference is {reference[0]}x{reference[1]}")
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except (OSError, UnidentifiedImageError) as error:
+        raise MetricError(f"reference image {path}: cannot be read ({error})") from error
