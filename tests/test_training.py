@@ -45,7 +45,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "VQ_START", 1)  # so that the codebook's start is among the two steps
         patch.setattr(train, "fetch", lambda dataset, work: toy_data(32 if dataset == "cifar10" else 64))
-        patch.setattr(export, "InceptionFeatures", ToyInception)
+        patch.setattr(features, "InceptionFeatures", ToyInception)
+        features._load_extractor.cache_clear()
         for name in MODELS:
             stages = {k: replace(s, steps=2, batch=4) for k, s in PRESETS[name].stages.items()}
             few = {**PRESETS[name].sampling, "num_inference_steps": 2}
@@ -53,14 +54,16 @@ def trained(tmp_path_factory):
         for name in MODELS:
             args = ["--model", name, "--work", str(folder / "work"), "--out", str(folder / "out"), "--samples", "16"]
             assert train.main(args) == 0
+        features._load_extractor.cache_clear()
     return folder / "work", folder / "out"
 
 
 class ToyInception(features.MiniFeatures):
     SIZE = 32
 
-    def __init__(self, name: str, features_list: list[str]) -> None:
+    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None) -> None:
         super().__init__(name, ["pooled", "spatial"])
+        self.has_classifier = False
 
 
 @pytest.mark.parametrize("name", MODELS)

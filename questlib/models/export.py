@@ -24,7 +24,7 @@ from torch import nn
 
 from questlib.clip_score import clip_score, load_clip
 from questlib.errors import ConfigError, QuestError
-from questlib.features import InceptionFeatures, MiniFeatures, Statistics, load_classifier, statistics
+from questlib.features import MiniFeatures, Statistics, load_classifier, load_extractor, statistics
 from questlib.metrics import compare, psnr
 from questlib.models.card import GRID, write_card
 from questlib.models.classifier import GroupClassifier
@@ -113,7 +113,7 @@ def finish(name: str, data: TrainingData, out_dir: Path, num_samples: int = NUM_
             save_reference(statistics(data.images, extractor), emoji, "mini")
         real = load_reference(emoji, "mini")
     else:
-        extractor = InceptionFeatures("quest-inception", ["2048", "spatial"]).eval()
+        extractor = load_extractor("inception")
         real = load_reference(data.images[:REFERENCE_IMAGES] if reference is None else reference, "inception")
     quality, samples = measure(name, data, real, extractor, out_dir, num_samples)
     (model_dir / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
