@@ -13,11 +13,13 @@ import pandas as pd
 from questlib.errors import QuestError
 from reproduce import claims, engine, plots, report
 from reproduce.datasets import DATASETS
+from reproduce.scales import SCALES
 from reproduce.store import write_atomically
 from reproduce.tables import all_tables
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
 PICTURE = "picture.png"
+UNKNOWN = "not measured yet | not measured yet"
 
 
 def _machine(about: dict[str, Any]) -> str:
@@ -25,20 +27,39 @@ def _machine(about: dict[str, Any]) -> str:
 
 
 def commands(results: Path) -> str:
-    """The commands with the time they took, install apart."""
+    """The commands and their time, install apart: of a whole run, or the sum over stages that were run in several goes."""
     lines = ["| command | what it does | measured | on |", "| --- | --- | --- | --- |"]
-    what = {"make test": ("lint, tests, all notebooks at smoke scale", results / "mini" / "test.json")}
-    what |= {
-        f"make {t.target}": (f"{t.title}, mini scale", results / "mini" / name / "run.json") for name, t in all_tables().items()
-    }
-    for command, (text, path) in what.items():
-        measured = machine = "not measured yet"
-        if path.is_file():
-            run = json.loads(path.read_text())
-            remark = "" if run.get("fresh", True) else " (sum of its stages, run in several goes)"
-            measured, machine = f"{run['seconds'] / 60:.1f} min{remark}", _machine(run["machine"])
-        lines.append(f"| `{command}` | {text} | {measured} | {machine} |")
+    lines.append(
+        f"| `make test` | lint, tests, all notebooks at smoke scale | {_run(results / 'mini' / 'test.json') or UNKNOWN} |"
+    )
+    everything = []
+    for name, table in all_tables().items():
+        _, found = report.committed(name, results)
+        everything += found
+        took = _run(results / "mini" / name / "run.json") or _sum(found)
+        lines.append(f"| `make {table.target}` | {table.title}, mini scale | {took} |")
+    lines.append(f"| `make reproduce-all` | all of them; what they share is made once | {_sum(everything)} |")
     return "\n".join(lines)
+
+
+def _run(path: Path) -> str | None:
+    """ "time of a whole run | machine"."""
+    if not path.is_file():
+        return None
+    run = json.loads(path.read_text())
+    return f"{run['seconds'] / 60:.1f} min | {_machine(run['machine'])}"
+
+
+def _sum(found: list[dict[str, Any]]) -> str:
+    """ "time of the rows that were run | machines"."""
+    done = [r for r in found if r["status"] == "done"]
+    if not done:
+        return UNKNOWN
+    runs, of = sum(len(r["per_seed"]) for r in done), sum(len(SCALES["mini"].seeds) for _ in found)
+    rest = "" if runs == of else f", {runs} of {of}"
+    minutes = sum(report.stage_seconds(done).values()) / 60
+    machines = sorted({_machine(r["provenance"]["machine"]) for r in done})
+    return f"{minutes:,.0f} core min (sum over rows and seeds{rest}) | {'; '.join(machines)}"
 
 
 def picture(results: Path) -> str:

@@ -241,6 +241,18 @@ def as_json(plan: Plan, results: list[dict[str, Any]]) -> str:
     return json.dumps(about | {"results": results}, indent=1, allow_nan=False)
 
 
+def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """Seconds of each stage's product, by stage and hash, as first measured: what rows share is there once."""
+    own = {"calibrate": ("calibrate",), "checkpoint": ("ranges", "reconstruct", "finetune"), "sample": ("sample",)}
+    own["evaluate"] = ("evaluate",)
+    return {
+        (stage, name): sum(seed["seconds"][part] for part in own[stage])
+        for r in results
+        for seed in r["per_seed"]
+        for stage, name in seed["products"].items()
+    }
+
+
 def committed(table: str, results: Path) -> tuple[Plan, list[dict[str, Any]]]:
     """Plan and results of a full mini run under `results`, where nothing is written; for the README and the site."""
     plan = make_plan(table, scale="mini", results=results, work=results, dry=True)

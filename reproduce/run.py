@@ -81,21 +81,13 @@ def execute(plan: Plan) -> None:
 
 
 def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
-    """run.json: how long a full run takes. Where products of earlier runs were used, it is the sum of all stages' own seconds.
-
-    A sum never replaces the wall time of a fresh run.
-    """
-    path = plan.folder / "run.json"
+    """run.json: how long a full run takes that finds no products of earlier ones. `report.stage_seconds` is for the others."""
     nothing = all(plan.missing(cell) is not None for cell in plan.cells)
-    if nothing or len(plan.cells) < len(plan.table.cells) or (path.is_file() and not fresh):
+    if nothing or len(plan.cells) < len(plan.table.cells) or not fresh:
         return
-    if not fresh:
-        results = [json.loads((plan.folder / f"{cell.id}.json").read_text()) for cell in plan.cells]
-        products = {(stage, name) for r in results for seed in r["per_seed"] for stage, name in seed["products"].items()}
-        seconds = sum(json.loads((plan.work / s / n / "done.json").read_text())["seconds"] for s, n in products)
     target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
     target = target if plan.engine == "fake" else plan.command
-    write_json(path, {"command": target, "seconds": round(seconds, 1), "fresh": fresh, "machine": machine()})
+    write_json(plan.folder / "run.json", {"command": target, "seconds": round(seconds, 1), "machine": machine()})
 
 
 def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
