@@ -115,8 +115,9 @@ def test_mini_ldm4_is_measured_as_users_do(trained):
     assert fid == pytest.approx(quality["samples"]["fid"], rel=1e-6)
 
 
-def test_card_of_mini_ldm4_is_what_the_code_writes():
-    folder = MINI / "mini-ldm4"
+@pytest.mark.parametrize("name", MODELS)
+def test_card_is_what_the_code_writes(name):
+    folder = MINI / name
     training, quality = (json.loads((folder / f"{k}.json").read_text()) for k in ("training", "quality"))
     logs = {n: card._read_log(folder / "logs" / f"{n}.jsonl") for n in training["stages"]}
     assert card._text(folder, training, quality, logs) == (folder / "README.md").read_text()

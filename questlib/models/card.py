@@ -134,7 +134,8 @@ def _parts(model_dir: Path, preset: Preset) -> str:
 
 def _features(features: str, quality: dict) -> str:
     if features == "inception":
-        return "Features: Inception-v3. FID is biased by the number of images, given in the second column."
+        first = f" The data: its first {quality['reference']:,} images." if quality["reference"] < quality["images"] else ""
+        return f"Features: Inception-v3.{first} FID is biased by the number of images, given in the second column."
     if c := quality.get("classifier"):
         first = f"""Features: the shipped classifier of nine emoji groups (`mini-features`), accuracy {c["accuracy"]:.3f} on \
 {c["held_out"]} held-out images, {c["balanced_accuracy"]:.3f} as the mean over groups (the most frequent group alone: \

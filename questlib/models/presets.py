@@ -176,7 +176,7 @@ PRESETS = {
     ),
     # DDPM's noise schedule and U-Net for CIFAR-10 (Ho et al. 2020), narrower: one level with attention
     "mini-cifar": Preset(
-        stands_for="the pixel-space DDIM on CIFAR-10",
+        stands_for="pixel-space DDIM on CIFAR-10",
         pipeline=DDIMPipeline,
         autoencoder=None,
         unet=partial(
