@@ -42,6 +42,7 @@ def evaluate(
         reference` wrote, a folder of images, a tensor, or ADM's .npz: mu, sigma, mu_s, sigma_s, or images arr_0 [N, H, W, 3],
         or both (then the statistics are the file's own and kid, precision, recall compare with its images, as in ADM's suite);
         None: compare with nothing.
+    features: "mini", "inception", or "none": nothing but psnr_to_fp can be told then.
     "features", "n_samples", "n_reference" say what was compared. What the reference cannot give is None, and "note" says why.
     """
     check_images(images, "images")
@@ -49,6 +50,8 @@ def evaluate(
         check_images(paired, "paired")
         if paired.shape != images.shape:
             raise MetricError(f"paired images: expected {tuple(images.shape)}, got {tuple(paired.shape)}")
+    if features == "none":
+        return _without_features(images, reference, paired)
     extractor = load_extractor(features, weights)
     ref = Statistics(None, None, None, None, 0)
     if reference is not None:
@@ -72,6 +75,18 @@ def evaluate(
         "n_reference": ref.count,
         **({"note": "; ".join(notes)} if notes else {}),
     }
+
+
+def _without_features(
+    images: torch.Tensor, reference: str | Path | torch.Tensor | None, paired: torch.Tensor | None
+) -> dict[str, float | int | str | None]:
+    if reference is not None:
+        raise MetricError(f"features none: there is nothing to compare with reference {reference} by")
+    names = ("fid", "sfid", "kid", "precision", "recall", "inception_score", "feature_distance_to_fp")
+    result: dict[str, float | int | str | None] = dict.fromkeys(names)
+    if paired is not None:
+        result["psnr_to_fp"] = psnr(images, paired)
+    return result | {"features": "none", "n_samples": len(images), "n_reference": 0, "note": "no features were taken"}
 
 
 def compare(a: Statistics, b: Statistics, seed: int = 0) -> dict[str, float | None]:

@@ -131,10 +131,10 @@ class SeedRun:
         about, pair = self.setting, {}
         if paired is not None:
             key = self.fp_samples.hash, about.features
-            if key not in FULL_FEATURES:
+            if key not in FULL_FEATURES and about.features != "none":
                 FULL_FEATURES.clear()
                 FULL_FEATURES[key] = metrics.features_of(paired.images, about.features)
-            pair = {"paired": paired.images, "paired_features": FULL_FEATURES[key]}
+            pair = {"paired": paired.images, "paired_features": FULL_FEATURES.get(key)}
         values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, **pair))
         if "prompts" in self.drawn:
             values["clip_score"] = clip_score.clip_score(samples.images, self.drawn["prompts"], model=about.clip)

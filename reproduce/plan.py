@@ -44,7 +44,8 @@ class Plan:
     def setting(self, cell: Cell) -> Setting:
         """The cell's model, and how it is sampled here."""
         setting = DATASETS[cell.dataset].setting(self.scale.name, self.model, self.reference, self.captions)
-        return replace(setting, features=self.features or setting.features or self.scale.features)
+        features = self.features or setting.features or self.scale.features
+        return replace(setting, features=features, reference=None if features == "none" else setting.reference)
 
     def drawing(self, cell: Cell) -> Setting:
         """The cell's setting as its images are drawn: `Cell.sampling` may differ from what was calibrated."""
@@ -118,6 +119,8 @@ def make_plan(
         raise ConfigError(f"--captions: no use for prompts, these cells are of {', '.join(data)}")
     for cell in plan.cells:
         setting = plan.setting(cell)
+        if setting.features == "none" and reference:
+            raise ConfigError(f"--reference: {cell.dataset} takes no features at {scale} scale, add --features inception")
         if setting.features == "inception" and setting.reference in embedded_models():
             raise ConfigError(f"features inception: {setting.reference} ships mini features only, give --reference IMAGES_OR_NPZ")
         if cell.preset is not None:

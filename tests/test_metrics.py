@@ -185,6 +185,16 @@ def test_bad_input(images, kwargs, message):
         metrics.evaluate(images, **kwargs)
 
 
+def test_without_features():
+    """PSNR needs none; what needs them is None, and a reference is refused rather than ignored."""
+    x, y = pictures(16, 1, 32), pictures(16, 2, 32)
+    result = metrics.evaluate(x, reference=None, features="none", paired=y)
+    assert result["psnr_to_fp"] == metrics.psnr(x, y) and result["fid"] is result["feature_distance_to_fp"] is None
+    assert (result["features"], result["note"]) == ("none", "no features were taken")
+    with pytest.raises(MetricError, match="nothing to compare with reference mini-ldm4"):
+        metrics.evaluate(x, features="none")
+
+
 def test_nan_is_an_error():
     x = torch.zeros(2, 3, 4, 4)
     with pytest.raises(MetricError, match="NaN"):

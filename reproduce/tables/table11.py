@@ -20,5 +20,5 @@ TABLE11 = Table(
     ),
     picture=("cifar10-fp", "cifar10-w4a4-q-diffusion", "cifar10-w4a4-quest"),
     note="N/A: generation failed. The paper does not state the number of steps: 100 at paper scale, this project's choice. "
-    "FID is always taken with Inception features.",
+    "FID is always taken with Inception features; at smoke scale none is taken.",
 )

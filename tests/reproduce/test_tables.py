@@ -18,7 +18,7 @@ def test_every_row_is_a_valid_configuration(table, scale):
     for cell in plan.cells:
         assert cell.against is None or plan.table.cell(cell.against)
         setting = plan.setting(cell)
-        assert setting.features in ("mini", "inception") and setting.num_inference_steps > 0
+        assert setting.features in ("mini", "inception", "none") and setting.num_inference_steps > 0
         if cell.preset is None:
             continue
         config = plan.config(cell, 7)
@@ -128,10 +128,18 @@ def test_model_and_reference_are_of_one_data_set():
     assert plan.missing(plan.cells[0]) is None
 
 
-def test_cifar_is_measured_with_inception_at_every_scale():
+def test_cifar_has_an_inception_fid_or_none(monkeypatch):
+    """smoke runs everywhere and takes no features, unless they are asked for; the environment's reference is not for it."""
+    monkeypatch.setenv("QUEST_CIFAR10_REFERENCE", "x.safetensors")
     for scale in SCALES:
         plan = make_plan("table11", scale=scale, dry=True)
-        assert plan.setting(plan.cells[0]).features == "inception"
+        setting = plan.setting(plan.cells[0])
+        smoke = scale == "smoke"
+        assert (setting.features, setting.reference) == (("none", None) if smoke else ("inception", "x.safetensors"))
+    with pytest.raises(ConfigError, match="takes no features at smoke scale, add --features inception"):
+        make_plan("table11", scale="smoke", dry=True, reference="x")
+    plan = make_plan("table11", scale="smoke", dry=True, reference="x", features="inception")
+    assert plan.setting(plan.cells[0]).reference == "x"
 
 
 def test_a_dry_plan_writes_nothing(tmp_path, monkeypatch):
