@@ -67,7 +67,10 @@ def metric_figure(results: list[dict[str, Any]], metric: str = "fid", label: str
         for axes, value in ((left, full["paper"]), (right, full["value"])):
             if value is not None:
                 axes.axhline(value, ls="--", lw=1, color="black", label="full precision")
-        if metric not in HIGHER_IS_BETTER and any(v is not None for v in ours.values()):
+        if all(v is None for v in ours.values()):
+            right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center")
+            right.set_yticks([])
+        elif metric not in HIGHER_IS_BETTER:
             right.set_yscale("log")
         right.legend(fontsize=7)
     plt.close(figure)

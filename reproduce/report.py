@@ -185,7 +185,8 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
         return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
     kinds = sorted({
         f"{r['model']['id']}, {sampling_words(r)}, {r['n_samples']} samples over seeds "
-        f"{', '.join(map(str, r['seeds']))}, {r['features']} features, reference {r['reference']}"
+        f"{', '.join(map(str, r['seeds']))}, {r['features'].replace('none', 'no')} features, "
+        + (f"reference {r['reference']}" if r["reference"] else "no reference")
         + ("" if plan.engine == "fake" else f", quantized models run by engine {plan.engine}") for r in done
     })  # fmt: skip
     words = f"Scale {plan.scale.name}: {'; '.join(kinds)}. Values: mean ± standard deviation over the seeds. "

@@ -46,6 +46,7 @@ def test_figures_without_results(tiny_plan):
     assert all(r["status"] == "not run" for r in results)
     for figure in (plots.metric_figure(results), plots.cost_figure(results), plots.picture(plan, results)):
         assert figure.axes
+    assert "not measured" in [t.get_text() for t in plots.metric_figure(results).axes[1].texts]
 
 
 def test_time_of_a_fresh_run_is_kept_and_stages_of_others_are_summed_once(tiny_plan):
