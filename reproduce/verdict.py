@@ -37,7 +37,7 @@ def verdict(
         return "reference row"
     if other is None or other["status"] != "done" or other["metrics"][metric]["value"] is None:
         return f"{base.label} has no result to compare with"
-    differences = _differences(metric, mine, other)
+    differences = [a - b for a, b in by_seed(metric, mine, other)]
     mean = statistics.fmean(differences)
     if len(differences) > 1:
         spread = statistics.stdev(differences)
@@ -62,9 +62,9 @@ def paper_order(mine: Number, base: Number, higher_is_better: bool = False) -> s
     return "equal" if mine == base else "better" if (mine < base) != higher_is_better else "worse"
 
 
-def _differences(metric: str, mine: dict[str, Any], other: dict[str, Any]) -> list[float]:
-    """Ours - base for each seed that both have; the difference of the means when they share none."""
+def by_seed(metric: str, mine: dict[str, Any], other: dict[str, Any]) -> list[tuple[float, float]]:
+    """(ours, base's) for each seed that both have; the means when they share none."""
     base = {s["seed"]: s["metrics"].get(metric) for s in other["per_seed"]}
     pairs = [(s["metrics"].get(metric), base.get(s["seed"])) for s in mine["per_seed"]]
-    differences = [a - b for a, b in pairs if a is not None and b is not None]
-    return differences or [mine["metrics"][metric]["value"] - other["metrics"][metric]["value"]]
+    known = [(a, b) for a, b in pairs if a is not None and b is not None]
+    return known or [(mine["metrics"][metric]["value"], other["metrics"][metric]["value"])]

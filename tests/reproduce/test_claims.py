@@ -48,6 +48,15 @@ def test_verdicts(tmp_path, fid, distance, word):
     assert f"FID {sum(fid) / 2:.2f} against 2.05" in words
 
 
+def test_seeds_that_one_row_lacks_are_left_out(tmp_path):
+    """EfficientDM's rows have one seed often: it is compared with the same seed of ours, and the claim says so."""
+    claim = CLAIMS[0]
+    ((mine, base),) = claim.pairs
+    values = {mine: {"fid": [1.0, 9.0], PAIRED: [1.0, 9.0]}, base: {"fid": [2.0], PAIRED: [2.0]}}
+    found, words = judge(claim, results_of(claim, tmp_path, values))
+    assert found == "holds, one seed" and "FID 1.00 against 2.00: better" in words
+
+
 def test_without_results_nothing_is_said(tmp_path):
     results = {t: load_results(make_plan(t, scale="mini", results=tmp_path, work=tmp_path)) for t in all_tables()}
     assert {judge(claim, results)[0] for claim in CLAIMS} == {"not run"}
