@@ -5,8 +5,9 @@ with its zero point; a carried value as a + 128 with zero point 128. Both are un
 Weights travel as signed bytes. CPUs without VNNI add pairs of products in int16, which can saturate; there, layers that could are
 split into two nibbles (w = 16 w_high + w_low), twice the work and exact. `saturates` finds out by trying.
 
-The kernels rescale as (acc * base) * scale + bias, in float32. The same layers with float64 products of the same integers and
-that same epilogue are the "reference" engine: slow, on any machine, and bit for bit equal.
+The kernels rescale as acc * (base * scale) + bias, in float32; the scales are multiplied here, because kernels differ in which
+product they take first (VNNI acc * base, AMX base * scale). The same layers with float64 products of the same integers and that
+same epilogue are the "reference" engine: slow, on any machine, and bit for bit equal.
 """
 
 from __future__ import annotations
@@ -70,17 +71,18 @@ def multiply(
     """uint8 x [..., K] or [B, C, H, W] -> base * scale_o * sum (x - zero) (w + offset_o) + bias, in `dtype`; int32 inside."""
     if w.offset is not None and bias is not None:
         bias = torch.cat([bias, bias.new_zeros(1)])
+    scale = w.scale * base
     if w.exact:
-        y = multiply_exactly(x, zero, base, w, geometry, bias, dtype)
+        y = multiply_exactly(x, zero, scale, w, geometry, bias, dtype)
     elif geometry is None:
         y = torch.ops.onednn.qlinear_pointwise(
-            x, base, zero, w.data, w.scale, w.zeros, bias, 1.0, 0, dtype, "none", [], ""
+            x, 1.0, zero, w.data, scale, w.zeros, bias, 1.0, 0, dtype, "none", [], ""
         )  # fmt: skip
     else:
         g = geometry
         shape = (g.stride, g.padding, g.dilation, g.groups)
         y = torch.ops.onednn.qconv2d_pointwise(
-            x, base, zero, w.data, w.scale, w.zeros, bias, *shape, 1.0, 0, dtype, "none", [], ""
+            x, 1.0, zero, w.data, scale, w.zeros, bias, *shape, 1.0, 0, dtype, "none", [], ""
         )  # fmt: skip
     if w.offset is None:
         return y
@@ -88,14 +90,16 @@ def multiply(
     return torch.addcmul(y.narrow(dim, 0, last), y.narrow(dim, last, 1), w.offset.to(dtype))
 
 
-def multiply_exactly(x, zero: int, base: float, w: Packed, geometry: Geometry | None, bias, dtype: torch.dtype) -> torch.Tensor:
+def multiply_exactly(
+    x: torch.Tensor, zero: int, scale: torch.Tensor, w: Packed, geometry: Geometry | None, bias, dtype: torch.dtype
+) -> torch.Tensor:
     """What oneDNN's kernels compute: float64 holds the int32 sums exactly; the epilogue is theirs, operation by operation."""
     a = x.double().sub_(zero)
     if geometry is None:
         acc, shape = a @ w.data.double().T, (-1,)
     else:
         acc, shape = F.conv2d(a, w.data.double(), None, *geometry), (-1, 1, 1)
-    y = acc.float().mul_(base).mul_(w.scale.reshape(shape))
+    y = acc.float().mul_(scale.reshape(shape))
     return (y if bias is None else y.add_(bias.reshape(shape))).to(dtype)
 
 
