@@ -48,7 +48,7 @@ def test_the_model_is_good(name):
     """The samples look like the data to the metrics' features; metric networks know the groups and the captions.
 
     mini-cifar, trained for an hour and a half on one core, is weak, and its card says so: by Inception a fifth of CIFAR-10 is
-    among its samples. Its FID of 2,000 samples stays below 100; noise (Q-Diffusion's W4A4, Table 11) are near 300.
+    among its samples. Its FID of 2,000 samples stays below 100; noise (Q-Diffusion at W4A4, Table 11) has one near 300.
     """
     quality = json.loads((MINI / name / "quality.json").read_text())
     samples = quality["samples"]
