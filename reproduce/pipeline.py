@@ -29,7 +29,7 @@ METRICS = (
 )  # fmt: skip
 SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
 PREVIEW = 8  # images in a cell's picture
-FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: Inception takes longer than drawing small images
+FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: Inception takes longer than small images
 
 
 @cache
@@ -132,7 +132,6 @@ class SeedRun:
         if paired is not None:
             key = self.fp_samples.hash, about.features
             if key not in FULL_FEATURES and about.features != "none":
-                FULL_FEATURES.clear()
                 FULL_FEATURES[key] = metrics.features_of(paired.images, about.features)
             pair = {"paired": paired.images, "paired_features": FULL_FEATURES.get(key)}
         values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, **pair))

@@ -244,10 +244,9 @@ def as_json(plan: Plan, results: list[dict[str, Any]]) -> str:
 
 def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
     """Seconds of each stage's product, by stage and hash, as first measured: what rows share is there once."""
-    own = {"calibrate": ("calibrate",), "checkpoint": ("ranges", "reconstruct", "finetune"), "sample": ("sample",)}
-    own["evaluate"] = ("evaluate",)
+    parts = {"checkpoint": ("ranges", "reconstruct", "finetune")}  # every other stage is one of its own
     return {
-        (stage, name): sum(seed["seconds"][part] for part in own[stage])
+        (stage, name): sum(seed["seconds"][part] for part in parts.get(stage, (stage,)))
         for r in results
         for seed in r["per_seed"]
         for stage, name in seed["products"].items()

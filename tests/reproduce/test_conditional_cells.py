@@ -198,6 +198,8 @@ def test_pixel_cell(tiny, tmp_path, monkeypatch):
     results = [pipeline.run_cell(cell, made) for cell in made.cells]
     assert [r["status"] for r in results] == ["done"] * 3, [r["reason"] for r in results]
     assert taken == [16]
+    again = dataclasses.replace(made, seeds=(1, 2))  # cell by cell, and in each seed by seed: still once a seed
+    assert [pipeline.run_cell(cell, again)["status"] for cell in made.cells] == ["done"] * 3 and taken == [16] * 3
     assert results[0]["metrics"]["fid"]["value"] > 0 and results[0]["reference"] == "r.safetensors"
     one = pipeline.SeedRun(made.cells[2], made, 0)
     full, ours = (torch.cat([s.images for s in read_samples(p.folder / "shards")]) for p in (one.fp_samples, one.samples))
