@@ -29,8 +29,9 @@ from full_size import MODELS  # noqa: E402
 
 from questlib.calibrate import Batch  # noqa: E402
 from questlib.config import QuantConfig  # noqa: E402
-from questlib.finetune import losses, settle, stages, trainable  # noqa: E402
+from questlib.finetune import losses, settle  # noqa: E402
 from questlib.model import act_quantizers, insert, quant_layers  # noqa: E402
+from questlib.stages import stages, trainable  # noqa: E402
 from reproduce.provenance import provenance  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "finetune_memory.json"

@@ -28,7 +28,7 @@ from cpu_unet import SD14  # noqa: E402
 
 import questlib  # noqa: E402
 from questlib.config import QuantConfig
-from questlib.finetune import stages
+from questlib.stages import stages
 from reproduce.provenance import PeakMemory, provenance
 
 RESULT = Path(__file__).parent / "results" / "full_size.json"

@@ -72,7 +72,7 @@ class QuantConfig:
     cma_local_loss: bool = True
     normalize_local: bool = False  # divide each layer's local loss by its full-precision power
     global_weight: float = 2.0  # total loss: L_TLA + L_CMA + 2 L_G
-    tla_order: str = "joint"  # joint: all steps in one expectation (paper); sequential: one step after another (release)
+    tla_order: str = "joint"  # of TLA. joint: all steps in one expectation (paper); sequential: one step after another (release)
     lr_weight: float = 1e-5
     lr_scale: float = 1e-4
     lr_scale_tla: float | None = None  # None: lr_scale (release: 1e-5)

@@ -13,57 +13,23 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from questlib.calibrate import Batch, Calibration
-from questlib.config import OFF, QuantConfig
+from questlib.config import QuantConfig
 from questlib.distributed import mean, processes, synchronize
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.layers import QuantLayer
 from questlib.low_rank import attach, merge, trained_numbers
-from questlib.model import TIME_ROLES, act_quantizers, freeze, quant_layers, step_groups
+from questlib.model import freeze, quant_layers, step_groups
+from questlib.stages import Stage, StageAdam, stages, trainable
 
-CMA_ROLES = {
-    "attention": ("qkv", "attn_out", "feed_forward"),  # the paper: all attention-related layers
-    "qkv": ("qkv",),  # the release on LSUN
-    "feed_forward": ("feed_forward",),  # the release on Stable Diffusion
-    "none": (),
-}  # "all": every layer
 SAVE_EVERY = 100
-
-
-@dataclass
-class Stage:
-    name: str  # "tla" | "cma"
-    iters: int
-    layers: dict[str, QuantLayer]  # whose weights are trained and whose outputs the local loss compares
-    local: bool
-    lr_scale: float
-    rank: int = 0  # of low-rank updates in place of the weights
-
-
-def stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
-    """The stages that `config` asks for, with the layers of this UNet that each selects."""
-    layers = quant_layers(unet)
-    te_roles = {"all": TIME_ROLES, "projections": ("time_proj",)}[config.te_layers]
-    found = []
-    if config.te == "finetune" and config.tla_iters:
-        te = {n: m for n, m in layers.items() if m.role in te_roles}
-        lr = config.lr_scale if config.lr_scale_tla is None else config.lr_scale_tla
-        found.append(Stage("tla", config.tla_iters, te, config.local_loss, lr))
-    if config.cma_iters and config.cma_layers != "none":
-        cma = {n: m for n, m in layers.items() if config.cma_layers == "all" or m.role in CMA_ROLES[config.cma_layers]}
-        found.append(
-            Stage("cma", config.cma_iters, cma, config.local_loss and config.cma_local_loss, config.lr_scale, config.lora_rank)
-        )
-    return found
 
 
 @contextmanager
@@ -131,29 +97,6 @@ def losses(
     return local, (out - batch.eps.to(out.device)).pow(2).mean()
 
 
-def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
-    """Adam's parameter groups: the stage's weights, then every activation scale; gradients are switched on for just these."""
-    unet.requires_grad_(False)
-    groups = []
-    for layer in stage.layers.values():
-        layer.thaw()
-        if parametrize.is_parametrized(layer, "weight"):  # in units of the quantization step already
-            update = layer.parametrizations.weight[0].requires_grad_(True)
-            groups.append({"params": list(update.parameters()), "lr": config.lr_weight, "positive": False})
-            continue
-        layer.weight.requires_grad_(True)
-        unit = layer.wq.scale.mean().item() if config.lr_relative and layer.wq is not None else 1.0
-        groups.append({"params": [layer.weight], "lr": config.lr_weight * unit, "positive": False})
-    frozen_te = config.te_layers == "projections"  # the release never trains the scales of the two time_embed layers
-    skip = {id(m.act) for m in quant_layers(unet).values() if frozen_te and m.role == "time_embed"}
-    for q in act_quantizers(unet):
-        if q.enabled and q.bits != OFF and id(q) not in skip:
-            q.scale.requires_grad_(True)
-            unit = q.scale.detach().mean().item() if config.lr_relative else 1.0
-            groups.append({"params": [q.scale], "lr": stage.lr_scale * unit, "positive": True})
-    return groups
-
-
 def settle(layers: Iterable[QuantLayer]) -> None:
     """Frozen layers that stay as they are keep one tensor in place of two: their quantized weight, whose codes are the same."""
     for layer in layers:
@@ -209,7 +152,7 @@ def finetune(
             rest()
         groups = trainable(unet, stage, config)
         params = [p for g in groups for p in g["params"]]
-        opt = torch.optim.Adam(groups)
+        opt = StageAdam(groups)
         decay = (lambda i, n=stage.iters: 0.5 * (1 + math.cos(math.pi * i / n))) if config.lr_decay else (lambda i: 1.0)
         schedule = torch.optim.lr_scheduler.LambdaLR(opt, decay)
         generator = torch.Generator().manual_seed(config.seed + number)
@@ -255,12 +198,12 @@ def finetune(
 
 
 def _batch(calib: Calibration, config: QuantConfig, stage: Stage, i: int, generator: torch.Generator) -> Batch:
-    """Random calls: over all steps, or (sequential, release) the i-th share of the stage is one step's.
+    """Random calls: over all steps, or (TLA in sequential order, release) the i-th share of the stage is one step's.
 
     Of several processes, each draws the same batch and takes its part of it.
     """
     steps, n = calib.x.shape[:2]
-    if config.tla_order == "sequential":
+    if stage.name == "tla" and config.tla_order == "sequential":
         step = torch.full((config.batch_size,), min(i * steps // stage.iters, steps - 1))
     else:
         step = torch.randint(steps, (config.batch_size,), generator=generator)

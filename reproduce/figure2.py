@@ -7,9 +7,9 @@ import torch
 
 import questlib
 from questlib.config import QuantConfig
-from questlib.finetune import stages
 from questlib.model import layer_roles
 from questlib.pictures import layer_inputs
+from questlib.stages import stages
 from reproduce.pipeline import SeedRun
 from reproduce.plan import Plan
 from reproduce.store import write_json

@@ -11,12 +11,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from questlib import Calibration, calibrate, finetune, quantize, save_pretrained
 from questlib.errors import ConfigError
-from questlib.finetune import losses, recorded, run_time_layers, stages, trainable
+from questlib.finetune import losses, recorded, run_time_layers
 from questlib.model import act_quantizers, quant_layers
 from questlib.models.conditioning import Condition, Conditioning
 from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder
 from questlib.reconstruct import blocks
 from questlib.sampling import Drawing, choose_scheduler, denoise, sample
+from questlib.stages import stages, trainable
 
 PLAIN = dict(adaround=False, act_granularity="tensor", act_range="minmax", weight_range="minmax")  # quick to quantize
 

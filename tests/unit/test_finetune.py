@@ -5,8 +5,9 @@ import torch
 
 from questlib import QuantConfig, finetune, quantize
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetune import losses, recorded, run_time_layers, stages, trainable
+from questlib.finetune import losses, recorded, run_time_layers
 from questlib.model import act_quantizers, quant_layers
+from questlib.stages import Stage, stages, trainable
 
 
 def state(unet):
@@ -138,11 +139,32 @@ def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, monkey
 
 
 def test_sequential_order_visits_one_step_after_another(calib):
-    from questlib.finetune import Stage, _batch
+    from questlib.finetune import _batch
 
     config = QuantConfig(tla_order="sequential", batch_size=2)
     seen = [int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator()).t[0]) for i in range(10)]
     assert seen == [int(t) for t in calib.t for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)  # CMA is over all steps in either order: its last batch is not the last step's
+    last = _batch(calib, config.replace(batch_size=32), Stage("cma", 10, {}, True, 0.1), 9, generator).t
+    assert set(last.tolist()) == set(calib.t.tolist())
+
+
+def test_scales_of_groups_that_are_not_visited_stay(pipe, calib, fast, monkeypatch):
+    """Adam's momentum would move them on: at 8 bits far enough to ruin the steps that were trained first."""
+    module = importlib.import_module("questlib.finetune")
+    config = fast("quest-release", 8, 8, step_groups=5, tla_iters=10, cma_iters=0)
+    q = quantize(pipe.unet, config, calib)
+    scales = [m.scale for n, m in q.named_modules() if n.startswith("mid_block") and n.endswith("resnets.0.conv1.act")]
+    path, original = [], module.losses
+
+    def watch(*args):
+        path.append(scales[0].detach()[:, 0].clone())
+        return original(*args)
+
+    monkeypatch.setattr(module, "losses", watch)
+    finetune(q, pipe.unet, calib, config)
+    moved = torch.stack([*path, scales[0].detach()[:, 0]]).diff(dim=0) != 0  # [iterations, groups]
+    assert len(scales) == 1 and torch.equal(moved, torch.eye(5).repeat_interleave(2, 0).bool())
 
 
 def test_a_plain_unet_is_refused(pipe, calib):

@@ -11,11 +11,12 @@ from questlib import QuantConfig, convert, finetune, from_pretrained, quantize, 
 from questlib.calibrate import init_ranges, samples_of_steps
 from questlib.correction import NoiseCorrection
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetune import recorded, run_time_layers, stages
+from questlib.finetune import recorded, run_time_layers
 from questlib.low_rank import LowRank, attach, merge, trained_numbers
 from questlib.model import TIME_ROLES, act_quantizers, freeze, insert, quant_layers, set_mode
 from questlib.reconstruct import reconstruct_time
 from questlib.sampling import denoise
+from questlib.stages import stages
 
 
 # ---- PTQ4DM: normally distributed calibration steps ----
