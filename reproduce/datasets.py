@@ -40,6 +40,10 @@ class Setting:
     overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # QuantConfig keys, over the scale's
 
     @property
+    def takes_features(self) -> bool:
+        return self.features != "none"
+
+    @property
     def evaluations(self) -> int:
         """Calls of the UNet for one sample; guidance takes two, PLMS one more step."""
         return (self.num_inference_steps + (self.sampler == "plms")) * (2 if self.guidance_scale != 1 else 1)
@@ -87,7 +91,7 @@ class Dataset:
             and not (MINI / setting.model / "model_index.json").is_file()
         ):
             needs.append(f"the embedded model {setting.model}, which does not exist yet")
-        if self.has_reference and setting.reference is None and setting.features != "none":
+        if self.has_reference and setting.reference is None and setting.takes_features:
             needs.append(f"FID reference images or statistics (--reference PATH or ${self.reference_env})")
         if self.has_captions and setting.captions is None:
             needs.append(f"COCO captions, captions_val2014.json (--captions FILE or ${self.captions_env})")

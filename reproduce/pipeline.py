@@ -131,7 +131,7 @@ class SeedRun:
         about, pair = self.setting, {}
         if paired is not None:
             key = self.fp_samples.hash, about.features
-            if key not in FULL_FEATURES and about.features != "none":
+            if key not in FULL_FEATURES and about.takes_features:
                 FULL_FEATURES[key] = metrics.features_of(paired.images, about.features)
             pair = {"paired": paired.images, "paired_features": FULL_FEATURES.get(key)}
         values = dict(metrics.evaluate(samples.images, reference=about.reference, features=about.features, **pair))

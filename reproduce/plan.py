@@ -45,7 +45,8 @@ class Plan:
         """The cell's model, and how it is sampled here."""
         setting = DATASETS[cell.dataset].setting(self.scale.name, self.model, self.reference, self.captions)
         features = self.features or setting.features or self.scale.features
-        return replace(setting, features=features, reference=None if features == "none" else setting.reference)
+        setting = replace(setting, features=features)
+        return setting if setting.takes_features else replace(setting, reference=None)
 
     def drawing(self, cell: Cell) -> Setting:
         """The cell's setting as its images are drawn: `Cell.sampling` may differ from what was calibrated."""
@@ -119,7 +120,7 @@ def make_plan(
         raise ConfigError(f"--captions: no use for prompts, these cells are of {', '.join(data)}")
     for cell in plan.cells:
         setting = plan.setting(cell)
-        if setting.features == "none" and reference:
+        if reference and not setting.takes_features:
             raise ConfigError(f"--reference: {cell.dataset} takes no features at {scale} scale, add --features inception")
         if setting.features == "inception" and setting.reference in embedded_models():
             raise ConfigError(f"features inception: {setting.reference} ships mini features only, give --reference IMAGES_OR_NPZ")

@@ -369,6 +369,14 @@ def test_images_are_written_for_inception_and_errors_are_one_line(emoji, tmp_pat
     assert len(files) == 40
     with Image.open(files[3]) as image:
         assert image.size == (64, 64) and image.getpixel((0, 0)) == tuple(emoji.images[3, :, 0, 0].tolist())
+    assert data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "3"]) == 0
+    assert len(list((tmp_path / "few").glob("*.png"))) == 3
+    capsys.readouterr()
+    for count in ("0", "-1"):
+        assert data.main(["--out", str(tmp_path / "none"), "--work", str(tmp_path), "--count", count]) == 2
+        assert (
+            capsys.readouterr().err == f"error: --count: expected 1 or more, found {count}\n" and not (tmp_path / "none").exists()
+        )
     monkeypatch.undo()
     monkeypatch.setattr(data.shutil, "which", lambda name: None)
     for module in (data, train):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from questlib.errors import QuestError
+from questlib.errors import ConfigError, QuestError
 
 GROUPS = (
     "Smileys & Emotion",
@@ -162,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/train"), help="where the archive is kept")
     args = parser.parse_args(argv)
     try:
+        if args.count is not None and args.count < 1:
+            raise ConfigError(f"--count: expected 1 or more, found {args.count}")
         data = fetch(args.data, args.work)
         args.out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(data.images[: args.count]):
