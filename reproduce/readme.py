@@ -145,6 +145,25 @@ def finetune_row(model: str, counts: list[dict[str, Any]]) -> dict[str, str]:
     return {"model": model} | {f"batch {c['batch_size']}{name[c['save_memory']]}, GB": f"{c['bytes'] / 1e9:.1f}" for c in counts}
 
 
+def machines(results: Path) -> str:
+    """The same seeds on two machines; from benchmarks/results beside `results`."""
+    path = results.parent / "benchmarks" / "results" / "machines.json"
+    if not path.is_file():
+        return "`benchmarks/machines.py`: not measured yet."
+    found = json.loads(path.read_text())
+    names, rows = [_machine(run["machine"]) for run in found["runs"]], []
+    for metric in found["between_seeds"]:
+        spread = {k: f"{found[k][metric]:.2f}" for k in ("between_machines", "between_seeds")}
+        far = max(found["rows"], key=lambda r: abs(r[metric][0] - r[metric][1]))
+        most = f"{far[metric][0]:.2f} and {far[metric][1]:.2f} ({far['cell']}, seed {far['seed']})"
+        rows.append(
+            {"metric": report.HEADS[metric], "one seed, two machines: RMS difference": spread["between_machines"],
+             "two seeds, one machine: RMS difference": spread["between_seeds"], "pairs": len(found["rows"]), "largest": most}
+        )  # fmt: skip
+    heading = f"`python benchmarks/machines.py RESULTS` ({found['table']}; {' | '.join(names)}):"
+    return f"{heading}\n\n{report.as_markdown(pd.DataFrame(rows))}"
+
+
 def paper(results: Path) -> str:
     """What `paper` scale needs and how it samples, by data set; and each table's command."""
     parts = [
@@ -169,6 +188,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "picture": picture,
     "engines": engines,
     "full-size": full_size,
+    "machines": machines,
     "paper": paper,
     "claims": claims_block,
     "tables": tables,
