@@ -13,7 +13,6 @@ from PIL import Image
 from reproduce import report
 from reproduce.plan import Plan
 from reproduce.tables import FAILED
-from reproduce.verdict import HIGHER_IS_BETTER
 
 STYLE = {
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
@@ -30,6 +29,7 @@ COLORS = [
     "#a3b18a",
 ]  # by method, in the table's order
 
+LOG_SPAN = 10  # values that differ by more stand on a logarithmic axis
 PANELS = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))  # metrics side by side, and their names
 
 
@@ -67,10 +67,11 @@ def metric_figure(results: list[dict[str, Any]], metric: str = "fid", label: str
         for axes, value in ((left, full["paper"]), (right, full["value"])):
             if value is not None:
                 axes.axhline(value, ls="--", lw=1, color="black", label="full precision")
-        if all(v is None for v in ours.values()):
+        known = [v for v in (*ours.values(), full["value"]) if v is not None]
+        if not known:
             right.text(0.5, 0.5, "not measured", transform=right.transAxes, ha="center")
             right.set_yticks([])
-        elif metric not in HIGHER_IS_BETTER:
+        elif max(known) > LOG_SPAN * min(known) > 0:
             right.set_yscale("log")
         right.legend(fontsize=7)
     plt.close(figure)
@@ -92,7 +93,7 @@ def cost_figure(results: list[dict[str, Any]]) -> Figure:
         axes.set_xlabel("seconds a seed, on the machine of these results")
         axes.grid(axis="x", alpha=0.3)
         if done:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     plt.close(figure)
     return figure
 

@@ -49,6 +49,15 @@ def test_figures_without_results(tiny_plan):
     assert "not measured" in [t.get_text() for t in plots.metric_figure(results).axes[1].texts]
 
 
+@pytest.mark.parametrize(("worst", "scale"), [(15.0, "linear"), (40.0, "log")])
+def test_axis_is_logarithmic_only_where_values_lie_far_apart(tiny_plan, worst, scale):
+    results = report.load_results(tiny_plan())
+    values = [2.0, *[worst] * (len(results) - 1)]
+    for result, value in zip(results, values, strict=True):
+        result["metrics"]["fid"]["value"] = value
+    assert plots.metric_figure(results).axes[1].get_yscale() == scale
+
+
 def test_time_of_a_fresh_run_is_kept_and_stages_of_others_are_summed_once(tiny_plan):
     plan = tiny_plan(cells=CELLS)
     plan = dataclasses.replace(plan, table=dataclasses.replace(plan.table, cells=plan.cells))  # a table of three rows
