@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from PIL import Image
 
 from reproduce import report
@@ -29,6 +30,7 @@ COLORS = [
     "#a3b18a",
 ]  # by method, in the table's order
 
+BESIDE = {"fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}  # a legend at the axes' right
 LOG_SPAN = 10  # values that differ by more stand on a logarithmic axis
 PANELS = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))  # metrics side by side, and their names
 
@@ -59,7 +61,7 @@ def metric_figure(results: list[dict[str, Any]], metric: str = "fid", label: str
     bits, methods, rows = _quantized(results)
     entries = {key: r["metrics"][metric] for key, r in rows.items()}
     with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
         _bars(left, bits, methods, {k: e["paper"] for k, e in entries.items()}, {}, f"{label}, paper (its model and data)")
         ours, spread = {k: e["value"] for k, e in entries.items()}, {k: e["std"] for k, e in entries.items()}
         _bars(right, bits, methods, ours, spread, f"{label}, ours ({results[0]['scale']} scale)")
@@ -73,7 +75,9 @@ def metric_figure(results: list[dict[str, Any]], metric: str = "fid", label: str
             right.set_yticks([])
         elif max(known) > LOG_SPAN * min(known) > 0:
             right.set_yscale("log")
-        right.legend(fontsize=7)
+            right.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
+            right.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+        right.legend(**BESIDE)
     plt.close(figure)
     return figure
 
@@ -93,7 +97,7 @@ def cost_figure(results: list[dict[str, Any]]) -> Figure:
         axes.set_xlabel("seconds a seed, on the machine of these results")
         axes.grid(axis="x", alpha=0.3)
         if done:
-            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+            axes.legend(**BESIDE)
     plt.close(figure)
     return figure
 
