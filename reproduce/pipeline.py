@@ -200,9 +200,17 @@ def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dic
         "n_samples": 0, "seeds": list(plan.seeds), "dataset": cell.dataset, "sampler": setting.sampler,
         "num_inference_steps": setting.num_inference_steps, "eta": setting.eta, "guidance_scale": setting.guidance_scale,
         "features": setting.features, "reference": None, "metrics": numbers, "paper_costs": {k: cell.paper.get(k) for k in COSTS},
-        "size_bytes": None, "paper_size_mb": cell.paper_size_mb, "peak_bytes": None, "seconds": {}, "per_seed": [],
-        "provenance": None,
+        "iterations": _iterations(cell, plan), "size_bytes": None, "paper_size_mb": cell.paper_size_mb, "peak_bytes": None,
+        "seconds": {}, "per_seed": [], "provenance": None,
     }  # fmt: skip
+
+
+def _iterations(cell: Cell, plan: Plan) -> int | None:
+    """Of finetuning, both stages; None for full precision."""
+    if cell.preset is None:
+        return None
+    config = plan.config(cell, plan.seeds[0])
+    return (config.te == "finetune") * config.tla_iters + (config.cma_layers != "none") * config.cma_iters
 
 
 def _independent(cell: Cell, metric: str) -> dict[str, float]:

@@ -89,11 +89,16 @@ def _quantity(value: float | None, unit: float, digits: int = 1) -> str:
     return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
-def _quantize_seconds(r: dict[str, Any]) -> float | None:
+def quantize_seconds(r: dict[str, Any]) -> float | None:
     """Of calibrating, quantizing, finetuning; None for full precision and for rows without a result."""
     if r["preset"] is None or r["status"] != "done":
         return None
     return sum(v for k, v in r["seconds"].items() if k not in ("sample", "evaluate"))
+
+
+def _trained(r: dict[str, Any]) -> float | None:
+    """The share of the quantized layers' weights that finetuning trains; None where nothing is finetuned."""
+    return next((s["finetune"]["trained_fraction"] for s in r["per_seed"] if s.get("finetune")), None) or None
 
 
 def reported(results: list[dict[str, Any]]) -> list[str]:
@@ -119,8 +124,10 @@ def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
     for r in results:
         row = _name(r, results)
         row |= {"preset": r["preset"] or "-"} | {head: _ours(r, metric) for metric, head in heads.items()}
+        if any(_trained(x) is not None for x in results):
+            row["weights trained"] = "-" if _trained(r) is None else f"{_trained(r):.0%}"
         row["size MB"] = _quantity(r["size_bytes"], 1e6, 2)
-        row["quantize s"] = _quantity(_quantize_seconds(r), 1, 0)
+        row["quantize s"] = _quantity(quantize_seconds(r), 1, 0)
         row["memory MB"] = _quantity(r["peak_bytes"], 1e6, 0)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -141,7 +148,7 @@ def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
                 f"{HEADS[m]} ours": _ours(r, m),
             }
             row[f"{HEADS[m]} verdict"] = entry["verdict"]
-        row |= _costs(r, results)
+        row |= _sizes(r, results) | _costs(r, results)
         row["verdict by distance to FP"] = r["metrics"][PAIRED]["verdict"] or "-"
         row = {
             k: v
@@ -152,15 +159,29 @@ def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def _sizes(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+    """The checkpoint's size as a share of full precision's, where the paper's table has sizes."""
+    full = next((x for x in results if x["preset"] is None and x["dataset"] == r["dataset"] and x["paper_size_mb"]), None)
+    if full is None:
+        return {}
+    mb = {"paper": (r["paper_size_mb"], full["paper_size_mb"]), "ours": (r["size_bytes"], full["size_bytes"])}
+    unit = {"paper": 1.0, "ours": 1e6}
+    return {
+        f"size {who}": f"{own / unit[who]:.1f} MB ({own / whole:.1%})" if own and whole else "-"
+        for who, (own, whole) in mb.items()
+    }
+
+
 def _costs(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
     """Hours and memory of quantizing beside the paper's, where its table has them (Tables 6 and 8)."""
     costs: dict[str, str] = {}
-    ours = {"hours": _quantity(_quantize_seconds(r), 3600, 2), "memory_mb": _quantity(r["peak_bytes"], 1e6, 0), "iterations": "-"}
+    ours = {"hours": _quantity(quantize_seconds(r), 3600, 3), "memory_mb": _quantity(r["peak_bytes"], 1e6, 0)}
+    ours["iterations"] = _quantity(r["iterations"], 1, 0)
     for key, head in (("hours", "hours"), ("memory_mb", "memory MB"), ("iterations", "iterations")):
         if any(x["paper_costs"][key] is not None for x in results):
             value = r["paper_costs"][key]
             costs[f"{head} paper"] = "not reported" if value is None else f"{value:g}"
-            costs |= {f"{head} ours": ours[key]} if key != "iterations" else {}
+            costs[f"{head} ours"] = ours[key]
     return costs
 
 
@@ -184,7 +205,7 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
     if not done:
         return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
     kinds = sorted({
-        f"{r['model']['id']}, {sampling_words(r)}, {r['n_samples']} samples over seeds "
+        f"{r['model']['id']}, {sampling_words(r)}, {r['n_samples'] // len(r['seeds'])} samples a seed, seeds "
         f"{', '.join(map(str, r['seeds']))}, {r['features'].replace('none', 'no')} features, "
         + (f"reference {r['reference']}" if r["reference"] else "no reference")
         + ("" if plan.engine == "fake" else f", quantized models run by engine {plan.engine}") for r in done

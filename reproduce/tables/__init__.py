@@ -32,6 +32,7 @@ class Cell:
     independent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by source, by metric
     paper_size_mb: float | None = None
     against: str | None = None  # id of the row that the paper's claim compares this one with
+    paper_order: Mapping[str, str] = field(default_factory=dict)  # by metric, "better" | "worse", from the text
     note: str = ""
 
     @property

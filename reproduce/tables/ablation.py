@@ -25,6 +25,12 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("first-last-4", "quest, inputs of the first and last layer at 4 bits", "quest", dict(first_last_act_bits=4)),
     ("calib-16", "quest, ranges from 16 samples a step group", "quest", dict(calib_batch=16)),
     ("not-finetuned", "quest, not finetuned", "quest", dict(tla_iters=0, cma_iters=0)),
+    (
+        "norm4-not-finetuned",
+        "quest, not finetuned, ranges by the fourth power",
+        "quest",
+        dict(tla_iters=0, cma_iters=0, range_norm=4.0),
+    ),
     ("nearest", "quest, weights rounded to nearest", "quest", dict(adaround=False)),
     ("q-diffusion", "Q-Diffusion", "q-diffusion", {}),
     ("q-diffusion-groups", f"Q-Diffusion, {GROUPS} step groups", "q-diffusion", dict(step_groups=GROUPS)),

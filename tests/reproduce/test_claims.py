@@ -10,6 +10,7 @@ from reproduce.claims import CLAIMS, judge
 from reproduce.plan import make_plan
 from reproduce.report import PAIRED, load_results
 from reproduce.tables import all_tables, get_table
+from reproduce.verdict import HIGHER_IS_BETTER, paper_order
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: f"{c.table}: {c.text}")
@@ -19,6 +20,31 @@ def test_rows_exist(claim):
         for cell in pair:
             assert table.cell(cell)
     assert claim.where.startswith(("Table", "Fig."))
+
+
+@pytest.mark.parametrize("claim", [c for c in CLAIMS if " beats " in c.text and " at " in c.text], ids=lambda c: c.text)
+def test_the_paper_does_claim_it(claim):
+    """By its own numbers, in every metric and at every bit-width named."""
+    table = get_table(claim.table)
+    for mine, base in claim.pairs:
+        for metric in set(claim.metrics) - {PAIRED}:
+            papers = [table.cell(c).paper[metric] for c in (mine, base)]
+            assert paper_order(*papers, higher_is_better=metric in HIGHER_IS_BETTER) == "better"
+
+
+def test_costs_are_compared_as_they_are(tmp_path):
+    claim = next(c for c in CLAIMS if "memory_mb" in c.metrics)
+    results = load_results(make_plan(claim.table, scale="mini", results=tmp_path, work=tmp_path))
+    for r in results:
+        quest = r["preset"] == "quest"
+        r |= {
+            "status": "done",
+            "peak_bytes": 5e6,
+            "seconds": {"calibrate": 1.0, "finetune": 2.0 if quest else 3.0, "sample": 9.0},
+        }
+    word, words = judge(claim, {claim.table: results})
+    assert word == "holds in part"
+    assert words.startswith("W4A8 seconds to quantize 3 against 4: less; W4A8 memory, MB 5 against 5: not less; W4A4")
 
 
 def results_of(claim, tmp_path, values):

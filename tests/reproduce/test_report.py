@@ -104,9 +104,27 @@ def test_costs_beside_the_papers(tiny_plan):
     assert list(sides["memory MB paper"]) == ["not reported", "10334", "9822", "11862", "12178"]
     baseline = next(r for r in results if r["cell"] == "w4a8-baseline")
     spent = sum(v for k, v in baseline["seconds"].items() if k not in ("sample", "evaluate"))
-    assert sides["hours ours"]["baseline: direct quantization + AdaRound"] == f"{spent / 3600:.2f}"
+    assert sides["hours ours"]["baseline: direct quantization + AdaRound"] == f"{spent / 3600:.3f}"
     assert list(sides["hours ours"]).count("-") == 4  # full precision and what was not run
     assert "iterations paper" not in sides
+    full = next(r for r in results if r["cell"] == "bedrooms-fp")
+    sizes = sides.loc["baseline: direct quantization + AdaRound", ["size paper", "size ours"]]
+    ours = baseline["size_bytes"]
+    assert list(sizes) == ["148.4 MB (14.2%)", f"{ours / 1e6:.1f} MB ({ours / full['size_bytes']:.1%})"]
+    assert "weights trained" not in report.frame(results)  # of no row that was run
+
+
+def test_iterations_and_weights_that_are_trained(tiny_plan):
+    """Table 8: the paper's iterations and ours; the share of the weights is what finetuning logged."""
+    plan = tiny_plan("table8", cells=["w4a4-quest"])
+    made = run_cell(plan.cells[0], plan)
+    results = report.finish(plan)
+    sides = report.side_by_side(results)
+    row = sides[(sides["method"] == "QuEST, runs in integers (ours)") & (sides["bits"] == "W4A4")].iloc[0]
+    assert (row["iterations paper"], row["iterations ours"]) == ("2200", "4")  # smoke: two of each stage
+    assert "size ours" not in sides  # the paper's Table 8 has no sizes
+    trained = report.frame(results).loc[row.name, "weights trained"]
+    assert trained == f"{made['per_seed'][0]['finetune']['trained_fraction']:.0%}" and trained != "0%"
 
 
 def test_numbers_that_are_not_available(tiny_plan):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from reproduce.tables import FAILED, UNKNOWN, Cell
@@ -29,12 +31,32 @@ def cells(mine, base) -> tuple[Cell, Cell]:
         ([5.0, 5.0], [4.0, 5.5], (3.0, 4.0), "no clear difference from Base (by 0.25, spread 1.1); differs from the paper"),
         ([5.0], [6.0], (3.0, 4.0), "better than Base (by 1, one seed, no spread); as in the paper"),
         ([5.0, 7.0], [9.0, 11.5], (3.0, FAILED), "better than Base (by 4.25, spread 0.35); as in the paper"),
+        ([9.0, 11.5], [5.0, 7.0], (FAILED, 4.0), "worse than Base (by 4.25, spread 0.35); the paper's run failed"),
         ([5.0, 7.0], [9.0, 11.5], (None, 4.0), "better than Base (by 4.25, spread 0.35); the paper gives no order"),
     ],
 )
 def test_orders(mine, base, papers, expected):
     cell, other = cells(*papers)
     assert verdict("fid", cell, other, result(mine), result(base)) == expected
+
+
+def test_an_order_that_only_the_text_of_the_paper_gives():
+    cell, base = cells(None, 4.0)
+    cell = dataclasses.replace(cell, paper_order={"fid": "worse"})
+    assert verdict("fid", cell, base, result([5.0, 7.0]), result([9.0, 11.5])).endswith("; differs from the paper")
+    assert verdict("fid", cell, base, result([9.0, 11.5]), result([5.0, 7.0])).endswith("; as in the paper")
+
+
+def test_rows_of_two_processors_say_so():
+    cell, base = cells(3.0, 4.0)
+    mine, same, other = (
+        result([v]) | {"provenance": {"machine": {"cpu": cpu}}} for v, cpu in ((5.0, "A"), (6.0, "A"), (6.0, "B"))
+    )
+    assert verdict("fid", cell, base, mine, same) == "better than Base (by 1, one seed, no spread); as in the paper"
+    assert (
+        verdict("fid", cell, base, mine, other)
+        == "better than Base (by 1, one seed, no spread, on two processors); as in the paper"
+    )
 
 
 def test_rows_without_a_number():
