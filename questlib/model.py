@@ -132,6 +132,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         raise ConfigError(f"expected a diffusers UNet2DModel or UNet2DConditionModel, found {type(unet).__name__}")
     if hasattr(unet, "quest_steps"):
         raise ConfigError("this UNet is quantized already; start from the full-precision one")
+    device = unet.device
     unet = copy.deepcopy(unet).eval().requires_grad_(False)
     roles, splits = layer_roles(unet), skip_splits(unet) if config.split_skip else {}
     timesteps = timesteps.unique().flip(0)  # PLMS calls one twice
@@ -175,4 +176,4 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
     if config.noise_correction:
         unet.quest_correction = NoiseCorrection(steps.timesteps, unet.config.out_channels)
         unet.register_forward_hook(unet.quest_correction.hook, with_kwargs=True)
-    return unet
+    return unet.to(device)  # quantizers and step groups were made on the CPU

@@ -143,3 +143,13 @@ def test_inputs_of_one_kind_of_layer(pipe):
     assert seen["linear"] == seen["all"] - seen["conv"] and not seen["feed_forward"]  # this UNet has no feed-forward layers
     with pytest.raises(ConfigError, match="act_layers: expected one of all, feed_forward, linear, conv"):
         QuantConfig(act_layers="attention")
+
+
+def test_everything_is_where_the_model_was(pipe):
+    """On a GPU, too; the meta device stands for it. Weights at 16 bits: their ranges need values."""
+    unet = copy.deepcopy(pipe.unet).to("meta")
+    for preset in ("quest", "ptq-d"):
+        q = insert(unet, QuantConfig.preset(preset, 16, 4), torch.tensor([900, 500, 100]))
+        assert {t.device.type for t in (*q.parameters(), *q.buffers())} == {"meta"}
+        inside = [v for m in q.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
+        assert {t.device.type for t in inside} <= {"meta"}

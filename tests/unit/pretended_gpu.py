@@ -1,0 +1,93 @@
+"""A GPU that is pretended: tensors that compute on the CPU but refuse to be mixed with the CPU's own, as a GPU's do.
+
+Its device is called "meta", which needs no driver. What only a GPU has (kernels, streams, reduced precision) is not here.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+GPU = torch.device("meta")
+aten = torch.ops.aten
+MOVES = (aten._to_copy.default, aten.copy_.default)
+INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)  # a GPU takes indices of the CPU
+
+
+class GpuTensor(torch.Tensor):
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> GpuTensor:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=GPU
+        )
+
+    def __init__(self, inner: torch.Tensor) -> None:
+        self.inner = inner
+
+    def __repr__(self) -> str:
+        return f"GpuTensor({self.inner})"
+
+    def tolist(self) -> Any:  # which a GPU's tensors have, and subclasses have not
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return _call(func, args, kwargs or {})
+
+
+def _call(func, args, kwargs):
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    here = [x for x in tensors if isinstance(x, GpuTensor)]
+    if here and func not in MOVES:
+        indexed = func in INDEXING and isinstance(args[0], GpuTensor)
+        if not indexed and any(x.dim() > 0 for x in tensors if not isinstance(x, GpuTensor)):
+            raise RuntimeError(f"Expected all tensors to be on the same device, found the GPU and the CPU: {func}")
+    plain_args, plain = tree_map(lambda x: x.inner if isinstance(x, GpuTensor) else x, (args, kwargs))
+    asked = kwargs.get("device")
+    if asked is not None:
+        plain = plain | {"device": torch.device("cpu")}
+    out = func(*plain_args, **plain)
+    if func is aten.copy_.default:
+        return args[0]
+    on_gpu = bool(here) if asked is None else torch.device(asked) == GPU
+    if not on_gpu:
+        return out
+    known = {id(x.inner): x for x in here}  # what is changed in place stays the same tensor
+
+    def wrap(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return known[id(x)] if id(x) in known else GpuTensor(x)
+
+    return tree_map(wrap, out)
+
+
+class _Calls(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return _call(func, args, kwargs or {})
+
+
+class _Factories(TorchFunctionMode):
+    """torch.tensor(values, device=...) fills its memory without a call that could be seen."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == GPU:
+            return func(*args, **kwargs | {"device": "cpu"}).to(GPU)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def pretended_gpu():
+    """Inside, `.to("meta")` is `.to("cuda")` on such a machine."""
+    with ExitStack() as stack:
+        stack.enter_context(_Calls())
+        stack.enter_context(_Factories())
+        yield GPU
