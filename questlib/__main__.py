@@ -15,7 +15,7 @@ from questlib.checkpoint import save_pretrained
 from questlib.config import PRESETS, QuantConfig
 from questlib.distributed import device, processes
 from questlib.errors import ConfigError, check_writable
-from questlib.finetune import finetune
+from questlib.finetune import check_shares, finetune
 from questlib.models.loading import load_pipeline
 from questlib.quantize import quantize
 
@@ -47,6 +47,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     choices = arguments.choices(args)
     check_writable(args.out)
     state = processes()
+    check_shares(config.batch_size)
     pipe = load_pipeline(args.pipeline).to(device())
     calib = calibrate(pipe, args.samples, batch_size=args.batch_size, progress=state.is_main_process, **choices)
     unet = quantize(
@@ -56,6 +57,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     size = save_pretrained(unet, args.out)
+    (args.out / "finetune.pt").unlink()  # of another configuration it would stand in the way
     full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     (args.out / "log.json").write_text(json.dumps({"quantize": unet.quest_log, "finetune": log}))
     print(f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk ({size / full:.3f} of float32)")

@@ -86,6 +86,11 @@ class QuantConfig:
     save_memory: bool = False
 
     def __post_init__(self) -> None:
+        for name, kinds in KINDS.items():
+            value = getattr(self, name)
+            if type(value) not in kinds:
+                words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise ConfigError(f"{name}: expected {words}, found {value!r}")
         for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "first_last_weight_bits", "te_act_bits"):
             bits = getattr(self, key)
             if bits is None and key not in ("weight_bits", "act_bits"):
@@ -153,6 +158,9 @@ class QuantConfig:
         tla = self.te == "finetune" and self.tla_iters > 0
         return tla or self.cma_layers != "none" and self.cma_iters > 0
 
+
+_TYPES = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "None": (type(None),)}
+KINDS = {f.name: sum((_TYPES[kind] for kind in f.type.split(" | ")), ()) for f in dataclasses.fields(QuantConfig)}
 
 _Q_DIFFUSION = dict(
     act_range="mse", adaround=True, act_recon=True, softmax_bits=8, first_last_act_bits=8, te="ptq", cma_layers="none"

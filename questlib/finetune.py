@@ -81,6 +81,9 @@ def losses(
     local: torch.Tensor | float = 0.0
     names = list(stage.layers)
     if stage.name == "tla":
+        if config.tla_order == "sequential":  # one step's outputs and, below, its inputs
+            now = te_t == batch.t[0].to(te_t.device)
+            te_t, te_targets = te_t[now], {name: target[now] for name, target in te_targets.items()}
         if stage.local:
             with recorded(student, names) as own:
                 run_time_layers(student, te_t)
@@ -104,6 +107,13 @@ def settle(layers: Iterable[QuantLayer]) -> None:
             layer.weight.data = layer.w_hat
 
 
+def check_shares(batch_size: int) -> None:
+    """ConfigError when the processes cannot share a batch out evenly."""
+    world = processes().num_processes
+    if batch_size % world:
+        raise ConfigError(f"batch_size: expected a multiple of {world} processes, found {batch_size}")
+
+
 def finetune(
     unet: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, *, state_path: str | Path | None = None,
     progress: bool = False,
@@ -117,9 +127,8 @@ def finetune(
     Log: seconds, loss [[stage, iteration, local, global], ...], trained_weights, trained_fraction.
     """
     step_groups(unet)
-    todo, world = stages(unet, config), processes().num_processes
-    if config.batch_size % world:
-        raise ConfigError(f"batch_size: expected a multiple of {world} processes, found {config.batch_size}")
+    todo = stages(unet, config)
+    check_shares(config.batch_size)
     log = {"seconds": 0.0, "loss": [], "trained_weights": 0, "trained_fraction": 0.0}
     if not todo:
         return log
@@ -144,10 +153,16 @@ def finetune(
             continue
         with torch.no_grad(), recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets:
             run_time_layers(teacher, te_t)
+        between = (
+            state is not None and state["iteration"] == 0
+        )  # saved at the end of the stage before, without this one's updates
+        if between:
+            unet.load_state_dict(state["model"])
         attach(stage.layers.values(), stage.rank, config.seed)
         start = 0
         if state is not None:  # before `trainable`, which takes relative learning rates from the stage's starting point
-            unet.load_state_dict(state["model"], strict=False)
+            if not between:
+                unet.load_state_dict(state["model"])
             log, start = state["log"], state["iteration"]
             rest()
         groups = trainable(unet, stage, config)
@@ -191,7 +206,7 @@ def finetune(
             _save_state(state_path, key, unet, number + 1, 0, log, opt, schedule, generator)
     if state is not None:  # every stage was done when it was saved
         log = state["log"]
-        unet.load_state_dict(state["model"], strict=False)
+        unet.load_state_dict(state["model"])
         rest()
     unet.disable_gradient_checkpointing()
     return log

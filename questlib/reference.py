@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -10,10 +11,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
-from questlib.adm import read_npz
+from questlib.adm import Moments, read_npz
 from questlib.errors import MetricError
-from questlib.features import MIN_SAMPLES, MiniFeatures, Statistics, check_images, load_extractor, moments, statistics
+from questlib.features import MIN_SAMPLES, Images, MiniFeatures, Statistics, check_images, load_extractor, moments, statistics
 from questlib.models.loading import MINI
+
+
+class Unread(NamedTuple):
+    """Images whose features are not taken yet, and what is known of their data set."""
+
+    images: Images
+    pooled_moments: Moments | None = None
+    spatial_moments: Moments | None = None
 
 
 def load_reference(
@@ -21,10 +30,16 @@ def load_reference(
     size: tuple[int, int] | None = None,
 ) -> Statistics:  # fmt: skip
     """What to compare with; see `evaluate` for the kinds of source. `size`: (H, W) that it must have, checked before the work."""
+    found = open_reference(source, features, size)
+    return found if isinstance(found, Statistics) else _take(found, features, weights, batch_size)
+
+
+def open_reference(source: str | Path | torch.Tensor, features: str, size: tuple[int, int] | None = None) -> Statistics | Unread:
+    """What needs no network: a file's statistics, or images and the statistics beside them. MetricError for all that is wrong."""
     if isinstance(source, torch.Tensor):
         check_images(source, "reference")
         check_size(tuple(source.shape[-2:]), size)
-        return statistics(source, load_extractor(features, weights), batch_size)
+        return Unread(source)
     exported = [p for p in (MINI / str(source) / "reference.safetensors", Path(source) / "reference.safetensors") if p.is_file()]
     path = exported[0] if exported else Path(source)
     if path.is_dir():
@@ -32,7 +47,7 @@ def load_reference(
         if len(files) < MIN_SAMPLES:
             raise MetricError(f"reference {path}: {len(files)} images are too few, at least {MIN_SAMPLES}")
         check_size(_image_size(files[0]), size)
-        return statistics(ImagesPathDataset(files, TransformPILtoRGBTensor()), load_extractor(features, weights), batch_size)
+        return Unread(ImagesPathDataset(files, TransformPILtoRGBTensor()))
     if not path.is_file():
         raise MetricError(f"reference {source}: not an embedded model, a file or a folder")
     if path.suffix == ".npz":
@@ -42,9 +57,7 @@ def load_reference(
         check_size(images.shape[1:3], size)
         if images.shape[0] < MIN_SAMPLES:
             raise MetricError(f"reference {path}: {images.shape[0]} images are too few, at least {MIN_SAMPLES}")
-        of_images = statistics(images, load_extractor(features, weights), batch_size)
-        # ADM's statistics are of the whole data set, its images often a part of it.
-        return of_images._replace(pooled_moments=pooled, spatial_moments=spatial) if pooled is not None else of_images
+        return Unread(images, pooled, spatial)
     check_features(path, features)
     try:
         with safe_open(path, "pt") as file:
@@ -52,19 +65,31 @@ def load_reference(
             height, width = map(int, (file.metadata() or {}).get("size", f"{MiniFeatures.SIZE}x{MiniFeatures.SIZE}").split("x"))
         check_size((height, width), size)
         pooled = t["pooled"].double()
-        spatial_moments = (t["spatial_mean"].numpy(), t["spatial_cov"].numpy())
-        return Statistics(pooled, moments(pooled), spatial_moments, (height, width), int(t["count"]))
+        of_all = (t["pooled_mean"].numpy(), t["pooled_cov"].numpy()) if "pooled_mean" in t else moments(pooled)
+        spatial_moments = (t["spatial_mean"].numpy(), t["spatial_cov"].numpy()) if "spatial_mean" in t else None
+        return Statistics(pooled, of_all, spatial_moments, (height, width), int(t["count"]))
     except (SafetensorError, KeyError) as error:
         raise MetricError(f"reference {path}: damaged or not a reference file ({error})") from error
+
+
+def _take(unread: Unread, features: str, weights: str | None, batch_size: int) -> Statistics:
+    """Features of the images. Statistics that stand beside them win: ADM's are of the whole data set, its images a part of it."""
+    found = statistics(unread.images, load_extractor(features, weights), batch_size)
+    if unread.pooled_moments is None:
+        return found
+    return found._replace(pooled_moments=unread.pooled_moments, spatial_moments=unread.spatial_moments)
 
 
 def save_reference(real: Statistics, path: Path, features: str) -> None:
     """What `load_reference` reads as .safetensors: the images need not be looked at again for every row of a table.
 
-    Pooled features in fp16 [N, D] (KID, precision and recall need them all), moments of the spatial features, image count.
+    Pooled features in fp16 [N, D] (KID, precision and recall need them all), image count, and in float64 the moments of pooled
+    and spatial features, which may be of more images than these (ADM's reference batches).
     """
-    mean, cov = (torch.from_numpy(m).contiguous() for m in real.spatial_moments)
-    tensors = {"pooled": real.pooled.half(), "spatial_mean": mean, "spatial_cov": cov, "count": torch.tensor(real.count)}
+    tensors = {"pooled": real.pooled.half(), "count": torch.tensor(real.count)}
+    for name, known in (("pooled", real.pooled_moments), ("spatial", real.spatial_moments)):
+        if known is not None:
+            tensors |= {f"{name}_{k}": torch.from_numpy(m).contiguous() for k, m in zip(("mean", "cov"), known, strict=True)}
     height, width = real.size
     save_file(tensors, path, {"features": features, "size": f"{height}x{width}"})
 

@@ -7,6 +7,7 @@ import torch
 from questlib import from_pretrained, metrics
 from questlib.__main__ import main
 from questlib.errors import MetricError
+from questlib.features import load_extractor, statistics
 from questlib.reference import check_features
 
 TINY = [
@@ -31,6 +32,7 @@ def test_quantize_the_shipped_model(tmp_path, capsys):
     assert unet.quest_config.preset_name == "quest" and unet.quest_config.tla_iters == 1
     log = json.loads((tmp_path / "log.json").read_text())
     assert [entry[0] for entry in log["finetune"]["loss"]] == ["tla", "cma"]
+    assert not (tmp_path / "finetune.pt").exists()  # of other bits into this folder it would refuse to go on
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,7 @@ def test_quantize_the_shipped_model(tmp_path, capsys):
         (["--bits", "W1A4"], "weight_bits: expected 2..8"),
         (["--set", "nonsense=1"], "unknown key nonsense"),
         (["--set", "tla_iters"], "--set: expected KEY=VALUE"),
+        (["--set", "adaround=False"], "adaround: expected bool, found 'False'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, args, says):
@@ -81,3 +84,19 @@ def test_reference_taken_once(tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"damaged")
     with pytest.raises(MetricError, match="damaged or not a reference file"):
         metrics.evaluate(x, reference=tmp_path / "bad.safetensors")
+
+
+def test_reference_keeps_the_statistics_of_the_whole_data_set(tmp_path):
+    """ADM's batches hold some images, and mean and covariance of many more; with or without those of the spatial features."""
+    x, npz = torch.randint(0, 256, (40, 3, 64, 64), dtype=torch.uint8), tmp_path / "adm.npz"
+    whole = statistics(x, load_extractor("mini"))
+    images = x[:24].permute(0, 2, 3, 1).numpy()
+    pooled = dict(zip(("mu", "sigma"), whole.pooled_moments, strict=True))
+    spatial = dict(zip(("mu_s", "sigma_s"), whole.spatial_moments, strict=True))
+    for i, known in enumerate((pooled, pooled | spatial)):
+        np.savez(npz, images, **known)
+        out = tmp_path / f"{i}.safetensors"
+        assert main(["reference", str(npz), str(out), "--features", "mini"]) == 0
+        stored, direct = metrics.evaluate(x[24:], reference=out), metrics.evaluate(x[24:], reference=npz)
+        assert stored["fid"] == direct["fid"] and stored["sfid"] == direct["sfid"]
+        assert (stored["sfid"] is None) == (known is pooled)

@@ -41,6 +41,11 @@ def test_paper_and_release_are_both_here_and_differ_where_the_issue_says():
         (lambda: QuantConfig(te="none"), "te: expected one of ptq, fp, finetune"),
         (lambda: QuantConfig(step_groups=0), "step_groups: expected at least 1"),
         (lambda: QuantConfig(tla_iters=-1), "tla_iters"),
+        (lambda: QuantConfig(tla_iters=1.0), "tla_iters: expected int, found 1.0"),
+        (lambda: QuantConfig(adaround="False"), "adaround: expected bool, found 'False'"),
+        (lambda: QuantConfig(lr_weight="2e-2x"), "lr_weight: expected float or int, found '2e-2x'"),
+        (lambda: QuantConfig(act_ema=True), "act_ema: expected float or int or null, found True"),
+        (lambda: QuantConfig(softmax_bits="8"), "softmax_bits: expected int or null, found '8'"),
     ],
 )
 def test_bad_values_are_named(call, says):
