@@ -106,4 +106,4 @@ reproduce-figure2:  ## figure 2: activations before and after finetuning
 reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
 reproduce-all: $(STAMP)  ## all of them, $(JOBS) at a time with one share of the cores each; go on with the same command
-	OMP_NUM_THREADS=$(THREADS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(REPRODUCE)) SCALE=$(SCALE)
+	OMP_NUM_THREADS=$(THREADS) QUEST_JOBS=$(JOBS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(REPRODUCE)) SCALE=$(SCALE)

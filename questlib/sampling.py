@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from questlib.errors import ConfigError, QuestError
 from questlib.models.conditioning import Condition, Conditioning
-from questlib.models.loading import model_digest
+from questlib.models.loading import model_digest, pipeline_digest
 from questlib.models.samplers import make_scheduler
 from questlib.shards import Samples, read_samples, shard_ranges, write_samples
 
@@ -65,6 +65,14 @@ def denoise(
     return x
 
 
+def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
+    """(height, width) of the images that a pipeline draws: the UNet's sample, times the autoencoder's factor."""
+    sample, vae = pipe.unet.config.sample_size, getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    height, width = (sample, sample) if isinstance(sample, int) else sample
+    return height * factor, width * factor
+
+
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
     """Latents [N, C, h, w] -> uint8 images [N, 3, H, W] by the pipeline's autoencoder; without one they are images already."""
@@ -99,7 +107,7 @@ class Drawing:
         return {
             "num_samples": num_samples, "batch_size": batch_size, "seed": self.seed, "steps": self.steps, "eta": self.eta,
             "sampler": type(self.scheduler).__name__, "schedule": {k: str(v) for k, v in settings.items()},
-            "unet": model_digest(self.unet), **self.conditioning.about,
+            "unet": model_digest(self.unet), "pipeline": pipeline_digest(self.pipe), **self.conditioning.about,
         }  # fmt: skip
 
     def draw(self, indices: range) -> Samples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import shutil
 import statistics
@@ -17,7 +18,8 @@ from PIL import Image
 import questlib
 from questlib import clip_score, metrics, sampling
 from questlib.errors import QuestError
-from questlib.features import MINI_FEATURES
+from questlib.features import MINI_FEATURES, inception_weights
+from questlib.integer.convert import CPU_ENGINES
 from questlib.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, provenance
@@ -33,10 +35,11 @@ FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: 
 
 
 @cache
-def load(model: str):
-    """(pipeline on the device, digest of its weights); once a process."""
+def load(model: str, engine: str):
+    """(pipeline where the engine can run, digest of its UNet, digest of all its parts); once a process."""
     pipe = loading.load_pipeline(model)
-    return pipe.to("cuda" if torch.cuda.is_available() else "cpu"), loading.model_digest(pipe)
+    on_gpu = torch.cuda.is_available() and engine not in CPU_ENGINES
+    return pipe.to("cuda" if on_gpu else "cpu"), loading.model_digest(pipe), loading.pipeline_digest(pipe)
 
 
 class SeedRun:
@@ -45,7 +48,7 @@ class SeedRun:
     def __init__(self, cell: Cell, plan: Plan, seed: int) -> None:
         self.cell, self.plan, self.seed, setting = cell, plan, seed, plan.setting(cell)
         self.setting = setting
-        self.pipe, self.model_sha256 = load(setting.model)
+        self.pipe, self.model_sha256, parts = load(setting.model, plan.engine)
         self.store = Store(plan.work)
         self.config = None if cell.preset is None else plan.config(cell, seed)
         prompts = {}
@@ -56,7 +59,7 @@ class SeedRun:
             for s in (setting, plan.drawing(cell))
         )  # while calibrating; for the images
         # a CPU's and a GPU's products differ in the last bits and in their seconds
-        schedule = self.how | {"model": self.model_sha256, "device": self.pipe.device.type}
+        schedule = self.how | {"model": parts, "device": self.pipe.device.type}
         drawing = schedule | self.drawn | {"seed": SAMPLING_SEED + seed, "num_samples": setting.samples_per_seed}
         drawing |= {"batch": setting.sample_batch, "code": code_hash(sampling.sample)}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
@@ -79,8 +82,11 @@ class SeedRun:
             "reference": setting.reference,
         }
         key |= {"files": file_digests(setting.reference), "code": code_hash(metrics.evaluate)}
+        if setting.features == "inception":
+            key |= {"inception": file_digests(inception_weights()[0])}
         if "prompts" in self.drawn:
             key |= {"clip": setting.clip, "clip code": code_hash(clip_score.clip_score)}
+            key |= {"clip files": file_digests(setting.clip.removeprefix("local-dir:"))}
         self.score = self.store.product("evaluate", key)
 
     def _calibrate(self, folder: Path) -> dict[str, Any]:
@@ -110,22 +116,19 @@ class SeedRun:
 
     def draw(self, product: Product, unet: Any) -> sampling.Samples:
         """The samples of a product: those that its folder lacks are drawn, the others are read."""
-        drawn = []
 
         def build(folder: Path) -> dict[str, Any]:
-            drawn.append(
-                sampling.sample(
-                    self.pipe, self.setting.samples_per_seed, seed=SAMPLING_SEED + self.seed,
-                    batch_size=self.setting.sample_batch, out_dir=folder / "shards", unet=unet, **self.drawn,
-                )
-            )  # fmt: skip
+            self.draw_into(folder, unet)
             return {}
 
-        if product.done:
-            build(product.folder)
-        else:
-            product.make(build)
-        return drawn[0]
+        product.make(build)  # or another process does, while this one waits
+        return self.draw_into(product.folder, unet)
+
+    def draw_into(self, folder: Path, unet: Any) -> sampling.Samples:
+        return sampling.sample(
+            self.pipe, self.setting.samples_per_seed, seed=SAMPLING_SEED + self.seed, batch_size=self.setting.sample_batch,
+            out_dir=folder / "shards", unet=unet, **self.drawn,
+        )  # fmt: skip
 
     def _evaluate(self, folder: Path, samples: sampling.Samples, paired: sampling.Samples | None) -> dict[str, Any]:
         about, pair = self.setting, {}
@@ -184,6 +187,12 @@ class SeedRun:
             "about": self.score.info["about"],
             "products": {p.folder.parent.name: p.hash for p in stages},
         }
+
+    @property
+    def made(self) -> list[dict[str, Any]]:
+        """Where this seed's products come from: commit, versions and machine of each, its samples' first."""
+        products = [self.samples, self.score, self.checkpoint, self.calibration]
+        return [p.info["provenance"] for p in products if p is not None and "provenance" in p.info]
 
 
 def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dict[str, Any]:
@@ -247,8 +256,19 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
             print(f"{cell.id}: failed: {error}", file=sys.stderr)
             result = empty_result(cell, plan, "failed", str(error))
             result["provenance"] = provenance() | {"command": plan.command}
-    write_json(plan.folder / f"{cell.id}.json", result)
+    path = plan.folder / f"{cell.id}.json"
+    if result["status"] != "done" and path.is_file() and json.loads(path.read_text())["status"] == "done":
+        print(f"{cell.id}: {result['status']}: {result['reason']}; the earlier result is kept", file=sys.stderr)
+    else:
+        write_json(path, result)
     return result
+
+
+def provenance_of(runs: list[SeedRun]) -> dict[str, Any]:
+    """Of the first seed's samples, as of when they were made; `others`: what other products of the row were made by."""
+    made = [p for run in runs for p in run.made] or [provenance()]
+    others = [p for i, p in enumerate(made) if p not in made[:i] and p != made[0]]
+    return made[0] | ({"others": others} if others else {})
 
 
 def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -272,7 +292,7 @@ def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str,
         "seconds": {stage: statistics.fmean(s["seconds"][stage] for s in seeds) for stage in stages},
         "seconds_are": "mean of a seed, as first measured, also where a product was read from the cache",
         "per_seed": seeds,
-        "provenance": provenance()
+        "provenance": provenance_of(runs)
         | {
             "config_hash": digest([s["config_hash"] for s in seeds]),
             "calibration_hash": digest([s["calibration_hash"] for s in seeds]),

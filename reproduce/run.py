@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,18 +29,18 @@ def preflight(plan: Plan) -> None:
     if not settings:
         return
     from questlib.clip_score import coco_prompts, load_clip
-    from questlib.features import InceptionFeatures
+    from questlib.features import InceptionFeatures, MiniFeatures
     from questlib.integer.convert import choose_engine
-    from questlib.models.loading import MINI, load_pipeline
-    from questlib.reference import check_features
+    from questlib.models.loading import load_pipeline
+    from questlib.reference import open_reference
+    from questlib.sampling import image_size
 
-    for model in {s.model for s in settings}:
-        load_pipeline(model)
-    for reference, features in {(s.reference, s.features) for s in settings if s.reference is not None}:
-        if not (MINI / reference / "reference.safetensors").is_file() and not Path(reference).exists():
-            raise ConfigError(f"reference {reference}: not an embedded model, a file or a folder")
-        if Path(reference).suffix == ".safetensors":
-            check_features(Path(reference), features)
+    sizes = {model: image_size(load_pipeline(model)) for model in {s.model for s in settings}}
+    for model, reference, features in {(s.model, s.reference, s.features) for s in settings if s.reference is not None}:
+        if features == "mini" and sizes[model] != (MiniFeatures.SIZE, MiniFeatures.SIZE):
+            found = "x".join(map(str, sizes[model]))
+            raise ConfigError(f"features mini: images of {MiniFeatures.SIZE}x{MiniFeatures.SIZE} only, {model} draws {found}")
+        open_reference(reference, features, sizes[model])
     for captions, count, clip in {(s.captions, s.samples_per_seed, s.clip) for s in settings if s.captions is not None}:
         coco_prompts(captions, count)
         load_clip(clip)
@@ -54,8 +55,9 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     fresh = not any(plan.work.glob("*/*/key.json"))  # nothing of an earlier run to go on from
     start = time.time()
     execute(plan)
-    record_time(plan, time.time() - start, fresh)
-    return report.finish(plan)
+    results = report.finish(plan)
+    record_time(plan, results, time.time() - start, fresh)
+    return results
 
 
 def execute(plan: Plan) -> None:
@@ -71,7 +73,7 @@ def execute(plan: Plan) -> None:
     }  # fmt: skip
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"  # papermill writes as it goes; results get the whole
     papermill.execute_notebook(
-        str(source), str(partial), parameters=parameters, cwd=str(source.parent), kernel_name="python3",
+        str(source), str(partial), parameters=parameters, kernel_name="python3",  # in this folder: paths may be relative
         progress_bar=False, log_output=False, stdout_file=sys.stderr, stderr_file=sys.stderr,
     )  # fmt: skip
     notebook = without_machine(nbformat.read(partial, as_version=4), plan)
@@ -80,10 +82,14 @@ def execute(plan: Plan) -> None:
     partial.unlink()
 
 
-def record_time(plan: Plan, seconds: float, fresh: bool) -> None:
-    """run.json: how long a full run takes that finds no products of earlier ones. `report.stage_seconds` is for the others."""
-    nothing = all(plan.missing(cell) is not None for cell in plan.cells)
-    if nothing or len(plan.cells) < len(plan.table.cells) or not fresh:
+def record_time(plan: Plan, results: list[dict[str, Any]], seconds: float, fresh: bool) -> None:
+    """run.json: how long a full run takes that finds no products of earlier ones, with no other table beside it.
+
+    `report.stage_seconds` is for the others.
+    """
+    alone = os.environ.get("QUEST_JOBS", "1") == "1"  # the Makefile sets it for reproduce-all
+    whole = len(plan.cells) == len(plan.table.cells) and all(r["status"] == "done" for r in results)
+    if not (fresh and alone and whole):
         return
     target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
     target = target if plan.engine == "fake" else plan.command

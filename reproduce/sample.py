@@ -14,6 +14,7 @@ import torch
 from questlib import arguments, from_pretrained
 from questlib.distributed import device, processes
 from questlib.errors import ConfigError, check_writable
+from questlib.integer.convert import CPU_ENGINES
 from questlib.models.loading import load_pipeline
 from questlib.sampling import Drawing
 from questlib.shards import write_samples
@@ -39,8 +40,9 @@ def run(args: argparse.Namespace) -> int:
     choices = arguments.choices(args)
     check_writable(args.out)
     state = processes()
-    pipe = load_pipeline(args.model).to(device())
-    unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(device())
+    where = "cpu" if args.engine in CPU_ENGINES else device()
+    pipe = load_pipeline(args.model).to(where)
+    unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(where)
     how = Drawing(pipe, unet=unet, **choices)
     write_samples(
         args.out, how.run(args.num_samples, args.batch_size), how.draw, process_index=state.process_index,

@@ -16,6 +16,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from reproduce.provenance import provenance
+
 BY_VALUE = {"questlib", "questlib.config", "questlib.errors"}  # see code_hash
 
 
@@ -71,7 +73,7 @@ class Product:
         finally:
             seconds = before["seconds"] + time.perf_counter() - start
             write_json(tries, {"seconds": seconds, "interrupted": before["interrupted"] + 1})
-        info = {"seconds": seconds, "interrupted": before["interrupted"]} | info
+        info = {"seconds": seconds, "interrupted": before["interrupted"], "provenance": provenance()} | info
         write_json(self.folder / "done.json", info)
         tries.unlink()
         return info

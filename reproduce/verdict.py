@@ -41,13 +41,15 @@ def verdict(
     if other is None or other["status"] != "done" or other["metrics"][metric]["value"] is None:
         return f"{base.label} has no result to compare with"
     differences = [a - b for a, b in by_seed(metric, mine, other)]
+    if not differences:
+        return f"no seed in common with {base.label}"
     mean = statistics.fmean(differences)
     if len(differences) > 1:
         spread = statistics.stdev(differences)
         clear, size = abs(mean) > spread, f"by {abs(mean):.3g}, spread {spread:.2g}"
     else:
         clear, size = mean != 0, f"by {abs(mean):.3g}, {ONE_SEED}"
-    if _processor(mine) != _processor(other):
+    if len(_processors(mine) | _processors(other)) > 1:
         size += f", {TWO_PROCESSORS}"
     ours = ("better" if (mean < 0) != (metric in HIGHER_IS_BETTER) else "worse") if clear else "no clear difference"
     words = f"{ours} than {base.label} ({size})" if clear else f"no clear difference from {base.label} ({size})"
@@ -60,8 +62,9 @@ def verdict(
     return f"{words}; {'as in' if papers == ours else 'differs from'} the paper"
 
 
-def _processor(result: dict[str, Any]) -> str | None:
-    return ((result.get("provenance") or {}).get("machine") or {}).get("cpu")
+def _processors(result: dict[str, Any]) -> set[str]:
+    made = result.get("provenance") or {}
+    return {p["machine"]["cpu"] for p in (made, *made.get("others", ())) if "machine" in p}
 
 
 def paper_order(mine: Number, base: Number, higher_is_better: bool = False) -> str | None:
@@ -74,8 +77,7 @@ def paper_order(mine: Number, base: Number, higher_is_better: bool = False) -> s
 
 
 def by_seed(metric: str, mine: dict[str, Any], other: dict[str, Any]) -> list[tuple[float, float]]:
-    """(ours, base's) for each seed that both have; the means when they share none."""
+    """(ours, base's) for each seed that both have."""
     base = {s["seed"]: s["metrics"].get(metric) for s in other["per_seed"]}
     pairs = [(s["metrics"].get(metric), base.get(s["seed"])) for s in mine["per_seed"]]
-    known = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return known or [(mine["metrics"][metric]["value"], other["metrics"][metric]["value"])]
+    return [(a, b) for a, b in pairs if a is not None and b is not None]

@@ -23,6 +23,7 @@ from questlib.quantizers import ActQuantizer
 from questlib.timesteps import StepGroups
 
 ENGINES = ("cpu", "reference", "triton")
+CPU_ENGINES = ENGINES[:2]  # need the model on the CPU
 WEIGHTS = ("packed", "int8")
 LAYERS = (CpuLayer, triton_engine.TritonLayer)
 ATTENTION = (CpuAttnProcessor, TritonAttnProcessor)
@@ -80,7 +81,7 @@ def convert(
         raise ConfigError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
     if (fuse or weights != WEIGHTS[0]) and engine != "triton":
         raise ConfigError(f"weights and fuse are choices of engine triton, found weights {weights!r}, fuse {fuse} for {engine}")
-    if engine != "triton" and unet.device.type != "cpu":
+    if engine in CPU_ENGINES and unet.device.type != "cpu":
         raise EngineError(f"engine {engine} needs the model on the CPU, found {unet.device}")
     unet = unet if inplace else copy.deepcopy(unet)
     unet.requires_grad_(False).eval()

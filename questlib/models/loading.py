@@ -66,6 +66,22 @@ def model_digest(pipe_or_path: DiffusionPipeline | nn.Module | str | Path) -> st
     return digest.hexdigest()
 
 
+def pipeline_digest(pipe: DiffusionPipeline) -> str:
+    """sha256 of all that decides a pipeline's images: weights and configs of all its parts, a tokenizer's vocabulary."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if part is None:
+            continue
+        config = getattr(part, "config", None) or {}
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        about = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
+        about |= part.get_vocab() if hasattr(part, "get_vocab") else {}
+        digest.update(json.dumps([name, type(part).__name__, about], sort_keys=True).encode())
+        if isinstance(part, nn.Module):
+            digest.update(model_digest(part).encode())
+    return digest.hexdigest()
+
+
 def _from_folder(folder: Path) -> DiffusionPipeline:
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")

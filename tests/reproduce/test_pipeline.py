@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 
 import questlib
 from questlib import metrics, sampling
 from questlib.errors import QuestError
-from reproduce import report
-from reproduce.pipeline import METRICS, run_cell
+from reproduce import pipeline, report, store
+from reproduce.pipeline import METRICS, SeedRun, run_cell
+from reproduce.provenance import provenance
 from reproduce.store import Store, code_hash
+from reproduce.verdict import _processors
 
 CELL = "bedrooms-w4a4-quest"
 
@@ -212,6 +219,79 @@ def test_samples_do_not_depend_on_global_random_state(tiny_plan):
     torch.manual_seed(123)
     again = run_cell(plan.cells[0], plan.__class__(**{**vars(plan), "work": plan.work / "again"}))
     assert first["metrics"] == again["metrics"]
+
+
+def test_samples_that_another_process_makes_meanwhile(tiny_plan):
+    """Tables share full precision's samples: the second process waits, and reads them."""
+    plan = tiny_plan(cells=["bedrooms-fp"])
+    first, second = (SeedRun(plan.cells[0], plan, 0) for _ in range(2))
+    with ThreadPoolExecutor() as pool:
+        with FileLock(first.fp_samples.folder / "lock"):
+            waiting = pool.submit(second.draw, second.fp_samples, second.pipe.unet)
+            time.sleep(0.5)
+            assert not waiting.done()
+            made = []
+            first.fp_samples._make(lambda folder: made.append(first.draw_into(folder, first.pipe.unet)) or {})
+        assert torch.equal(waiting.result().images, made[0].images)
+
+
+def test_result_that_is_there_is_not_overwritten_by_a_failure(tiny_plan, monkeypatch, capsys):
+    plan = tiny_plan(cells=[CELL])
+    done = run_cell(plan.cells[0], plan)
+
+    def fails(*args, **kwargs):
+        raise QuestError("no memory")
+
+    monkeypatch.setattr(SeedRun, "run", fails)
+    assert run_cell(plan.cells[0], plan)["status"] == "failed"
+    assert json.loads((plan.folder / f"{CELL}.json").read_text()) == done
+    assert "failed: no memory; the earlier result is kept" in capsys.readouterr().err
+
+
+def test_numbers_that_are_read_again_keep_where_they_came_from(tiny_plan, monkeypatch):
+    plan = tiny_plan(cells=[CELL])
+    first = run_cell(plan.cells[0], plan)
+    elsewhere = provenance() | {"commit": "later", "machine": provenance()["machine"] | {"cpu": "another"}}
+    monkeypatch.setattr(store, "provenance", lambda: elsewhere)
+    monkeypatch.setattr(pipeline, "provenance", lambda: elsewhere)
+    again = run_cell(plan.cells[0], plan)
+    assert again == first and "others" not in first["provenance"]
+    for name in ("evaluate", "sample"):
+        shutil.rmtree(plan.work / name)
+    mixed = run_cell(plan.cells[0], plan)
+    assert mixed["provenance"]["commit"] == "later" and [p["commit"] for p in mixed["provenance"]["others"]] == [
+        first["provenance"]["commit"]
+    ]
+    assert _processors(mixed) == {"another", first["provenance"]["machine"]["cpu"]}
+
+
+@pytest.mark.parametrize("part", ["vae", "scheduler", "metric network"])
+def test_another_part_of_the_pipeline_is_another_product(tiny_plan, tiny, tmp_path, monkeypatch, part):
+    """Only the UNet stays the same: nothing that was made with the other part is read."""
+    before = SeedRun(*(plan := tiny_plan(cells=[CELL])).cells, plan, 0)
+    folder = tmp_path / "other"
+    shutil.copytree(tiny / "model", folder)
+    if part == "vae":
+        weights = load_file(folder / "vqvae" / "diffusion_pytorch_model.safetensors")
+        save_file({k: v * 0.5 for k, v in weights.items()}, folder / "vqvae" / "diffusion_pytorch_model.safetensors")
+    elif part == "scheduler":
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.01}))
+    else:
+        monkeypatch.setattr(pipeline, "MINI_FEATURES", folder / "vqvae")  # any other weights
+    after = SeedRun(plan.cells[0], plan := tiny_plan(cells=[CELL], model=str(folder)), 0)
+    assert after.model_sha256 == before.model_sha256 and after.score.hash != before.score.hash
+    assert (after.checkpoint.hash == before.checkpoint.hash) == (part == "metric network")
+    assert (after.samples.hash == before.samples.hash) == (part == "metric network")
+
+
+def test_integers_on_the_cpu_are_run_there(monkeypatch):
+    """Where there is a GPU, too: these engines cannot run on it."""
+    pipeline.load.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for engine in ("cpu", "reference"):
+        assert pipeline.load("mini-ldm4", engine)[0].device.type == "cpu"
+    pipeline.load.cache_clear()
 
 
 def test_two_processes_make_a_product_once(tmp_path):

@@ -65,6 +65,9 @@ def test_rows_without_a_number():
     assert verdict("fid", cell, base, result([1.0]), result(None, "failed", "x")) == "Base has no result to compare with"
     assert verdict("fid", cell, base, result([1.0]), None) == "Base has no result to compare with"
     assert verdict("fid", cell, None, result([1.0]), None) == "reference row"
+    others = result([1.0, 2.0])
+    others["per_seed"] = [s | {"seed": s["seed"] + 2} for s in others["per_seed"]]
+    assert verdict("fid", cell, base, result([1.0, 2.0]), others) == "no seed in common with Base"
 
 
 def test_paper_order():

@@ -1,8 +1,9 @@
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import VQModel
+from diffusers import LDMPipeline, VQModel
 
 from questlib import quantize
 from questlib.errors import ConfigError, QuestError
@@ -15,7 +16,7 @@ def ldm(pipe):
     vae = VQModel(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
                   up_block_types=("UpDecoderBlock2D",) * 2,
                   norm_num_groups=4, num_vq_embeddings=16, sample_size=16)  # fmt: skip
-    return SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler, vqvae=vae.eval().requires_grad_(False))
+    return LDMPipeline(unet=pipe.unet, scheduler=pipe.scheduler, vqvae=vae.eval().requires_grad_(False))
 
 
 def draw(ldm, n=5, **kw):
@@ -62,6 +63,10 @@ def test_shards_of_another_run_or_model_are_refused(ldm, calib, fast, tmp_path):
         draw(ldm, batch_size=5, out_dir=tmp_path, seed=1)
     with pytest.raises(QuestError, match="belongs to another run"):
         draw(ldm, batch_size=5, out_dir=tmp_path, unet=quantize(ldm.unet, fast("minmax"), calib))
+    other = copy.deepcopy(ldm)
+    other.vqvae.decoder.conv_out.bias.data += 0.1
+    with pytest.raises(QuestError, match="belongs to another run"):
+        draw(other, batch_size=5, out_dir=tmp_path)
     file = next(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(QuestError, match="damaged"):
