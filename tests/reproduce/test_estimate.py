@@ -124,12 +124,19 @@ def test_hours_follow_from_counts_and_the_stated_rate():
     assert quest.memory_bytes > 3 * 4 * 274.1e6
 
 
-@pytest.mark.parametrize("cell", ["w4a8-quest", "w4a8-q-diffusion", "w4a4-quest", "w8a8-quest-paper"])
-def test_estimates_are_near_what_was_measured_at_mini_scale(cell):
-    """Within a factor of 3 of the committed results: times, and memory beyond the first 100 MB of any run."""
-    measured = json.loads((ROOT / "results" / "mini" / "table3" / f"bedrooms-{cell}.json").read_text())
-    plan = make_plan("table3", scale="mini", dry=True)
-    found = estimate.estimate(plan.table.cell(f"bedrooms-{cell}"), plan)
+@pytest.mark.parametrize(
+    ("table", "cell"),
+    [("table6", "w4a8-tla-cma"), ("table6", "w4a8-ptq"), ("table8", "w4a4-quest"), ("table9", "bedrooms-w8a8-quest-paper")],
+)
+def test_estimates_are_near_what_was_measured_at_mini_scale(table, cell):
+    """Within a factor of 3 of the committed results: times, and memory beyond the first 100 MB of any run.
+
+    Of tables whose times were measured alike, on the machine that the rate is of; Table 3's are of a slower one, beside other work.
+    """
+    measured = json.loads((ROOT / "results" / "mini" / table / f"{cell}.json").read_text())
+    assert measured["provenance"]["machine"]["cpu"] == "AMD EPYC"
+    plan = make_plan(table, scale="mini", dry=True)
+    found = estimate.estimate(plan.table.cell(cell), plan)
     for stage in ("sample", "reconstruct", "finetune"):
         seconds = measured["seconds"][stage] * len(plan.seeds)
         assert seconds / 3 <= found.hours[stage] * 3600 <= seconds * 3 or seconds == found.hours[stage] == 0
