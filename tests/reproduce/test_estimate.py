@@ -128,7 +128,7 @@ def test_hours_follow_from_counts_and_the_stated_rate():
     ("table", "cell"),
     [
         ("table6", "w4a8-tla-cma"),
-        ("table4", "imagenet-w4a4-q-diffusion"),
+        ("table9", "bedrooms-w4a8-tfmq-dm"),
         ("table8", "w4a4-quest"),
         ("table9", "bedrooms-w8a8-quest-paper"),
     ],
