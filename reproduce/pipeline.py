@@ -35,7 +35,7 @@ FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: 
 
 
 @cache
-def load(model: str, engine: str):
+def load(model: str, engine: str = "fake"):
     """(pipeline where the engine can run, digest of its UNet, digest of all its parts); once a process."""
     pipe = loading.load_pipeline(model)
     on_gpu = torch.cuda.is_available() and engine not in CPU_ENGINES
