@@ -153,9 +153,8 @@ def finetune(
             continue
         with torch.no_grad(), recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets:
             run_time_layers(teacher, te_t)
-        between = (
-            state is not None and state["iteration"] == 0
-        )  # saved at the end of the stage before, without this one's updates
+        # a state of the stage before has none of this one's low-rank updates
+        between = state is not None and state["iteration"] == 0
         if between:
             unet.load_state_dict(state["model"])
         attach(stage.layers.values(), stage.rank, config.seed)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from questlib.errors import ConfigError, QuestError
 from questlib.models.conditioning import Condition, Conditioning
-from questlib.models.loading import model_digest, pipeline_digest
+from questlib.models.loading import model_digest, parts_digest
 from questlib.models.samplers import make_scheduler
 from questlib.shards import Samples, read_samples, shard_ranges, write_samples
 
@@ -107,7 +107,7 @@ class Drawing:
         return {
             "num_samples": num_samples, "batch_size": batch_size, "seed": self.seed, "steps": self.steps, "eta": self.eta,
             "sampler": type(self.scheduler).__name__, "schedule": {k: str(v) for k, v in settings.items()},
-            "unet": model_digest(self.unet), "pipeline": pipeline_digest(self.pipe), **self.conditioning.about,
+            "unet": model_digest(self.unet), "parts": parts_digest(self.pipe), **self.conditioning.about,
         }  # fmt: skip
 
     def draw(self, indices: range) -> Samples:

@@ -119,9 +119,10 @@ def judge(claim: Claim, results: Results) -> tuple[str, str]:
                 continue
             if any(rows[c]["metrics"][metric]["value"] is None for c in (mine, base)):
                 return "not run", f"{HEADS[metric]} not measured"
-            if not by_seed(metric, rows[mine], rows[base]):
+            pairs = by_seed(metric, rows[mine], rows[base])
+            if not pairs:
                 return "not run", "no seed in common"
-            values = [fmean(v) for v in zip(*by_seed(metric, rows[mine], rows[base]), strict=True)]
+            values = [fmean(v) for v in zip(*pairs, strict=True)]
             line = verdict(metric, table.cell(mine), table.cell(base), rows[mine], rows[base])
             one_seed |= ONE_SEED in line
             found.append(line.startswith("better"))

@@ -36,10 +36,10 @@ FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: 
 
 @cache
 def load(model: str, engine: str = "fake"):
-    """(pipeline where the engine can run, digest of its UNet, digest of all its parts); once a process."""
+    """(pipeline where the engine can run, digest of its UNet's weights, digest of the rest); once a process."""
     pipe = loading.load_pipeline(model)
     on_gpu = torch.cuda.is_available() and engine not in CPU_ENGINES
-    return pipe.to("cuda" if on_gpu else "cpu"), loading.model_digest(pipe), loading.pipeline_digest(pipe)
+    return pipe.to("cuda" if on_gpu else "cpu"), loading.model_digest(pipe), loading.parts_digest(pipe)
 
 
 class SeedRun:
@@ -59,7 +59,7 @@ class SeedRun:
             for s in (setting, plan.drawing(cell))
         )  # while calibrating; for the images
         # a CPU's and a GPU's products differ in the last bits and in their seconds
-        schedule = self.how | {"model": parts, "device": self.pipe.device.type}
+        schedule = self.how | {"model": self.model_sha256, "parts": parts, "device": self.pipe.device.type}
         drawing = schedule | self.drawn | {"seed": SAMPLING_SEED + seed, "num_samples": setting.samples_per_seed}
         drawing |= {"batch": setting.sample_batch, "code": code_hash(sampling.sample)}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
@@ -116,13 +116,14 @@ class SeedRun:
 
     def draw(self, product: Product, unet: Any) -> sampling.Samples:
         """The samples of a product: those that its folder lacks are drawn, the others are read."""
+        drawn = []
 
         def build(folder: Path) -> dict[str, Any]:
-            self.draw_into(folder, unet)
+            drawn.append(self.draw_into(folder, unet))
             return {}
 
-        product.make(build)  # or another process does, while this one waits
-        return self.draw_into(product.folder, unet)
+        product.make(build)  # nothing to do when done before, or by another process while this one waited
+        return drawn[0] if drawn else self.draw_into(product.folder, unet)
 
     def draw_into(self, folder: Path, unet: Any) -> sampling.Samples:
         return sampling.sample(

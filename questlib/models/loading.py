@@ -66,8 +66,9 @@ def model_digest(pipe_or_path: DiffusionPipeline | nn.Module | str | Path) -> st
     return digest.hexdigest()
 
 
-def pipeline_digest(pipe: DiffusionPipeline) -> str:
-    """sha256 of all that decides a pipeline's images: weights and configs of all its parts, a tokenizer's vocabulary."""
+def parts_digest(pipe: DiffusionPipeline) -> str:
+    """sha256 of what decides a pipeline's images beside its UNet's weights (`model_digest`): configs, the other parts' weights,
+    a tokenizer's vocabulary."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if part is None:
@@ -77,7 +78,7 @@ def pipeline_digest(pipe: DiffusionPipeline) -> str:
         about = {k: str(v) for k, v in config.items() if not k.startswith("_") and k != "transformers_version"}
         about |= part.get_vocab() if hasattr(part, "get_vocab") else {}
         digest.update(json.dumps([name, type(part).__name__, about], sort_keys=True).encode())
-        if isinstance(part, nn.Module):
+        if isinstance(part, nn.Module) and name != "unet":
             digest.update(model_digest(part).encode())
     return digest.hexdigest()
 
