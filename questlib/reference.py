@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -11,18 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
-from questlib.adm import Moments, read_npz
+from questlib.adm import read_npz
 from questlib.errors import MetricError
 from questlib.features import MIN_SAMPLES, Images, MiniFeatures, Statistics, check_images, load_extractor, moments, statistics
 from questlib.models.loading import MINI
-
-
-class Unread(NamedTuple):
-    """Images whose features are not taken yet, and what is known of their data set."""
-
-    images: Images
-    pooled_moments: Moments | None = None
-    spatial_moments: Moments | None = None
 
 
 def load_reference(
@@ -30,16 +22,22 @@ def load_reference(
     size: tuple[int, int] | None = None,
 ) -> Statistics:  # fmt: skip
     """What to compare with; see `evaluate` for the kinds of source. `size`: (H, W) that it must have, checked before the work."""
-    found = open_reference(source, features, size)
-    return found if isinstance(found, Statistics) else _take(found, features, weights, batch_size)
+    return open_reference(source, features, weights, batch_size, size)()
 
 
-def open_reference(source: str | Path | torch.Tensor, features: str, size: tuple[int, int] | None = None) -> Statistics | Unread:
-    """What needs no network: a file's statistics, or images and the statistics beside them. MetricError for all that is wrong."""
+def open_reference(
+    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = 100,
+    size: tuple[int, int] | None = None,
+) -> Callable[[], Statistics]:  # fmt: skip
+    """`load_reference`'s checks, MetricError for what is wrong; the work itself waits in what is returned."""
+
+    def take(images: Images) -> Statistics:
+        return statistics(images, load_extractor(features, weights), batch_size)
+
     if isinstance(source, torch.Tensor):
         check_images(source, "reference")
         check_size(tuple(source.shape[-2:]), size)
-        return Unread(source)
+        return lambda: take(source)
     exported = [p for p in (MINI / str(source) / "reference.safetensors", Path(source) / "reference.safetensors") if p.is_file()]
     path = exported[0] if exported else Path(source)
     if path.is_dir():
@@ -47,37 +45,34 @@ def open_reference(source: str | Path | torch.Tensor, features: str, size: tuple
         if len(files) < MIN_SAMPLES:
             raise MetricError(f"reference {path}: {len(files)} images are too few, at least {MIN_SAMPLES}")
         check_size(_image_size(files[0]), size)
-        return Unread(ImagesPathDataset(files, TransformPILtoRGBTensor()))
+        return lambda: take(ImagesPathDataset(files, TransformPILtoRGBTensor()))
     if not path.is_file():
         raise MetricError(f"reference {source}: not an embedded model, a file or a folder")
     if path.suffix == ".npz":
         pooled, spatial, images = read_npz(path)
         if images is None:
-            return Statistics(None, pooled, spatial, None, None)
+            return lambda: Statistics(None, pooled, spatial, None, None)
         check_size(images.shape[1:3], size)
         if images.shape[0] < MIN_SAMPLES:
             raise MetricError(f"reference {path}: {images.shape[0]} images are too few, at least {MIN_SAMPLES}")
-        return Unread(images, pooled, spatial)
-    check_features(path, features)
+        # ADM's statistics are of the whole data set, its images often a part of it.
+        known = {} if pooled is None else {"pooled_moments": pooled, "spatial_moments": spatial}
+        return lambda: take(images)._replace(**known)
+    check_size(check_features(path, features), size)
+    return lambda: _stored(path)
+
+
+def _stored(path: Path) -> Statistics:
+    """What `save_reference` wrote."""
     try:
         with safe_open(path, "pt") as file:
-            t = {name: file.get_tensor(name) for name in file.keys()}
-            height, width = map(int, (file.metadata() or {}).get("size", f"{MiniFeatures.SIZE}x{MiniFeatures.SIZE}").split("x"))
-        check_size((height, width), size)
+            t, size = {name: file.get_tensor(name) for name in file.keys()}, _stored_size(file)
         pooled = t["pooled"].double()
         of_all = (t["pooled_mean"].numpy(), t["pooled_cov"].numpy()) if "pooled_mean" in t else moments(pooled)
         spatial_moments = (t["spatial_mean"].numpy(), t["spatial_cov"].numpy()) if "spatial_mean" in t else None
-        return Statistics(pooled, of_all, spatial_moments, (height, width), int(t["count"]))
+        return Statistics(pooled, of_all, spatial_moments, size, int(t["count"]))
     except (SafetensorError, KeyError) as error:
         raise MetricError(f"reference {path}: damaged or not a reference file ({error})") from error
-
-
-def _take(unread: Unread, features: str, weights: str | None, batch_size: int) -> Statistics:
-    """Features of the images. Statistics that stand beside them win: ADM's are of the whole data set, its images a part of it."""
-    found = statistics(unread.images, load_extractor(features, weights), batch_size)
-    if unread.pooled_moments is None:
-        return found
-    return found._replace(pooled_moments=unread.pooled_moments, spatial_moments=unread.spatial_moments)
 
 
 def save_reference(real: Statistics, path: Path, features: str) -> None:
@@ -94,11 +89,12 @@ def save_reference(real: Statistics, path: Path, features: str) -> None:
     save_file(tensors, path, {"features": features, "size": f"{height}x{width}"})
 
 
-def check_features(reference: Path, features: str) -> None:
-    """MetricError if a .safetensors reference cannot be read or is of other features than those wanted."""
+def check_features(reference: Path, features: str) -> tuple[int, int]:
+    """(height, width) of a .safetensors reference's images. MetricError if it cannot be read or is of other features than these."""
     try:
         with safe_open(reference, "pt") as file:
-            found = (file.metadata() or {}).get("features", "mini")  # mini-ldm4's file is older than the entry
+            found = (file.metadata() or {}).get("features", "mini")  # mini-ldm4's file is older than the entries
+            size, lacks = _stored_size(file), {"pooled", "count"} - set(file.keys())
     except (OSError, SafetensorError) as error:
         raise MetricError(f"reference {reference}: damaged or not a reference file ({error})") from error
     if found != features:
@@ -106,6 +102,14 @@ def check_features(reference: Path, features: str) -> None:
             f"reference {reference} holds {found} features, not {features}: give images, an .npz, "
             f"or make one by python -m questlib reference IMAGES OUT.safetensors --features {features}"
         )
+    if lacks:
+        raise MetricError(f"reference {reference}: damaged or not a reference file (no {', '.join(sorted(lacks))})")
+    return size
+
+
+def _stored_size(file: safe_open) -> tuple[int, int]:
+    height, width = map(int, (file.metadata() or {}).get("size", f"{MiniFeatures.SIZE}x{MiniFeatures.SIZE}").split("x"))
+    return height, width
 
 
 def check_size(reference: tuple[int, ...], images: tuple[int, int] | None) -> None:

@@ -40,7 +40,7 @@ def preflight(plan: Plan) -> None:
         if features == "mini" and sizes[model] != (MiniFeatures.SIZE, MiniFeatures.SIZE):
             found = "x".join(map(str, sizes[model]))
             raise ConfigError(f"features mini: images of {MiniFeatures.SIZE}x{MiniFeatures.SIZE} only, {model} draws {found}")
-        open_reference(reference, features, sizes[model])
+        open_reference(reference, features, size=sizes[model])  # checked, not taken
     for captions, count, clip in {(s.captions, s.samples_per_seed, s.clip) for s in settings if s.captions is not None}:
         coco_prompts(captions, count)
         load_clip(clip)
