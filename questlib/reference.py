@@ -90,7 +90,7 @@ def save_reference(real: Statistics, path: Path, features: str) -> None:
 
 
 def check_features(reference: Path, features: str) -> tuple[int, int]:
-    """(height, width) of a .safetensors reference's images. MetricError if it cannot be read or is of other features than these."""
+    """(height, width) of a .safetensors reference's images. MetricError if it cannot be read or holds other features."""
     try:
         with safe_open(reference, "pt") as file:
             found = (file.metadata() or {}).get("features", "mini")  # mini-ldm4's file is older than the entries
