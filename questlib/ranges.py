@@ -35,7 +35,12 @@ def fake_quant(
     inverse: 1/s where it is not computed from `scale` (per-token grids).
     """
     inverse = 1.0 / scale if inverse is None else inverse
-    return (x * inverse).round_().clamp_(-zero_point, 2**bits - 1 - zero_point).mul_(scale)
+    return clamp_((x * inverse).round_(), zero_point, bits).mul_(scale)
+
+
+def clamp_(q: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
+    """q clamped in place to -z .. 2^b - 1 - z. By maximum and minimum: on CPUs `clamp_` with tensor bounds is far slower."""
+    return torch.minimum(torch.maximum(q, -zero_point, out=q), 2**bits - 1 - zero_point, out=q)
 
 
 def _error(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool, norm: float = 2.0) -> torch.Tensor:

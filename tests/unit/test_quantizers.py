@@ -118,6 +118,21 @@ def test_gradients_are_lsq():
     assert torch.allclose(got[0], x.grad) and torch.allclose(got[1], s.grad)
 
 
+def test_gradients_at_the_edges_of_the_range():
+    """Float32 values on, just inside and just outside the edges: the gradients are those of the definition, bit for bit."""
+    z, s = torch.tensor([[8.0], [0.0], [15.0], [5.0]]), torch.full((4, 1), 0.125, requires_grad=True)
+    edges = torch.cat([-z - 0.5, 15.5 - z, -z, 15 - z, torch.zeros_like(z), torch.full_like(z, 0.5)], 1)
+    u = torch.cat([edges, edges.nextafter(torch.tensor(99.0)), edges.nextafter(torch.tensor(-99.0)), 3 * edges], 1)
+    x = (u * 0.125).requires_grad_()
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    LearnedQuant.apply(x, s, z, 4).backward(grad)
+    inside = (u >= -z - 0.5) & (u <= 15.5 - z)
+    assert 0 < inside.sum() < inside.numel()
+    assert torch.equal(x.grad, grad * inside)
+    q = torch.clamp(u.round(), -z, 15 - z)
+    assert torch.equal(s.grad, (grad * torch.where(inside, q - u, q)).sum(1, keepdim=True))
+
+
 def test_state_dict_moves_and_saves_everything():
     q, _ = act()
     assert {"scale", "zero_point", "ratio", "calibrated", "index"} == set(q.state_dict())
