@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import shutil
-import statistics
 import sys
 from functools import cache
 from pathlib import Path
@@ -23,12 +22,10 @@ from questlib.integer.convert import CPU_ENGINES
 from questlib.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, provenance
-from reproduce.store import Product, Store, code_hash, digest, write_json
-from reproduce.tables import COSTS, Cell
+from reproduce.rows import METRICS, empty_result, kept_result, summarize
+from reproduce.store import Product, Store, code_hash, write_json
+from reproduce.tables import Cell
 
-METRICS = (
-    "fid", "sfid", "kid", "inception_score", "clip_score", "psnr_to_fp", "feature_distance_to_fp", "latent_snr_db",
-)  # fmt: skip
 SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
 PREVIEW = 8  # images in a cell's picture
 FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: Inception takes longer than small images
@@ -196,42 +193,6 @@ class SeedRun:
         return [p.info["provenance"] for p in products if p is not None and "provenance" in p.info]
 
 
-def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dict[str, Any]:
-    """A result without numbers of ours; the paper's stand in their own place only."""
-    setting = plan.drawing(cell)
-    numbers = {
-        m: {"value": None, "std": None, "paper": cell.paper.get(m), "independent": _independent(cell, m), "verdict": None}
-        for m in METRICS
-    }
-    return {
-        "table": plan.table.name, "cell": cell.id, "scale": plan.scale.name, "status": status, "reason": reason,
-        "label": cell.label, "preset": cell.preset, "weight_bits": cell.weight_bits, "act_bits": cell.act_bits,
-        "overrides": dict(cell.overrides), "note": cell.note, "engine": None, "model": {"id": None, "sha256": None},
-        "n_samples": 0, "seeds": list(plan.seeds), "dataset": cell.dataset, "sampler": setting.sampler,
-        "num_inference_steps": setting.num_inference_steps, "eta": setting.eta, "guidance_scale": setting.guidance_scale,
-        "features": setting.features, "reference": None, "metrics": numbers, "paper_costs": {k: cell.paper.get(k) for k in COSTS},
-        "iterations": _iterations(cell, plan), "size_bytes": None, "paper_size_mb": cell.paper_size_mb, "peak_bytes": None,
-        "seconds": {}, "per_seed": [], "provenance": None,
-    }  # fmt: skip
-
-
-def _iterations(cell: Cell, plan: Plan) -> int | None:
-    """Of finetuning, both stages; None for full precision."""
-    if cell.preset is None:
-        return None
-    config = plan.config(cell, plan.seeds[0])
-    return (config.te == "finetune") * config.tla_iters + (config.cma_layers != "none") * config.cma_iters
-
-
-def _independent(cell: Cell, metric: str) -> dict[str, float]:
-    return {source: values[metric] for source, values in cell.independent.items() if metric in values}
-
-
-def public_name(name: str) -> str:
-    """An embedded name or hub id as it is; of a file or folder only its last part, no machine's paths."""
-    return Path(name).name if Path(name).exists() else name
-
-
 def file_digests(reference: str | None) -> list[str]:
     """What metrics read beside the samples: the embedded classifier and reference, by content; the user's by size and time."""
     embedded = [*MINI_FEATURES.glob("*.safetensors")]
@@ -251,8 +212,10 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     else:
         try:
             runs = [SeedRun(cell, plan, seed) for seed in plan.seeds]
-            result = summarize(cell, plan, runs, [run.run() for run in runs])
-            shutil.copyfile(runs[0].score.folder / "preview.png", plan.folder / f"{cell.id}.png")
+            earlier = kept_result(cell, plan, runs[0].model_sha256)
+            result = summarize(cell, plan, runs, [run.run() for run in runs], earlier)
+            if result["per_seed"][0]["seed"] == runs[0].seed:
+                shutil.copyfile(runs[0].score.folder / "preview.png", plan.folder / f"{cell.id}.png")
         except QuestError as error:
             print(f"{cell.id}: failed: {error}", file=sys.stderr)
             result = empty_result(cell, plan, "failed", str(error))
@@ -263,40 +226,3 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     else:
         write_json(path, result)
     return result
-
-
-def provenance_of(runs: list[SeedRun]) -> dict[str, Any]:
-    """Of the first seed's samples, as of when they were made; `others`: what other products of the row were made by."""
-    made = [p for run in runs for p in run.made] or [provenance()]
-    others = [p for i, p in enumerate(made) if p not in made[:i] and p != made[0]]
-    return made[0] | ({"others": others} if others else {})
-
-
-def summarize(cell: Cell, plan: Plan, runs: list[SeedRun], seeds: list[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds; size, memory and seconds: of the largest, the largest, and the mean seed."""
-    result, setting = empty_result(cell, plan, "done", None), plan.setting(cell)
-    for metric, entry in result["metrics"].items():
-        values = [s["metrics"].get(metric) for s in seeds]
-        if None not in values:
-            entry["value"] = statistics.fmean(values)
-            entry["std"] = statistics.stdev(values) if len(values) > 1 else None
-    peaks = [s["peak_bytes"] for s in seeds if s["peak_bytes"] is not None]
-    stages = seeds[0]["seconds"]
-    return result | {
-        "engine": plan.engine if cell.preset is not None else "full precision",
-        "model": {"id": public_name(setting.model), "sha256": runs[0].model_sha256},
-        "reference": None if setting.reference is None else public_name(setting.reference),
-        "n_samples": setting.samples_per_seed * len(seeds),
-        "size_bytes": max(s["size_bytes"] for s in seeds),
-        "peak_bytes": max(peaks) if peaks else None,
-        "peak_bytes_is": "largest rise of resident memory (CPU) or allocated memory (CUDA) while quantizing and finetuning",
-        "seconds": {stage: statistics.fmean(s["seconds"][stage] for s in seeds) for stage in stages},
-        "seconds_are": "mean of a seed, as first measured, also where a product was read from the cache",
-        "per_seed": seeds,
-        "provenance": provenance_of(runs)
-        | {
-            "config_hash": digest([s["config_hash"] for s in seeds]),
-            "calibration_hash": digest([s["calibration_hash"] for s in seeds]),
-            "command": plan.command,
-        },
-    }

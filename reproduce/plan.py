@@ -34,6 +34,7 @@ class Plan:
     engine: str  # what runs the quantized models
     results: Path  # result JSON, tables, pictures
     work: Path  # products of the stages
+    keep_seeds: bool  # seeds of a row's earlier result that are not asked for stay in it
     command: str  # what to type to get this again
 
     @property
@@ -73,7 +74,8 @@ class Plan:
 def make_plan(
     table: str, *, scale: str = "mini", cells: Sequence[str] | None = None, seeds: Sequence[int] | None = None,
     features: str | None = None, engine: str | None = None, model: str | None = None, reference: str | None = None,
-    captions: str | None = None, results: str | Path | None = None, work: str | Path | None = None, dry: bool = False,
+    captions: str | None = None, results: str | Path | None = None, work: str | Path | None = None,
+    keep_seeds: bool = False, dry: bool = False,
 ) -> Plan:  # fmt: skip
     """Check every choice; ConfigError names what is known. `results` or `work` None: in a new temporary folder.
 
@@ -96,6 +98,7 @@ def make_plan(
     for name, value in chosen.items():
         if value is not None:
             options += [f"--{name}", value if isinstance(value, str) else ",".join(map(str, value))]
+    options += ["--keep-seeds"] if keep_seeds else []
     temporary = None if (results and work) or dry else Path(tempfile.mkdtemp(prefix="quest-"))
     plan = Plan(
         table=the_table,
@@ -109,6 +112,7 @@ def make_plan(
         engine=engine or "fake",
         results=Path(results or (temporary or Path()) / "results"),
         work=Path(work or (temporary or Path()) / "work"),
+        keep_seeds=keep_seeds,
         command=f"python -m reproduce {shlex.join(options)}",
     )
     data = sorted({c.dataset for c in plan.cells})

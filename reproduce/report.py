@@ -8,8 +8,8 @@ from typing import Any
 
 import pandas as pd
 
-from reproduce.pipeline import empty_result
 from reproduce.plan import Plan, make_plan
+from reproduce.rows import empty_result
 from reproduce.store import write_atomically, write_json
 from reproduce.tables import Number
 from reproduce.verdict import verdict

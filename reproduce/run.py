@@ -18,6 +18,7 @@ from questlib.errors import ConfigError
 from reproduce import report
 from reproduce.plan import Plan
 from reproduce.provenance import ROOT, machine
+from reproduce.rows import kept_result
 from reproduce.store import write_atomically, write_json
 
 NOTEBOOKS = ROOT / "notebooks"
@@ -34,6 +35,7 @@ def preflight(plan: Plan) -> None:
     from questlib.models.loading import load_pipeline
     from questlib.reference import open_reference
     from questlib.sampling import image_size
+    from reproduce.pipeline import load
 
     sizes = {model: image_size(load_pipeline(model)) for model in {s.model for s in settings}}
     for model, reference, features in {(s.model, s.reference, s.features) for s in settings if s.reference is not None}:
@@ -46,6 +48,9 @@ def preflight(plan: Plan) -> None:
         load_clip(clip)
     if plan.engine != "fake":
         choose_engine(plan.engine)
+    for cell in plan.cells if plan.keep_seeds else ():
+        if plan.missing(cell) is None:
+            kept_result(cell, plan, load(plan.setting(cell).model, plan.engine)[1])
     if any(s.features == "inception" for s in settings):
         InceptionFeatures("preflight", ["2048"])
 
@@ -69,7 +74,7 @@ def execute(plan: Plan) -> None:
         "CELLS": [c.id for c in plan.cells] if len(plan.cells) < len(plan.table.cells) else None,
         "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
         "FEATURES": plan.features, "MODEL": plan.model, "REFERENCE": plan.reference, "CAPTIONS": plan.captions,
-        "ENGINE": plan.engine if plan.engine != "fake" else None,
+        "ENGINE": plan.engine if plan.engine != "fake" else None, "KEEP_SEEDS": plan.keep_seeds,
     }  # fmt: skip
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"  # papermill writes as it goes; results get the whole
     papermill.execute_notebook(
@@ -88,7 +93,8 @@ def record_time(plan: Plan, results: list[dict[str, Any]], seconds: float, fresh
     `report.stage_seconds` is for the others.
     """
     alone = os.environ.get("QUEST_JOBS", "1") == "1"  # the Makefile sets it for reproduce-all
-    whole = len(plan.cells) == len(plan.table.cells) and all(r["status"] == "done" for r in results)
+    as_it_is = plan.seeds == plan.scale.seeds and not (plan.features or plan.model or plan.reference or plan.captions)
+    whole = as_it_is and len(plan.cells) == len(plan.table.cells) and all(r["status"] == "done" for r in results)
     if not (fresh and alone and whole):
         return
     target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
