@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from questlib.errors import QuestError
-from reproduce import claims, engine, plots, report
+from reproduce import claims, engine, plots, report, timing
 from reproduce.datasets import DATASETS
 from reproduce.scales import SCALES
 from reproduce.store import write_atomically
@@ -57,7 +57,7 @@ def _sum(found: list[dict[str, Any]]) -> str:
         return UNKNOWN
     runs, of = sum(len(r["per_seed"]) for r in done), sum(len(SCALES["mini"].seeds) for _ in found)
     rest = "" if runs == of else f", {runs} of {of}"
-    minutes = sum(report.stage_seconds(done).values()) / 60
+    minutes = sum(timing.stage_seconds(done).values()) / 60
     machines = sorted({_machine(r["provenance"]["machine"]) for r in done})
     return f"{minutes:,.0f} core min (sum over rows and seeds{rest}) | {'; '.join(machines)}"
 

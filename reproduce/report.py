@@ -263,23 +263,6 @@ def as_json(plan: Plan, results: list[dict[str, Any]]) -> str:
     return json.dumps(about | {"results": results}, indent=1, allow_nan=False)
 
 
-def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
-    """Seconds of each stage's product, by stage and hash, as first measured: what rows share is there once.
-
-    AdaRound, which rows share too, has no hash of its own here: its calibration and its seconds, to the last digit, stand for
-    one. Where activation scales were reconstructed after it, both are in one number, and AdaRound is counted again.
-    """
-    found = {}
-    for seed in (s for r in results for s in r["per_seed"]):
-        seconds, products = seed["seconds"], seed["products"]
-        for stage, name in products.items():
-            parts = ("ranges", "finetune", "correction") if stage == "checkpoint" else (stage,)
-            found[stage, name] = sum(seconds.get(part, 0.0) for part in parts)
-        if seconds["reconstruct"]:
-            found["reconstruct", f"{products['calibrate']}-{seconds['reconstruct']}"] = seconds["reconstruct"]
-    return found
-
-
 def committed(table: str, results: Path) -> tuple[Plan, list[dict[str, Any]]]:
     """Plan and results of a full mini run under `results`, where nothing is written; for the README and the site."""
     plan = make_plan(table, scale="mini", results=results, work=results, dry=True)

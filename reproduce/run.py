@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,11 +14,11 @@ from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
 from questlib.errors import ConfigError
-from reproduce import report
+from reproduce import report, timing
 from reproduce.plan import Plan
-from reproduce.provenance import ROOT, machine
+from reproduce.provenance import ROOT
 from reproduce.rows import kept_result
-from reproduce.store import write_atomically, write_json
+from reproduce.store import write_atomically
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -61,7 +60,7 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     start = time.time()
     execute(plan)
     results = report.finish(plan)
-    record_time(plan, results, time.time() - start, fresh)
+    timing.record_time(plan, results, time.time() - start, fresh)
     return results
 
 
@@ -85,21 +84,6 @@ def execute(plan: Plan) -> None:
     write_atomically(target, nbformat.writes(notebook) + "\n")
     write_atomically(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
     partial.unlink()
-
-
-def record_time(plan: Plan, results: list[dict[str, Any]], seconds: float, fresh: bool) -> None:
-    """run.json: how long a full run takes that finds no products of earlier ones, with no other table beside it.
-
-    `report.stage_seconds` is for the others.
-    """
-    alone = os.environ.get("QUEST_JOBS", "1") == "1"  # the Makefile sets it for reproduce-all
-    as_it_is = plan.seeds == plan.scale.seeds and not (plan.features or plan.model or plan.reference or plan.captions)
-    whole = as_it_is and len(plan.cells) == len(plan.table.cells) and all(r["status"] == "done" for r in results)
-    if not (fresh and alone and whole):
-        return
-    target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
-    target = target if plan.engine == "fake" else plan.command
-    write_json(plan.folder / "run.json", {"command": target, "seconds": round(seconds, 1), "machine": machine()})
 
 
 def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import nbformat
@@ -56,29 +55,6 @@ def test_axis_is_logarithmic_only_where_values_lie_far_apart(tiny_plan, worst, s
     for result, value in zip(results, values, strict=True):
         result["metrics"]["fid"]["value"] = value
     assert plots.metric_figure(results).axes[1].get_yscale() == scale
-
-
-def test_time_of_a_fresh_run_is_kept_and_stages_of_others_are_summed_once(tiny_plan, monkeypatch):
-    plan = tiny_plan(cells=CELLS)
-    plan = dataclasses.replace(plan, table=dataclasses.replace(plan.table, cells=plan.cells))  # a table of three rows
-    results = [run_cell(cell, plan) for cell in plan.cells]
-    path = plan.folder / "run.json"
-    run.record_time(plan, results, 3.0, fresh=False)  # all came from the cache: no time of a run
-    run.record_time(plan, [*results[1:], results[0] | {"status": "failed"}], 3.0, fresh=True)
-    monkeypatch.setenv("QUEST_JOBS", "2")  # other tables beside this one
-    run.record_time(plan, results, 3.0, fresh=True)
-    assert not path.exists()
-    monkeypatch.setenv("QUEST_JOBS", "1")
-    run.record_time(plan, results, 100.0, fresh=True)
-    run.record_time(plan, results, 3.0, fresh=False)
-    stored = json.loads(path.read_text())
-    assert (stored["seconds"], stored["command"]) == (100.0, "make reproduce-bedrooms SCALE=smoke")
-    stages = report.stage_seconds(results + results)  # rows that share all their products
-    expected = {(stage, name) for r in results for s in r["per_seed"] for stage, name in s["products"].items()}
-    assert {key for key in stages if key[0] != "reconstruct"} == expected
-    calibrations = {s["products"]["calibrate"]: s["seconds"]["calibrate"] for r in results[1:] for s in r["per_seed"]}
-    own = sum(sum(s["seconds"].values()) - s["seconds"]["calibrate"] for r in results for s in r["per_seed"])
-    assert sum(stages.values()) == pytest.approx(own + sum(calibrations.values()))
 
 
 def test_kept_notebook_names_no_machine(tiny_plan):
@@ -155,12 +131,3 @@ def test_an_older_result_without_a_metric_of_today(tiny_plan):
     result = report.load_results(plan)[0]
     assert (result["status"], result["dataset"]) == ("done", "bedrooms")
     assert result["metrics"]["inception_score"]["value"] is None
-
-
-def test_adaround_that_rows_share_counts_once(tiny_plan):
-    plan = tiny_plan(cells=["bedrooms-w4a8-quest", "bedrooms-w4a4-quest"])
-    results = [run_cell(cell, plan) for cell in plan.cells]
-    (first, second) = (r["per_seed"][0] for r in results)
-    assert second["reconstruct_cached"] and first["seconds"]["reconstruct"] == second["seconds"]["reconstruct"] > 0
-    found = {k: v for k, v in report.stage_seconds(results).items() if k[0] == "reconstruct"}
-    assert list(found.values()) == [first["seconds"]["reconstruct"]]

@@ -86,11 +86,3 @@ def test_what_does_not_belong_in_one_row_is_refused_before_the_work(tiny_plan, c
         run.preflight(second)
     assert run_cell(second.table.cell(CELL), second)["status"] == "failed"
     assert edit(first, CELL) == stored  # the earlier result is kept
-
-
-def test_the_time_of_some_seeds_is_not_that_of_the_command(tiny_plan, monkeypatch):
-    monkeypatch.delenv("QUEST_JOBS", raising=False)
-    for choices, timed in (({"seeds": [1]}, False), ({"features": "mini"}, False), ({}, True)):
-        plan = tiny_plan(**choices)
-        run.record_time(plan, [{"status": "done"}], 5.0, fresh=True)
-        assert (plan.folder / "run.json").exists() == timed
