@@ -21,7 +21,7 @@ from questlib.features import MINI_FEATURES, inception_weights
 from questlib.integer.convert import CPU_ENGINES
 from questlib.models import loading
 from reproduce.plan import Plan
-from reproduce.provenance import PeakMemory, provenance
+from reproduce.provenance import PeakMemory, processors, provenance
 from reproduce.rows import METRICS, empty_result, kept_result, summarize
 from reproduce.store import Product, Store, code_hash, write_json
 from reproduce.tables import Cell
@@ -184,6 +184,7 @@ class SeedRun:
             "calibration_hash": None if self.calibration is None else self.calibration.info["calibration_hash"],
             "about": self.score.info["about"],
             "products": {p.folder.parent.name: p.hash for p in stages},
+            "processors": processors(self.made),
         }
 
     @property

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,17 @@ PACKAGES = ("torch", "diffusers", "torch-fidelity", "safetensors", "numpy", "que
 def _git(*arguments: str) -> str | None:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def processors(made: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The processors that products were made on, by the provenance of each."""
+    return sorted({p["machine"]["cpu"] for p in made if "machine" in p})
+
+
+def row_processors(result: Mapping[str, Any]) -> list[str]:
+    """Those of a whole row."""
+    made = result.get("provenance") or {}
+    return processors((made, *made.get("others", ())))
 
 
 @cache

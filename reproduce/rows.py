@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from questlib.errors import ConfigError
 from reproduce.plan import Plan
-from reproduce.provenance import provenance
+from reproduce.provenance import provenance, row_processors
 from reproduce.store import digest
 from reproduce.tables import COSTS, Cell
 
@@ -82,7 +82,7 @@ def kept_result(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any] | N
     for name, value in expected.items():
         if found[name] != value:
             raise ConfigError(f"--keep-seeds: {path.name}: {name}: expected {value}, found {found[name]}")
-    return stored | {"per_seed": kept}
+    return stored | {"per_seed": [{"processors": row_processors(stored)} | s for s in kept]}
 
 
 def provenance_of(runs: list[SeedRun], earlier: dict[str, Any] | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from reproduce.provenance import row_processors
 from reproduce.tables import FAILED, UNKNOWN, Cell, Number
 
 ONE_SEED = "one seed, no spread"
@@ -22,8 +23,8 @@ def verdict(
     Our order. d = our value - base's value, seed by seed: both rows see the same noise, so what the noise does cancels out.
     "better" or "worse" when |mean d| exceeds the sample standard deviation of d over the seeds, else "no clear difference":
     a weak test, with two seeds it tells 39% of pairs of equal rows apart (t distribution, 1 degree of freedom).
-    With one seed there is no spread, and the order is said with that remark. So is it when the rows come from two processors,
-    on which the same seed goes another way.
+    With one seed there is no spread, and the order is said with that remark. So is it when a seed of the two rows comes from two
+    processors, on which it goes another way.
 
     The paper's order is that of its two numbers in metric `claim` (None: the same metric), or what its text says of it
     (Cell.paper_order); a number wins against "N/A" (generation failed). Of a row that failed there, only that is said.
@@ -49,7 +50,7 @@ def verdict(
         clear, size = abs(mean) > spread, f"by {abs(mean):.3g}, spread {spread:.2g}"
     else:
         clear, size = mean != 0, f"by {abs(mean):.3g}, {ONE_SEED}"
-    if len(_processors(mine) | _processors(other)) > 1:
+    if any(len(used) > 1 for used in _processors(mine, other)):
         size += f", {TWO_PROCESSORS}"
     ours = ("better" if (mean < 0) != (metric in HIGHER_IS_BETTER) else "worse") if clear else "no clear difference"
     words = f"{ours} than {base.label} ({size})" if clear else f"no clear difference from {base.label} ({size})"
@@ -62,9 +63,10 @@ def verdict(
     return f"{words}; {'as in' if papers == ours else 'differs from'} the paper"
 
 
-def _processors(result: dict[str, Any]) -> set[str]:
-    made = result.get("provenance") or {}
-    return {p["machine"]["cpu"] for p in (made, *made.get("others", ())) if "machine" in p}
+def _processors(mine: dict[str, Any], other: dict[str, Any]) -> list[set[str]]:
+    """Of each seed that both rows have: the processors that made it, of a seed that does not say it its row's."""
+    ours, theirs = ({s["seed"]: s.get("processors") or row_processors(r) for s in r["per_seed"]} for r in (mine, other))
+    return [{*ours[seed], *theirs[seed]} for seed in ours.keys() & theirs.keys()]
 
 
 def paper_order(mine: Number, base: Number, higher_is_better: bool = False) -> str | None:

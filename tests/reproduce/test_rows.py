@@ -57,8 +57,13 @@ def test_the_row_says_who_made_which(tiny_plan):
     made = run_cell(cell, first)["provenance"]
     elsewhere = made | {"commit": "f" * 40, "machine": made["machine"] | {"cpu": "another"}}
     third = {name: made[name] for name in ("versions", "machine", "dirty")} | {"commit": "e" * 40}
-    edit(first, CELL, provenance=elsewhere | {"others": [third]})
-    provenance = run_cell(cell, second)["provenance"]
+    seeds = json.loads((first.folder / f"{CELL}.json").read_text())["per_seed"]
+    assert seeds[0].pop("processors") == [made["machine"]["cpu"]]  # an older result does not say it seed by seed
+    edit(first, CELL, provenance=elsewhere | {"others": [third]}, per_seed=seeds)
+    result = run_cell(cell, second)
+    provenance = result["provenance"]
+    both = sorted(["another", made["machine"]["cpu"]])
+    assert [s["processors"] for s in result["per_seed"]] == [both, [made["machine"]["cpu"]]]
     assert provenance["commit"] == "f" * 40 and provenance["machine"]["cpu"] == "another"
     assert [p["commit"] for p in provenance["others"]] == ["e" * 40, made["commit"]]
     assert all("command" not in p and "others" not in p for p in provenance["others"])

@@ -59,6 +59,23 @@ def test_rows_of_two_processors_say_so():
     )
 
 
+def test_seeds_that_were_made_on_one_processor_each_are_not_of_two():
+    cell, base = cells(3.0, 4.0)
+
+    def row(values: list[float], processors: str) -> dict:
+        made = result(values) | {"provenance": {"machine": {"cpu": "A"}, "others": [{"machine": {"cpu": "B"}}]}}
+        seeds = [s | {"processors": list(cpu)} for s, cpu in zip(made["per_seed"], processors, strict=True)]
+        return made | {"per_seed": seeds}
+
+    mine = row([5.0, 7.0], "AB")
+    for other, says in (("AB", ""), ("BA", ", on two processors"), ("AA", ", on two processors")):
+        words = f"better than Base (by 4.25, spread 0.35{says}); as in the paper"
+        assert verdict("fid", cell, base, mine, row([9.0, 11.5], other)) == words
+    without = row([9.0, 11.5], "AB")
+    without["per_seed"][1].pop("processors")  # an older result: any of its row's
+    assert ", on two processors" in verdict("fid", cell, base, mine, without)
+
+
 def test_rows_without_a_number():
     cell, base = cells(3.0, 4.0)
     assert verdict("fid", cell, base, result(None, "not run", "needs weights"), result([1.0])) == "not run"
