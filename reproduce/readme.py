@@ -23,7 +23,8 @@ UNKNOWN = "not measured yet | not measured yet"
 
 
 def _machine(about: dict[str, Any]) -> str:
-    return ", ".join([about["cpu"], f"{about['cores']} cores", f"{about['memory_gib']} GiB", *about["gpus"]])
+    cores = f"{about['cores']} core{'s' if about['cores'] > 1 else ''}"
+    return ", ".join([about["cpu"], cores, f"{about['memory_gib']} GiB", *about["gpus"]])
 
 
 def commands(results: Path) -> str:
