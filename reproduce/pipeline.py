@@ -212,7 +212,7 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
         result = empty_result(cell, plan, "not run", reason)
     else:
         try:
-            runs = [SeedRun(cell, plan, seed) for seed in plan.seeds]
+            runs = [SeedRun(cell, plan, seed) for seed in sorted(plan.seeds)]  # a row's picture and commit are its first seed's
             earlier = kept_result(cell, plan, runs[0].model_sha256)
             result = summarize(cell, plan, runs, [run.run() for run in runs], earlier)
             if result["per_seed"][0]["seed"] == runs[0].seed:

@@ -36,6 +36,17 @@ def test_a_seed_is_added_to_those_of_an_earlier_run(tiny_plan, tmp_path, cell):
         assert (second.folder / f"{cell}.png").read_bytes() == preview
 
 
+def test_the_order_in_which_seeds_are_asked_for_does_not_matter(tiny_plan):
+    plan, turned = tiny_plan(seeds=[0, 1]), tiny_plan(seeds=[1, 0])
+    result = run_cell(plan.table.cell(CELL), plan)
+    preview = plan.folder / f"{CELL}.png"
+    picture = preview.read_bytes()
+    preview.unlink()
+    again = run_cell(turned.table.cell(CELL), turned)
+    assert preview.read_bytes() == picture
+    assert again | {"provenance": None} == result | {"provenance": None}
+
+
 def test_a_seed_that_is_asked_for_is_made_again_and_others_are_dropped_unless_kept(tiny_plan):
     both, one = tiny_plan(seeds=[0, 1]), tiny_plan(seeds=[1])
     cell = both.table.cell(CELL)
