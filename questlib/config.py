@@ -24,6 +24,19 @@ CHOICES = {
 }
 
 
+# keys that name, or decide what comes after, the activation ranges
+AFTER_RANGES = (
+    "preset_name", "weight_range", "adaround", "adaround_iters", "adaround_lr", "recon_samples", "act_recon", "act_iters",
+    "act_lr", "temporal_block", "noise_correction", "te_layers", "cma_layers", "lora_rank", "tla_iters", "cma_iters",
+    "local_loss", "cma_local_loss", "normalize_local", "global_weight", "tla_order", "lr_weight", "lr_scale", "lr_scale_tla",
+    "lr_relative", "lr_decay", "batch_size", "save_memory",
+)  # fmt: skip
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """Frozen; unknown keys and values out of range raise ConfigError. Section numbers are the paper's (arXiv 2402.03666v6)."""
@@ -133,7 +146,7 @@ class QuantConfig:
         return self.from_dict(self.to_dict() | changes)
 
     def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(self.to_dict())
 
     def weight_key(self) -> str:
         """Hash of what decides the rounded weights alone, so that presets and act bits share one AdaRound run."""
@@ -151,7 +164,14 @@ class QuantConfig:
         )
         values = {k: getattr(self, k) for k in keys} | {"te_fp": self.te == "fp"}
         values |= {"temporal_block": True} if self.temporal_block else {}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+        return _digest(values)
+
+    def range_key(self) -> str:
+        """Hash of all but what has no part in the search for activation ranges, so that presets and weight bits share one."""
+        values = {k: v for k, v in self.to_dict().items() if k not in AFTER_RANGES} | {"te": self.te == "fp"}
+        if self.act_granularity in ("tensor", "channel"):  # in the others, 4-bit weights make room for the ratios' 2^e
+            del values["weight_bits"], values["first_last_weight_bits"]
+        return _digest(values)
 
     @property
     def finetunes(self) -> bool:

@@ -32,17 +32,33 @@ from questlib.stages import Stage, StageAdam, stages, trainable
 SAVE_EVERY = 100
 
 
+class PassDone(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
 @contextmanager
-def recorded(unet: nn.Module, names: list[str], device: str | None = None) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside the block, the dict holds the last output of each named layer, with its gradient history; on `device` if given."""
+def recorded(
+    unet: nn.Module, names: list[str], device: str | None = None, stop: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inside the block, the dict holds the last output of each named layer, with its gradient history; on `device` if given.
+
+    stop: leave the block as soon as each of them has run, without what a UNet computes after the last one.
+    """
     outputs: dict[str, torch.Tensor] = {}
 
     def hook(name: str) -> Callable:
-        return lambda module, args, out: outputs.__setitem__(name, out if device is None else out.to(device))
+        def keep(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
+            outputs[name] = out if device is None else out.to(device)
+            if stop and len(outputs) == len(names):
+                raise PassDone
+
+        return keep
 
     handles = [unet.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         yield outputs
+    except PassDone:
+        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -90,7 +106,7 @@ def losses(
             local = local_loss(own, te_targets, config.normalize_local)
         out = batch.run(student)
     elif stage.local:
-        with torch.no_grad(), recorded(teacher, names, "cpu" if config.save_memory else None) as target:
+        with torch.no_grad(), recorded(teacher, names, "cpu" if config.save_memory else None, stop=True) as target:
             batch.run(teacher)
         with recorded(student, names) as own:
             out = batch.run(student)

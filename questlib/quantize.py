@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from questlib.calibrate import Calibration, init_ranges
 from questlib.config import OFF, QuantConfig
-from questlib.model import freeze, insert, quant_layers
+from questlib.model import act_quantizers, freeze, insert, quant_layers
 from questlib.reconstruct import reconstruct_acts, reconstruct_weights
 
 
@@ -21,17 +22,29 @@ def quantize(
 ) -> nn.Module:
     """A quantized copy of `unet`: the same diffusers class, fake-quantized, ready to sample or to be finetuned.
 
-    cache_dir: where AdaRound's weights are kept, named by what made them (config.weight_key, calibration), so that presets with
-    the same weights share one run. `quest_log` on the result holds the seconds of each stage (as first computed, when cached).
+    cache_dir: where activation ranges and AdaRound's weights are kept, named by what made them (config.range_key, weight_key and
+    the calibration), so that presets which agree on them share one run. `quest_log` on the result holds the seconds of each
+    stage (as first computed, when cached; "ranges" are the weights', too).
     """
-    student = insert(unet, config, calib.t)
-    log = {"seconds": {}, "reconstruct_cached": False}
     clock = time.perf_counter()
-    init_ranges(student, calib, config, progress=progress)
-    log["seconds"]["ranges"] = time.perf_counter() - clock
-    log["seconds"]["reconstruct"] = 0.0
+    student = insert(unet, config, calib.t)
+    log = {
+        "seconds": {"ranges": time.perf_counter() - clock, "reconstruct": 0.0},
+        "ranges_cached": False,
+        "reconstruct_cached": False,
+    }
+    seconds, log["ranges_cached"] = _kept(
+        None if cache_dir is None else Path(cache_dir) / f"ranges-{config.range_key()}-{calib.hash()}.safetensors",
+        {f"{q.name}.{key}": value for q in act_quantizers(student) for key, value in q.state_dict().items()},
+        lambda: init_ranges(student, calib, config, progress=progress),
+    )
+    log["seconds"]["ranges"] += seconds
     if config.adaround and config.weight_bits != OFF:
-        log["seconds"]["reconstruct"], log["reconstruct_cached"] = _adaround(student, unet, calib, config, cache_dir, progress)
+        log["seconds"]["reconstruct"], log["reconstruct_cached"] = _kept(
+            None if cache_dir is None else Path(cache_dir) / f"adaround-{config.weight_key()}-{calib.hash()}.safetensors",
+            {name: layer.weight.detach() for name, layer in quant_layers(student).items() if layer.wq is not None},
+            lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
+        )
     if config.act_recon and config.act_bits != OFF:
         clock = time.perf_counter()
         reconstruct_acts(student, unet, calib, config, progress=progress)
@@ -56,23 +69,23 @@ def estimate_correction(student: nn.Module, calib: Calibration, config: QuantCon
     correction.calibrated.fill_(True)
 
 
-def _adaround(
-    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig, cache_dir, progress: bool
-) -> tuple[float, bool]:
-    layers = {n: layer for n, layer in quant_layers(student).items() if layer.wq is not None}
-    cache = None if cache_dir is None else Path(cache_dir) / f"adaround-{config.weight_key()}-{calib.hash()}.safetensors"
+def _kept(cache: Path | None, tensors: dict[str, torch.Tensor], make: Callable[[], None]) -> tuple[float, bool]:
+    """Fill `tensors` in place from the file `cache`, or by `make`, whose result the file then keeps.
+
+    Returns the seconds that `make` took, now or when the file was written, and whether they were read.
+    """
     if cache is not None and cache.exists():
         state = load_file(cache)
-        for name, layer in layers.items():
-            layer.weight.data.copy_(state[name])
+        for name, tensor in tensors.items():
+            tensor.copy_(state[name])
         return float(state["seconds"]), True
     clock = time.perf_counter()
-    reconstruct_weights(student, teacher, calib, config, progress=progress)
+    make()
     seconds = time.perf_counter() - clock
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         tmp = cache.with_suffix(f".tmp{os.getpid()}")
-        state = {n: layer.weight.detach().clone().contiguous() for n, layer in layers.items()}
+        state = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         save_file(state | {"seconds": torch.tensor(seconds, dtype=torch.float64)}, tmp)
         os.replace(tmp, cache)
     return seconds, False

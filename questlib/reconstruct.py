@@ -20,16 +20,12 @@ from tqdm import tqdm
 
 from questlib.calibrate import Batch, Calibration
 from questlib.config import QuantConfig
-from questlib.finetune import local_loss, recorded, run_time_layers
+from questlib.finetune import PassDone, local_loss, recorded, run_time_layers
 from questlib.layers import QuantLayer
 from questlib.model import TIME_ROLES, act_quantizers, quant_layers, set_mode
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
 ROUND_WEIGHT, BETA_START, BETA_END, WARMUP = 0.01, 20.0, 2.0, 0.2  # AdaRound's regularizer
-
-
-class _BlockDone(Exception):
-    """Ends a forward pass once the block of interest has run."""
 
 
 def blocks(unet: nn.Module, inputs: Batch) -> list[str]:
@@ -74,12 +70,12 @@ def capture(unet: nn.Module, name: str, inputs: Batch, size: int = 64) -> tuple[
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
         received.append((args, kwargs))
         gave.append(out)
-        raise _BlockDone  # what comes after the block is not needed
+        raise PassDone  # what comes after the block is not needed
 
     handle = unet.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     try:
         for part in inputs.split(size):
-            with suppress(_BlockDone):
+            with suppress(PassDone):
                 part.run(unet)
     finally:
         handle.remove()

@@ -94,8 +94,8 @@ class SeedRun:
     def _quantize(self, folder: Path) -> dict[str, Any]:
         self.calibration.make(self._calibrate)
         calib = questlib.Calibration.load(self.calibration.folder / "calibration.safetensors")
-        # Rounded weights are shared by all presets and activation bits that agree on them, not only by this cell.
-        shared = self.store.product("adaround", {"calibration": self.calibration.hash, "code": code_hash(questlib.quantize)})
+        # Activation ranges and rounded weights are shared by all presets and bits that agree on them, not only by this cell.
+        shared = self.store.product("quantize", {"calibration": self.calibration.hash, "code": code_hash(questlib.quantize)})
         torch.manual_seed(self.seed)
         state = folder / "finetune-state"
         with PeakMemory() as memory:

@@ -51,9 +51,9 @@ def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
             if cell.preset is None:
                 continue
             count(("calibrate", *start), seconds["calibrate"])
-            finetuned = sum(seconds.get(stage, 0.0) for stage in ("ranges", "finetune", "correction"))
-            count(("checkpoint", *start, seed["config_hash"]), finetuned)
             config = plan.config(cell, seed["seed"])
+            count(("ranges", *start, config.range_key()), seconds["ranges"])
+            count(("checkpoint", *start, seed["config_hash"]), seconds["finetune"] + seconds.get("correction", 0.0))
             if seconds["reconstruct"]:
                 scales = ("act scales", *start, seed["config_hash"]) if config.act_recon else None
                 weights = ("adaround", *start, config.weight_key())

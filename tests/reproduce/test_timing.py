@@ -30,7 +30,7 @@ def test_time_of_a_fresh_run_is_kept_and_stages_of_others_are_summed_once(tiny_p
     stored = json.loads(path.read_text())
     assert (stored["seconds"], stored["command"]) == (100.0, "make reproduce-bedrooms SCALE=smoke")
     stages = timing.stage_seconds(results + results)  # rows that share all their products
-    counts = {"sample": 3, "evaluate": 3, "calibrate": 1, "checkpoint": 2, "act scales": 1}
+    counts = {"sample": 3, "evaluate": 3, "calibrate": 1, "ranges": 2, "checkpoint": 2, "act scales": 1}
     assert Counter(key[0] for key in stages) == counts
     calibrations = {s["products"]["calibrate"]: s["seconds"]["calibrate"] for r in results[1:] for s in r["per_seed"]}
     own = sum(sum(s["seconds"].values()) - s["seconds"]["calibrate"] for r in results for s in r["per_seed"])
@@ -65,4 +65,12 @@ def test_what_two_versions_of_the_code_measured_counts_once_the_longer(tiny_plan
     other = seed | {"seconds": slower, "products": {stage: f"other-{name}" for stage, name in seed["products"].items()}}
     stages = timing.stage_seconds([result, result | {"per_seed": [other]}])
     assert stages == timing.stage_seconds([result | {"per_seed": [other]}])
-    assert Counter(key[0] for key in stages) == dict.fromkeys(("sample", "evaluate", "calibrate", "checkpoint", "adaround"), 1)
+    assert set(Counter(key[0] for key in stages).values()) == {1}
+
+
+def test_ranges_that_rows_share_are_searched_and_counted_once(tiny_plan):
+    plan = tiny_plan(cells=["bedrooms-w4a8-q-diffusion", "bedrooms-w8a8-q-diffusion"])  # they differ in weight bits
+    first, second = (run_cell(cell, plan) for cell in plan.cells)
+    assert Counter(key[0] for key in timing.stage_seconds([first, second])).items() >= {"ranges": 1, "checkpoint": 2}.items()
+    kept = [f for f in plan.work.glob("quantize/*/*.safetensors") if f.name.startswith("ranges-")]
+    assert len(kept) == 1

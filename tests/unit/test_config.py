@@ -1,9 +1,12 @@
 import dataclasses
 
 import pytest
+import torch
 
-from questlib.config import PRESETS, QuantConfig
+from questlib.calibrate import init_ranges
+from questlib.config import AFTER_RANGES, CHOICES, PRESETS, QuantConfig
 from questlib.errors import ConfigError
+from questlib.model import act_quantizers, insert
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -63,3 +66,35 @@ def test_weight_key_ignores_activation_settings_only():
     assert a.weight_key() == b.weight_key()
     assert a.weight_key() != QuantConfig.preset("quest", 8, 8).weight_key()
     assert a.weight_key() != QuantConfig.preset("quest", 4, 4, adaround_iters=7).weight_key()
+
+
+def test_range_key_is_shared_by_presets_with_the_same_ranges():
+    a = QuantConfig.preset("q-diffusion", 4, 8)
+    assert {c.range_key() for c in (a, QuantConfig.preset("ptq-d", 4, 8), QuantConfig.preset("q-diffusion", 8, 8))} == {
+        a.range_key()
+    }
+    carrier = [QuantConfig.preset("quest", w, 4).range_key() for w in (4, 8)]  # 2^e of the ratios fits beside 4-bit weights alone
+    other = [QuantConfig.preset(n, 4, 8).range_key() for n in ("minmax", "ptq4dm", "tfmq-dm", "quest", "efficientdm")]
+    assert len({a.range_key(), *carrier, *other}) == 8
+
+
+OTHER = {"int": lambda v: v + 1, "float": lambda v: v * 2 + 1, "bool": lambda v: not v, "NoneType": lambda v: 1e-5}
+
+
+@pytest.mark.parametrize("key", AFTER_RANGES)
+def test_keys_after_the_ranges_do_not_change_them(key, pipe, calib, fast):
+    a = fast("quest", 4, 4, te="ptq", cma_layers="none")
+    value = getattr(a, key)
+    other = (
+        next(v for v in CHOICES.get(key, ["other"]) if v != value)
+        if isinstance(value, str)
+        else OTHER[type(value).__name__](value)
+    )
+    b = a.replace(**{key: other})
+    assert a.range_key() == b.range_key() and a.hash() != b.hash()
+    found = []
+    for config in (a, b):
+        q = insert(pipe.unet, config, calib.t)
+        init_ranges(q, calib, config)
+        found.append([v for act in act_quantizers(q) for v in act.state_dict().values()])
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))

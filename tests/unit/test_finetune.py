@@ -59,6 +59,20 @@ def test_time_layers_see_what_the_whole_unet_gives_them(pipe, calib):
     assert names and all(torch.equal(short[n], whole[n]) for n in names)
 
 
+def test_targets_need_no_more_than_the_layers_of_interest(pipe, calib):
+    names, ran = ["mid_block.attentions.0.to_q", "conv_in"], []
+    with torch.no_grad(), recorded(pipe.unet, names) as whole:
+        pipe.unet(calib.x[2], calib.t[2])
+    handles = [m.register_forward_hook(lambda m, a, o, n=n: ran.append(n)) for n, m in pipe.unet.named_modules()]
+    with torch.no_grad(), recorded(pipe.unet, names, stop=True) as short:
+        pipe.unet(calib.x[2], calib.t[2])
+        pytest.fail("went on after the last layer")
+    for handle in handles:
+        handle.remove()
+    assert list(short) == list(whole) and all(torch.equal(short[n], whole[n]) for n in names)
+    assert "conv_in" in ran and not any(n.startswith("up_blocks") for n in ran)
+
+
 def test_stages_select_by_role(pipe, calib, fast):
     def roles(name, **kw):
         config = fast(name, **kw)

@@ -73,7 +73,16 @@ def test_cache_gives_the_same_model_and_the_first_runs_seconds(pipe, calib, fast
     assert other.quest_log["seconds"]["reconstruct"] == first.quest_log["seconds"]["reconstruct"] > 0
     for a, b in zip(quant_layers(first).values(), quant_layers(other).values(), strict=True):
         assert torch.equal(a.w_hat, b.w_hat)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("adaround-*"))) == 1
+
+
+def test_cached_ranges_are_those_of_a_search(pipe, calib, fast, tmp_path):
+    configs = [fast("quest", 4, a, te=te, adaround=False) for a in (4, 8) for te in ("finetune", "ptq")]
+    for config, cached in zip(configs, (False, True, False, True), strict=True):
+        q, other = quantize(pipe.unet, config, calib, cache_dir=tmp_path), quantize(pipe.unet, config, calib)
+        assert q.quest_log["ranges_cached"] == cached and not other.quest_log["ranges_cached"]
+        assert all(torch.equal(v, other.state_dict()[n]) for n, v in q.state_dict().items())
+        assert torch.equal(q(calib.x[0], calib.t[0]).sample, other(calib.x[0], calib.t[0]).sample)
 
 
 def test_rerun_is_bit_identical(pipe, calib, fast):
