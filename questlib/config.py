@@ -24,7 +24,7 @@ CHOICES = {
 }
 
 
-# keys that name, or decide what comes after, the activation ranges
+# keys without a part in the search for activation ranges, which sees the full-precision weights
 AFTER_RANGES = (
     "preset_name", "weight_range", "adaround", "adaround_iters", "adaround_lr", "recon_samples", "act_recon", "act_iters",
     "act_lr", "temporal_block", "noise_correction", "te_layers", "cma_layers", "lora_rank", "tla_iters", "cma_iters",

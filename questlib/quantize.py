@@ -34,17 +34,17 @@ def quantize(
         "reconstruct_cached": False,
     }
     seconds, log["ranges_cached"] = _kept(
-        None if cache_dir is None else Path(cache_dir) / f"ranges-{config.range_key()}-{calib.hash()}.safetensors",
+        cache_dir, f"ranges-{config.range_key()}", calib,
         {f"{q.name}.{key}": value for q in act_quantizers(student) for key, value in q.state_dict().items()},
         lambda: init_ranges(student, calib, config, progress=progress),
-    )
+    )  # fmt: skip
     log["seconds"]["ranges"] += seconds
     if config.adaround and config.weight_bits != OFF:
         log["seconds"]["reconstruct"], log["reconstruct_cached"] = _kept(
-            None if cache_dir is None else Path(cache_dir) / f"adaround-{config.weight_key()}-{calib.hash()}.safetensors",
+            cache_dir, f"adaround-{config.weight_key()}", calib,
             {name: layer.weight.detach() for name, layer in quant_layers(student).items() if layer.wq is not None},
             lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
-        )
+        )  # fmt: skip
     if config.act_recon and config.act_bits != OFF:
         clock = time.perf_counter()
         reconstruct_acts(student, unet, calib, config, progress=progress)
@@ -69,11 +69,14 @@ def estimate_correction(student: nn.Module, calib: Calibration, config: QuantCon
     correction.calibrated.fill_(True)
 
 
-def _kept(cache: Path | None, tensors: dict[str, torch.Tensor], make: Callable[[], None]) -> tuple[float, bool]:
-    """Fill `tensors` in place from the file `cache`, or by `make`, whose result the file then keeps.
+def _kept(
+    cache_dir: str | Path | None, key: str, calib: Calibration, tensors: dict[str, torch.Tensor], make: Callable[[], None]
+) -> tuple[float, bool]:
+    """Fill `tensors` in place from the cache's file of this key and calibration, or by `make`, whose result the file then keeps.
 
     Returns the seconds that `make` took, now or when the file was written, and whether they were read.
     """
+    cache = None if cache_dir is None else Path(cache_dir) / f"{key}-{calib.hash()}.safetensors"
     if cache is not None and cache.exists():
         state = load_file(cache)
         for name, tensor in tensors.items():

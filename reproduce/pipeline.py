@@ -106,6 +106,7 @@ class SeedRun:
         return {
             "size_bytes": size,
             "peak_bytes": memory.bytes,
+            "ranges_cached": unet.quest_log["ranges_cached"],
             "reconstruct_cached": unet.quest_log["reconstruct_cached"],
             "stage_seconds": unet.quest_log["seconds"] | {"finetune": log["seconds"]},
             "finetune": {k: v for k, v in log.items() if k in ("trained_weights", "trained_fraction")},
@@ -176,6 +177,7 @@ class SeedRun:
             "metrics": self.score.info["metrics"],
             "size_bytes": made["size_bytes"],
             "peak_bytes": made.get("peak_bytes"),
+            "ranges_cached": made.get("ranges_cached"),
             "reconstruct_cached": made.get("reconstruct_cached"),
             "finetune": made.get("finetune"),
             "seconds": seconds,
@@ -212,7 +214,7 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
         result = empty_result(cell, plan, "not run", reason)
     else:
         try:
-            runs = [SeedRun(cell, plan, seed) for seed in sorted(plan.seeds)]  # a row's picture and commit are its first seed's
+            runs = [SeedRun(cell, plan, seed) for seed in plan.seeds]
             earlier = kept_result(cell, plan, runs[0].model_sha256)
             result = summarize(cell, plan, runs, [run.run() for run in runs], earlier)
             if result["per_seed"][0]["seed"] == runs[0].seed:

@@ -104,7 +104,7 @@ def make_plan(
         table=the_table,
         scale=the_scale,
         cells=tuple(c for c in the_table.cells if wanted is None or c.id in wanted),
-        seeds=the_seeds,
+        seeds=tuple(sorted(the_seeds)),  # a row's picture and commit are its first seed's
         features=features,
         model=model,
         reference=reference,

@@ -50,6 +50,7 @@ class Table:
     cells: tuple[Cell, ...]
     picture: tuple[str, ...]  # cells whose samples, from the same noise, are shown one above the other
     note: str
+    in_paper: bool = True
     claim: str = "fid"  # the metric whose order in the paper the distance to full precision is compared with
 
     @property

@@ -51,6 +51,7 @@ ABLATION = Table(
     name="ablation",
     title="Ablation: what the parts of `quest` do at W4A4",
     notebook="30_ablation.ipynb",
+    in_paper=False,
     cells=(
         Cell(id="fp", label="full precision", preset=None, note=NOTE),
         Cell(id=BASE, label="quest", preset="quest", weight_bits=4, act_bits=4, against="fp", note=NOTE),
