@@ -34,9 +34,9 @@ def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dic
         "overrides": dict(cell.overrides), "note": cell.note, "engine": None, "model": {"id": None, "sha256": None},
         "n_samples": 0, "seeds": list(plan.seeds), "dataset": cell.dataset, "sampler": setting.sampler,
         "num_inference_steps": setting.num_inference_steps, "eta": setting.eta, "guidance_scale": setting.guidance_scale,
-        "features": setting.features, "reference": None, "metrics": numbers, "paper_costs": {k: cell.paper.get(k) for k in COSTS},
-        "iterations": _iterations(cell, plan), "size_bytes": None, "paper_size_mb": cell.paper_size_mb, "peak_bytes": None,
-        "seconds": {}, "per_seed": [], "provenance": None,
+        "features": setting.features, "reference": None, "captions": None, "clip": None, "metrics": numbers,
+        "paper_costs": {k: cell.paper.get(k) for k in COSTS}, "iterations": _iterations(cell, plan), "size_bytes": None,
+        "paper_size_mb": cell.paper_size_mb, "peak_bytes": None, "seconds": {}, "per_seed": [], "provenance": None,
     }  # fmt: skip
 
 
@@ -57,6 +57,15 @@ def public_name(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
+def _measured_with(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any]:
+    """The files of a row, by public name; None: it has no use for one."""
+    setting = plan.setting(cell)
+    clip = None if setting.captions is None else setting.clip.removeprefix("local-dir:")
+    files = {"reference": setting.reference, "captions": setting.captions, "clip": clip}
+    names = {kind: None if file is None else public_name(file) for kind, file in files.items()}
+    return names | {"model": {"id": public_name(setting.model), "sha256": model_sha256}}
+
+
 def kept_result(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any] | None:
     """The row's earlier result, if `plan.keep_seeds` and it holds seeds that are not asked for: `per_seed` has just these.
 
@@ -68,14 +77,11 @@ def kept_result(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any] | N
     kept = [s for s in stored.get("per_seed", ()) if s["seed"] not in plan.seeds]
     if stored["status"] != "done" or not kept:
         return None
-    setting, drawing = plan.setting(cell), plan.drawing(cell)
+    drawing = plan.drawing(cell)
     expected = {name: getattr(drawing, name) for name in ("sampler", "num_inference_steps", "eta", "guidance_scale", "features")}
-    expected |= {
-        "reference": None if setting.reference is None else public_name(setting.reference),
-        "model": {"id": public_name(setting.model), "sha256": model_sha256},
-        "n_samples": setting.samples_per_seed * len(stored["per_seed"]),
-    }
-    found = {name: stored[name] for name in expected}
+    expected |= _measured_with(cell, plan, model_sha256)
+    expected |= {"n_samples": plan.setting(cell).samples_per_seed * len(stored["per_seed"])}
+    found = {name: stored.get(name) for name in expected}  # None: of before the prompts and the CLIP model were recorded
     for s in kept:
         config = None if cell.preset is None else plan.config(cell, s["seed"]).hash()
         expected[f"configuration of seed {s['seed']}"], found[f"configuration of seed {s['seed']}"] = config, s["config_hash"]
@@ -113,8 +119,7 @@ def summarize(
     stages = seeds[0]["seconds"]
     return result | {
         "engine": plan.engine if cell.preset is not None else "full precision",
-        "model": {"id": public_name(setting.model), "sha256": runs[0].model_sha256},
-        "reference": None if setting.reference is None else public_name(setting.reference),
+        **_measured_with(cell, plan, runs[0].model_sha256),
         "n_samples": setting.samples_per_seed * len(seeds),
         "size_bytes": max(s["size_bytes"] for s in seeds),
         "peak_bytes": max(peaks) if peaks else None,

@@ -147,6 +147,7 @@ def test_prompt_conditional_cell(conditional):
         images = torch.cat([s.images for s in read_samples(one.samples.folder / "shards")])
         scores.append(clip_score(images, prompts, model=setting.clip))
     assert [s["metrics"]["clip_score"] for s in full["per_seed"]] == pytest.approx(scores)
+    assert (full["captions"], full["clip"]) == ("captions.json", "clip")
     entry = full["metrics"]["clip_score"]
     assert entry["value"] == pytest.approx(sum(scores) / 2) and entry["paper"] == 31.50
     assert full["metrics"]["fid"]["value"] is None and full["reference"] is None

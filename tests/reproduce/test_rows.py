@@ -86,6 +86,8 @@ def test_the_row_says_who_made_which(tiny_plan):
         ({"num_inference_steps": 7}, "num_inference_steps: expected 2, found 7"),
         ({"features": "inception"}, "features: expected mini, found inception"),
         ({"reference": "other"}, "reference: expected reference, found other"),
+        ({"captions": "other.json"}, "captions: expected None, found other.json"),
+        ({"clip": "other"}, "clip: expected None, found other"),
         ({"n_samples": 8}, "n_samples: expected 16, found 8"),
         ({"model": {"id": "model", "sha256": "0"}}, "model: expected"),
         ("config_hash", "configuration of seed 0: expected"),
