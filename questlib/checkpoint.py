@@ -22,7 +22,7 @@ from torch import nn
 
 from questlib.config import QuantConfig
 from questlib.errors import CheckpointError, ConfigError, QuestError
-from questlib.integer.convert import choose_engine, convert
+from questlib.integer.convert import LAYERS, choose_engine, convert
 from questlib.integer.form import packed_size
 from questlib.model import act_quantizers, freeze, insert, quant_layers, step_groups
 from questlib.models.pipelines import FixedHeadsUNet2DModel
@@ -57,8 +57,13 @@ def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
 
 
 def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
-    """Write a quantized UNet; returns the size of model.safetensors in bytes, as it is on disk. Files are replaced atomically."""
+    """Write a quantized UNet; returns the size of model.safetensors in bytes, as it is on disk. Files are replaced atomically.
+
+    ConfigError for a plain UNet, and for one that `convert` made: its weights lie in the engine's own layout.
+    """
     step_groups(unet)
+    if any(isinstance(m, LAYERS) for m in unet.modules()):
+        raise ConfigError("save: expected a simulated UNet, found one that runs in integers; save it before it is converted")
     out = Path(out_dir)
     state = dict(unet.state_dict())
     for name, layer in quant_layers(unet).items():
@@ -111,14 +116,19 @@ def from_pretrained(
         state = load_file(path / "model.safetensors")
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}")
     if config.get("format") != FORMAT or config.get("class") not in UNETS:
         raise CheckpointError(
             f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}"
         )
-    quant = QuantConfig.from_dict(config["quant"])
-    unet = UNETS[config["class"]].from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
-    # ranges are overwritten below: skip the search
-    unet = insert(unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"]))
+    try:
+        quant = QuantConfig.from_dict(config["quant"])
+        unet = UNETS[config["class"]].from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
+        # ranges are overwritten below: skip the search
+        unet = insert(unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})") from error
     unet.quest_config = quant
     packed = {n: state.pop(f"{n}.codes", None) for n, layer in quant_layers(unet).items() if layer.wq is not None}
     missing = [f"{n}.codes" for n, v in packed.items() if v is None]

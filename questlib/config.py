@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 
 from questlib.errors import ConfigError
@@ -18,7 +19,7 @@ CHOICES = {
     "weight_range": ("minmax", "mse"),
     "te": ("ptq", "fp", "finetune"),
     "te_layers": ("all", "projections"),
-    "cma_layers": ("attention", "qkv", "feed_forward", "all", "none"),
+    "cma_layers": ("attention", "qkv", "no_context", "feed_forward", "all", "none"),
     "tla_order": ("joint", "sequential"),
     "calib_steps": ("uniform", "normal"),
 }
@@ -119,7 +120,11 @@ class QuantConfig:
         for key in ("adaround_iters", "act_iters", "tla_iters", "cma_iters", "lora_rank"):
             if getattr(self, key) < 0:
                 raise ConfigError(f"{key}: expected 0 or more, found {getattr(self, key)}")
-
+        for key in FLOATS:
+            value, positive, below = getattr(self, key), key == "range_norm", 1 if key == "act_ema" else math.inf
+            if value is not None and not ((value > 0 if positive else value >= 0) and value < below):
+                words = "a positive number" if positive else f"0 or more, below {below}"
+                raise ConfigError(f"{key}: expected {words}, found {value!r}")
         if self.noise_correction and self.finetunes:
             raise ConfigError("noise_correction: expected post-training quantization alone, found finetuning stages beside it")
 
@@ -169,7 +174,8 @@ class QuantConfig:
     def range_key(self) -> str:
         """Hash of all but what has no part in the search for activation ranges, so that presets and weight bits share one."""
         values = {k: v for k, v in self.to_dict().items() if k not in AFTER_RANGES} | {"te": self.te == "fp"}
-        if self.act_granularity in ("tensor", "channel"):  # in the others, 4-bit weights make room for the ratios' 2^e
+        # in the others, 4-bit weights make room for the ratios' 2^e
+        if self.act_granularity in ("tensor", "channel") and not self.te_token:
             del values["weight_bits"], values["first_last_weight_bits"]
         return _digest(values)
 
@@ -180,6 +186,7 @@ class QuantConfig:
 
 
 _TYPES = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "None": (type(None),)}
+FLOATS = [f.name for f in dataclasses.fields(QuantConfig) if "float" in f.type]
 KINDS = {f.name: sum((_TYPES[kind] for kind in f.type.split(" | ")), ()) for f in dataclasses.fields(QuantConfig)}
 
 _Q_DIFFUSION = dict(
@@ -216,8 +223,8 @@ PRESETS: dict[str, dict] = {
     ),
     # the paper's text: everything at the stated bits, one set of scales, local and global losses, 2.2k iterations
     "quest-paper": dict(act_range="mse", adaround=True, tla_iters=1100, cma_iters=1100, lr_weight=1e-5, lr_scale=1e-4),
-    # the official release's settings (facts read off it, see shared/paper/method.md): per step group, TE projections only,
-    # qkv only, no L_CMA, symmetric running min-max at A8, free per-channel scales at A4
+    # the official release's settings for LSUN-Bedrooms (facts read off it): per step group, TE projections only, qkv only, no
+    # L_CMA, symmetric running min-max at A8, free per-channel scales at A4; for other data sets: reproduce/datasets.py
     "quest-release": dict(
         act_range="minmax", act_symmetric=True, act_ema=0.95, step_groups=20, adaround=True, softmax_bits=8,
         first_last_act_bits=8,

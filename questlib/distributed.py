@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 
+PATIENCE = timedelta(days=2)  # AdaRound is each process's own work: hours, at whose end the first may be minutes ahead
+
 
 def processes() -> PartialState:
     """The processes of this job. On a machine without CUDA they are CPU processes that talk by gloo, whatever launched them."""
-    return PartialState(cpu=not torch.cuda.is_available())
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def device() -> torch.device:
-    """Of this process. Plain "cpu", not "cpu:0": moving to that copies, which changes strides of single samples and so bits."""
+    """Of this process. Plain "cpu", not "cpu:0": moving to that copies, which changes strides of single samples and so bits.
+
+    On CUDA convolutions are switched from TF32, torch's default, to float32: the linear layers are, and integers are exact.
+    """
     found = processes().device
+    if found.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
     return torch.device("cpu") if found.type == "cpu" else found
 
 

@@ -42,3 +42,10 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"folder {folder}: cannot be written ({error.strerror})") from error
+
+
+def check_new(out: Path) -> None:
+    """ConfigError unless a folder `out` can be made, or is there and empty: before any long work."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out}: exists and is not an empty folder; nothing is overwritten")
+    check_writable(out.parent)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -256,7 +257,11 @@ def _save_state(path, key, unet, stage, iteration, log, opt, schedule, generator
 def _load_state(path, key: str) -> dict | None:
     if path is None or not Path(path).exists():
         return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if state.get("key") != key:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state.get("key")
+    except (OSError, RuntimeError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"finetune: {path} cannot be read ({error!r}); remove it to start again") from error
+    if found != key:
         raise CheckpointError(f"finetune: {path} belongs to another configuration or calibration; remove it or name another file")
     return state

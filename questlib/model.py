@@ -29,8 +29,8 @@ TIME_ROLES = ("time_embed", "time_proj")
 def layer_roles(unet: nn.Module) -> dict[str, str]:
     """Role of each Linear and Conv2d, by the module that owns it:
 
-    first, last | time_embed (t -> embedding) | time_proj (embedding -> ResBlock) | qkv, attn_out | feed_forward | shortcut |
-    conv | linear
+    first, last | time_embed (t -> embedding) | time_proj (embedding -> ResBlock) | qkv, attn_out | context_kv (keys and values
+    of cross-attention) | feed_forward | shortcut | conv | linear
     """
     owned: dict[int, str] = {id(unet.conv_in): "first", id(unet.conv_out): "last"}
     for module in unet.modules():
@@ -40,7 +40,8 @@ def layer_roles(unet: nn.Module) -> dict[str, str]:
             owned[id(module.time_emb_proj)] = "time_proj"
             owned[id(module.conv_shortcut)] = "shortcut"
         elif isinstance(module, Attention):
-            owned |= {id(m): "qkv" for m in (module.to_q, module.to_k, module.to_v)} | {id(module.to_out[0]): "attn_out"}
+            kv = "context_kv" if module.is_cross_attention else "qkv"
+            owned |= {id(module.to_q): "qkv", id(module.to_k): kv, id(module.to_v): kv, id(module.to_out[0]): "attn_out"}
         elif isinstance(module, FeedForward):
             owned |= {id(m): "feed_forward" for m in module.modules() if isinstance(m, nn.Linear)}
     roles = {}

@@ -5,7 +5,7 @@ Functions that measure return tensors or tables; functions that draw return a Fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,25 +42,49 @@ def image_grid(rows: dict[str, torch.Tensor], columns: int = 8) -> Figure:
 
 
 @torch.no_grad()
-def layer_inputs(unet: nn.Module, calib: Calibration, names: Iterable[str], samples: int = 16) -> dict[str, torch.Tensor]:
-    """What each named layer receives, before its own quantizer, at all calibrated steps: [T * samples, ...]."""
-    found: dict[str, list[torch.Tensor]] = {n: [] for n in names}
-    handles = [unet.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: found[n].append(a[0].cpu())) for n in found]
+def watch_inputs(
+    unet: nn.Module, calib: Calibration, names: Iterable[str], samples: int, see: Callable[[str, torch.Tensor], None]
+) -> None:
+    """Call `see` with each named layer's name and input, before its own quantizer, at all calibrated steps: [samples, ...]."""
+    handles = [unet.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: see(n, a[0])) for n in names]
     try:
         for x, t in zip(calib.x[:, :samples], calib.t, strict=True):
             unet(x.to(unet.device), t.to(unet.device))
     finally:
         for handle in handles:
             handle.remove()
+
+
+def layer_inputs(unet: nn.Module, calib: Calibration, names: Iterable[str], samples: int = 16) -> dict[str, torch.Tensor]:
+    """What each named layer receives, before its own quantizer, at all calibrated steps: [T * samples, ...]."""
+    found: dict[str, list[torch.Tensor]] = {n: [] for n in names}
+    watch_inputs(unet, calib, found, samples, lambda n, x: found[n].append(x.cpu()))
     return {n: torch.cat(v) for n, v in found.items()}
 
 
 def input_table(unet: nn.Module, calib: Calibration, samples: int = 4) -> pd.DataFrame:
-    """Role, range, standard deviation and kurtosis (3 for a normal distribution) of each layer's input, heaviest tails first."""
-    roles, rows = layer_roles(unet), {}
-    for name, x in layer_inputs(unet, calib, roles, samples).items():
-        kurtosis = (x - x.mean()).pow(4).mean() / x.var(correction=0).square()
-        rows[name] = [roles[name], x.min().item(), x.max().item(), x.std().item(), kurtosis.item()]
+    """Role, range, standard deviation and kurtosis (3 for a normal distribution) of each layer's input, heaviest tails first.
+
+    The inputs themselves are not kept: those of a large model would not fit in memory.
+    """
+    roles = layer_roles(unet)
+    extremes: dict[str, tuple[float, float]] = dict.fromkeys(roles, (float("inf"), -float("inf")))
+    sums = {n: torch.zeros(5, dtype=torch.float64) for n in roles}  # of x^0 .. x^4
+
+    def see(name: str, x: torch.Tensor) -> None:
+        lo, hi = extremes[name]
+        extremes[name] = min(lo, x.min().item()), max(hi, x.max().item())
+        powers, x = [x.numel()], x.double()
+        powers += [x.pow(k).sum().item() for k in (1, 2, 3, 4)]
+        sums[name] += torch.tensor(powers, dtype=torch.float64)
+
+    watch_inputs(unet, calib, roles, samples, see)
+    rows = {}
+    for name, (n, *moments) in ((name, of.tolist()) for name, of in sums.items()):
+        m1, m2, m3, m4 = (m / n for m in moments)
+        variance = m2 - m1**2
+        kurtosis = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else float("nan")
+        rows[name] = [roles[name], *extremes[name], (variance * n / (n - 1)) ** 0.5, kurtosis]
     columns = ["role", "min", "max", "std", "kurtosis"]
     return pd.DataFrame.from_dict(rows, "index", columns=columns).sort_values("kurtosis", ascending=False)
 

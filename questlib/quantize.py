@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from questlib.calibrate import Calibration, init_ranges
 from questlib.config import OFF, QuantConfig
+from questlib.errors import CheckpointError
 from questlib.model import act_quantizers, freeze, insert, quant_layers
 from questlib.reconstruct import reconstruct_acts, reconstruct_weights
 
@@ -76,17 +79,24 @@ def _kept(
 
     Returns the seconds that `make` took, now or when the file was written, and whether they were read.
     """
-    cache = None if cache_dir is None else Path(cache_dir) / f"{key}-{calib.hash()}.safetensors"
-    if cache is not None and cache.exists():
-        state = load_file(cache)
-        for name, tensor in tensors.items():
-            tensor.copy_(state[name])
-        return float(state["seconds"]), True
-    clock = time.perf_counter()
-    make()
-    seconds = time.perf_counter() - clock
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
+    if cache_dir is None:
+        clock = time.perf_counter()
+        make()
+        return time.perf_counter() - clock, False
+    cache = Path(cache_dir) / f"{key}-{calib.hash()}.safetensors"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cache}.lock"):  # two tables that run beside each other make it once
+        if cache.exists():
+            try:
+                state = load_file(cache)
+                for name, tensor in tensors.items():
+                    tensor.copy_(state[name])
+                return float(state["seconds"]), True
+            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+                raise CheckpointError(f"quantize: {cache} cannot be read ({error!r}); remove it to make it again") from error
+        clock = time.perf_counter()
+        make()
+        seconds = time.perf_counter() - clock
         tmp = cache.with_suffix(f".tmp{os.getpid()}")
         state = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         save_file(state | {"seconds": torch.tensor(seconds, dtype=torch.float64)}, tmp)

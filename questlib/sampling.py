@@ -37,9 +37,15 @@ def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator
     return [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in indices]
 
 
+def sample_shape(unet) -> tuple[int, int]:
+    """(height, width) of what a UNet denoises."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def initial_noise(unet, generators: list[torch.Generator]) -> torch.Tensor:
     """x_T [N, C, h, w] on the UNet's device, each sample from its own generator."""
-    shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = (unet.config.in_channels, *sample_shape(unet))
     return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)
 
 
@@ -67,9 +73,9 @@ def denoise(
 
 def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
     """(height, width) of the images that a pipeline draws: the UNet's sample, times the autoencoder's factor."""
-    sample, vae = pipe.unet.config.sample_size, getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None)
+    vae = getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None)
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = (sample, sample) if isinstance(sample, int) else sample
+    height, width = sample_shape(pipe.unet)
     return height * factor, width * factor
 
 

@@ -13,8 +13,9 @@ from questlib.layers import QuantLayer
 from questlib.model import TIME_ROLES, act_quantizers, quant_layers
 
 CMA_ROLES = {
-    "attention": ("qkv", "attn_out", "feed_forward"),  # the paper: all attention-related layers
-    "qkv": ("qkv",),  # the release on LSUN
+    "attention": ("qkv", "context_kv", "attn_out", "feed_forward"),  # the paper: all attention-related layers
+    "qkv": ("qkv", "context_kv"),  # the release on LSUN
+    "no_context": ("qkv", "feed_forward"),  # the release on ImageNet: feed-forward, to_q, self-attention's to_k and to_v
     "feed_forward": ("feed_forward",),  # the release on Stable Diffusion
     "none": (),
 }  # "all": every layer

@@ -31,6 +31,7 @@ def parser() -> Parser:
     p.add_argument("--cells", help="some of the table's cells, separated by commas (default: all)")
     p.add_argument("--seeds", help="numbers separated by commas (default: the scale's)")
     p.add_argument("--keep-seeds", action="store_true", help="other seeds that a row's earlier result has stay in it")
+    p.add_argument("--stored", action="store_true", help="show the rows that results has, run nothing: a minute at any scale")
     p.add_argument("--features", help="mini or inception (default: the scale's)")
     p.add_argument(
         "--engine", help="fake (simulated), cpu, triton or reference (integers); results in TABLE-ENGINE (default: fake)"
@@ -56,7 +57,7 @@ def reproduce_table(args: argparse.Namespace) -> int:
     plan = make_plan(
         args.what, scale=args.scale, cells=args.cells.split(",") if args.cells is not None else None, seeds=seeds,
         features=args.features, engine=args.engine, model=args.model, reference=args.reference, captions=args.captions,
-        results=args.results, work=args.work, keep_seeds=args.keep_seeds, dry=args.dry_run,
+        results=args.results, work=args.work, keep_seeds=args.keep_seeds, stored=args.stored, dry=args.dry_run,
     )  # fmt: skip
     if args.dry_run:
         from reproduce import estimate

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from questlib.clip_score import CLIP_MODEL, COCO_PROMPTS
+from questlib.config import OFF
 from questlib.models.loading import MINI
 
 EMOJI = "mini-ldm4"  # its folder has the reference statistics of the images that all emoji models were trained on
@@ -58,6 +59,7 @@ class Dataset:
     settings: Mapping[str, Setting]  # by scale
     has_reference: bool = True  # its table asks for FID
     has_captions: bool = False
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)  # a preset's own settings for these data
 
     @property
     def model_env(self) -> str:
@@ -135,6 +137,7 @@ DATASETS: dict[str, Dataset] = {
             weights="the LSUN-Churches LDM-8 weights",
             config="lsun_churches256",
             settings=_mini("mini-ldm8") | _paper(500),
+            presets={"quest-release": dict(act_range="percentile", act_ema=None)},
         ),
         Dataset(
             name="imagenet",
@@ -142,6 +145,7 @@ DATASETS: dict[str, Dataset] = {
             weights="the ImageNet LDM-4 weights",
             config="cin256-v2",
             settings=_mini("mini-cin", guidance_scale=3.0, samples_per_seed=GUIDED) | _paper(20, guidance_scale=3.0),
+            presets={"quest-release": dict(cma_layers="no_context", tla_iters=24000)},
         ),
         Dataset(
             name="sd",
@@ -150,6 +154,15 @@ DATASETS: dict[str, Dataset] = {
             config="sd-v1-4",
             has_reference=False,
             has_captions=True,
+            # The release takes a running mean of percentiles, and 50 to 400 TLA passes a step group: here the group's percentile,
+            # and 225. It sums the local terms and takes L_G as often: 32 times, for the model's feed-forward layers. 16 bits are
+            # "off" here.
+            presets={
+                "quest-release": dict(
+                    act_range="percentile", act_ema=None, step_groups=25, softmax_bits=OFF, cma_layers="feed_forward",
+                    cma_local_loss=True, global_weight=32.0, tla_iters=5625, cma_iters=8000,
+                )
+            },
             settings=_mini(
                 "mini-sd", samples_per_seed=GUIDED, sampler="plms", num_inference_steps=50, guidance_scale=3.0,
                 captions=SD_CAPTIONS, clip=MINI_CLIP,

@@ -8,7 +8,7 @@ import torch
 import questlib
 from questlib.config import QuantConfig
 from questlib.model import layer_roles
-from questlib.pictures import layer_inputs
+from questlib.pictures import input_table
 from questlib.stages import stages
 from reproduce.pipeline import SeedRun
 from reproduce.plan import Plan
@@ -25,7 +25,8 @@ def models(plan: Plan) -> tuple[dict[str, torch.nn.Module], questlib.Calibration
     """
     runs = {name: SeedRun(plan.table.cell(cell), plan, plan.seeds[0]) for name, cell in ROWS.items()}
     unets = {"full precision": runs["after"].pipe.unet}
-    unets |= {name: questlib.from_pretrained(run.checkpoint.folder / "unet") for name, run in runs.items()}
+    device = unets["full precision"].device
+    unets |= {name: questlib.from_pretrained(run.checkpoint.folder / "unet").to(device) for name, run in runs.items()}
     calib = questlib.Calibration.load(runs["after"].calibration.folder / "calibration.safetensors")
     return unets, calib, runs["after"].config
 
@@ -42,9 +43,9 @@ def input_ranges(plan: Plan) -> pd.DataFrame:
     table = pd.DataFrame(index=list(roles))
     table["role"], table["finetuned"] = list(roles.values()), [name in tuned for name in roles]
     for model, unet in unets.items():
-        for name, x in layer_inputs(unet, calib, roles, SAMPLES).items():
-            for key, value in (("min", x.min()), ("max", x.max()), ("std", x.std())):
-                table.loc[name, f"{key}, {model}"] = value.item()
+        found = input_table(unet, calib, SAMPLES)
+        for key in ("min", "max", "std"):
+            table[f"{key}, {model}"] = found[key]
     table = table.drop_duplicates([c for c in table if "full precision" in c])
     table = table.loc[(table["max, before"] - table["min, before"]).sort_values(ascending=False).index]
     write_json(plan.folder / "ranges.json", {name: row.to_dict() for name, row in table.iterrows()})

@@ -22,7 +22,7 @@ from questlib.integer.convert import CPU_ENGINES
 from questlib.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, processors, provenance
-from reproduce.rows import METRICS, empty_result, kept_result, summarize
+from reproduce.rows import METRICS, empty_result, kept_result, stored_result, summarize
 from reproduce.store import Product, Store, code_hash, write_json
 from reproduce.tables import Cell
 
@@ -210,6 +210,8 @@ def file_digests(reference: str | None) -> list[str]:
 
 def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
     """Make (or read) one cell's numbers and write `results/<scale>/<table>/<cell>.json`. A QuestError becomes status "failed"."""
+    if plan.stored:
+        return stored_result(cell, plan)
     if (reason := plan.missing(cell)) is not None:
         result = empty_result(cell, plan, "not run", reason)
     else:
@@ -219,7 +221,7 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
             result = summarize(cell, plan, runs, [run.run() for run in runs], earlier)
             if result["per_seed"][0]["seed"] == runs[0].seed:
                 shutil.copyfile(runs[0].score.folder / "preview.png", plan.folder / f"{cell.id}.png")
-        except QuestError as error:
+        except (QuestError, torch.OutOfMemoryError) as error:
             print(f"{cell.id}: failed: {error}", file=sys.stderr)
             result = empty_result(cell, plan, "failed", str(error))
             result["provenance"] = provenance() | {"command": plan.command}

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError, check_writable
@@ -35,12 +36,18 @@ class Plan:
     results: Path  # result JSON, tables, pictures
     work: Path  # products of the stages
     keep_seeds: bool  # seeds of a row's earlier result that are not asked for stay in it
+    stored: bool  # rows are shown as `results` has them, and nothing is run
     command: str  # what to type to get this again
 
     @property
     def folder(self) -> Path:
         name = self.table.name if self.engine == "fake" else f"{self.table.name}-{self.engine}"
         return self.results / self.scale.name / name
+
+    @property
+    def words(self) -> str:
+        rows, what = len(self.cells), "shown from their results" if self.stored else "to run"
+        return f"{self.table.title}: {len(self.table.cells)} rows, {rows} {what}"
 
     def setting(self, cell: Cell) -> Setting:
         """The cell's model, and how it is sampled here."""
@@ -57,13 +64,17 @@ class Plan:
         """Why the cell cannot run here, or None."""
         return DATASETS[cell.dataset].missing(self.setting(cell))
 
+    def overrides(self, cell: Cell) -> dict[str, Any]:
+        """What the cell's data set, and the cell itself, change in its preset."""
+        return dict(DATASETS[cell.dataset].presets.get(cell.preset, {})) | dict(cell.overrides)
+
     def config(self, cell: Cell, seed: int) -> QuantConfig:
         """The cell's preset at this scale: the scale's numbers replace the preset's, but what is 0 there stays 0 (off).
 
         save_memory is no part of a method: it alone is switched on.
         """
         setting = self.setting(cell)
-        preset = QuantConfig.preset(cell.preset, cell.weight_bits, cell.act_bits, **cell.overrides).to_dict()
+        preset = QuantConfig.preset(cell.preset, cell.weight_bits, cell.act_bits, **self.overrides(cell)).to_dict()
         wanted = {**self.scale.overrides, **self.scale.preset_overrides.get(cell.preset, {}), **setting.overrides}
         on = {key for key in wanted if preset.get(key, "unknown") != 0 or key == "save_memory"}
         changes = {key: value for key, value in wanted.items() if key in on and key not in cell.overrides}
@@ -75,10 +86,11 @@ def make_plan(
     table: str, *, scale: str = "mini", cells: Sequence[str] | None = None, seeds: Sequence[int] | None = None,
     features: str | None = None, engine: str | None = None, model: str | None = None, reference: str | None = None,
     captions: str | None = None, results: str | Path | None = None, work: str | Path | None = None,
-    keep_seeds: bool = False, dry: bool = False,
+    keep_seeds: bool = False, stored: bool = False, dry: bool = False,
 ) -> Plan:  # fmt: skip
     """Check every choice; ConfigError names what is known. `results` or `work` None: in a new temporary folder.
 
+    stored: rows are shown as `results` has them, so nothing may be chosen that only a run can follow.
     dry: nothing will be written, and no folder is made or tried.
     """
     the_table, the_scale = get_table(table), get_scale(scale)
@@ -98,7 +110,10 @@ def make_plan(
     for name, value in chosen.items():
         if value is not None:
             options += [f"--{name}", value if isinstance(value, str) else ",".join(map(str, value))]
-    options += ["--keep-seeds"] if keep_seeds else []
+    options += ["--keep-seeds"] * keep_seeds + ["--stored"] * stored
+    chosen |= {"keep-seeds": keep_seeds or None}
+    if stored and (useless := [f"--{name}" for name in chosen if name not in ("cells", "engine") and chosen[name] is not None]):
+        raise ConfigError(f"--stored: rows are shown as they are, nothing is run; expected no {', '.join(useless)}")
     temporary = None if (results and work) or dry else Path(tempfile.mkdtemp(prefix="quest-"))
     plan = Plan(
         table=the_table,
@@ -113,6 +128,7 @@ def make_plan(
         results=Path(results or (temporary or Path()) / "results"),
         work=Path(work or (temporary or Path()) / "work"),
         keep_seeds=keep_seeds,
+        stored=stored,
         command=f"python -m reproduce {shlex.join(options)}",
     )
     data = sorted({c.dataset for c in plan.cells})

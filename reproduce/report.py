@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from reproduce.plan import Plan, make_plan
-from reproduce.rows import empty_result
+from reproduce.rows import stored_result
 from reproduce.store import write_atomically, write_json
 from reproduce.tables import Number
 from reproduce.verdict import verdict
@@ -31,14 +31,7 @@ FACTORS = {"kid": 1000.0}
 
 def load_results(plan: Plan) -> list[dict[str, Any]]:
     """One result per cell of the whole table, in its order; a cell without a file is "not run", with the reason."""
-    results = []
-    for cell in plan.table.cells:
-        path = plan.folder / f"{cell.id}.json"
-        reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
-        stored = json.loads(path.read_text()) if path.is_file() else {}
-        empty = empty_result(cell, plan, "not run", reason)  # an older file lacks what was not known then
-        results.append(empty | stored | {"metrics": empty["metrics"] | stored.get("metrics", {})})
-    return with_verdicts(plan, results)
+    return with_verdicts(plan, [stored_result(cell, plan) for cell in plan.table.cells])
 
 
 def with_verdicts(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -216,7 +209,9 @@ def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
         words += "Few samples bias FID upwards, for all rows alike, and a row may come out below full precision by chance: "
         words += "the distance to the full-precision images from the same noise tells rows apart that FID cannot. "
     if shared := [f"{r['cell']} ({r['same_as']})" for r in done if r.get("same_as")]:
-        words += f"The same row as another table's, made there: {', '.join(shared)}. "
+        words += (
+            f"Taken from an earlier run of another table, which may show a later one, of another machine: {', '.join(shared)}. "
+        )
     return words + plan.table.note
 
 

@@ -31,13 +31,22 @@ def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dic
     return {
         "table": plan.table.name, "cell": cell.id, "scale": plan.scale.name, "status": status, "reason": reason,
         "label": cell.label, "preset": cell.preset, "weight_bits": cell.weight_bits, "act_bits": cell.act_bits,
-        "overrides": dict(cell.overrides), "note": cell.note, "engine": None, "model": {"id": None, "sha256": None},
+        "overrides": plan.overrides(cell), "note": cell.note, "engine": None, "model": {"id": None, "sha256": None},
         "n_samples": 0, "seeds": list(plan.seeds), "dataset": cell.dataset, "sampler": setting.sampler,
         "num_inference_steps": setting.num_inference_steps, "eta": setting.eta, "guidance_scale": setting.guidance_scale,
         "features": setting.features, "reference": None, "captions": None, "clip": None, "metrics": numbers,
         "paper_costs": {k: cell.paper.get(k) for k in COSTS}, "iterations": _iterations(cell, plan), "size_bytes": None,
         "paper_size_mb": cell.paper_size_mb, "peak_bytes": None, "seconds": {}, "per_seed": [], "provenance": None,
     }  # fmt: skip
+
+
+def stored_result(cell: Cell, plan: Plan) -> dict[str, Any]:
+    """The row as its file has it; without one it is "not run", with the reason."""
+    path = plan.folder / f"{cell.id}.json"
+    reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    empty = empty_result(cell, plan, "not run", reason)  # an older file lacks what was not known then
+    return empty | stored | {"metrics": empty["metrics"] | stored.get("metrics", {})}
 
 
 def _iterations(cell: Cell, plan: Plan) -> int | None:

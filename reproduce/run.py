@@ -25,6 +25,10 @@ NOTEBOOKS = ROOT / "notebooks"
 
 def preflight(plan: Plan) -> None:
     """What can be known before long work: the given model loads, the given features have weights, the reference exists."""
+    if plan.stored:
+        if plan.table.opens_checkpoints:
+            raise ConfigError(f"--stored: {plan.table.notebook} opens the rows' checkpoints, run them: make {plan.table.target}")
+        return
     settings = [plan.setting(cell) for cell in plan.cells if plan.missing(cell) is None]
     if not settings:
         return
@@ -60,7 +64,8 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     start = time.time()
     execute(plan)
     results = report.finish(plan)
-    timing.record_time(plan, results, time.time() - start, fresh)
+    if not plan.stored:
+        timing.record_time(plan, results, time.time() - start, fresh)
     return results
 
 
@@ -74,6 +79,7 @@ def execute(plan: Plan) -> None:
         "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
         "FEATURES": plan.features, "MODEL": plan.model, "REFERENCE": plan.reference, "CAPTIONS": plan.captions,
         "ENGINE": plan.engine if plan.engine != "fake" else None, "KEEP_SEEDS": plan.keep_seeds,
+        "STORED": plan.stored,
     }  # fmt: skip
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"  # papermill writes as it goes; results get the whole
     papermill.execute_notebook(

@@ -39,8 +39,8 @@ SCALES: dict[str, Scale] = {
         name="mini",
         features="mini",
         seeds=(0, 1),
-        # Budgets for two cores: 13 to 130 times fewer iterations than the presets have. AdaRound and Q-Diffusion, the start of
-        # most rows, get higher learning rates for it; finetuning keeps its own (ten times as much broke the W8A8 rows).
+        # Budgets for two cores: 9 to 320 times fewer iterations than the presets have, by stage. AdaRound and Q-Diffusion, the
+        # start of most rows, get higher learning rates for it; finetuning keeps its own (ten times as much broke the W8A8 rows).
         overrides=MINI_LAYERS
         | dict(adaround_iters=150, adaround_lr=3e-2, act_iters=60, act_lr=4e-3, recon_samples=128, tla_iters=50, cma_iters=120),
         # In Table 8 EfficientDM takes 15 times QuEST's iterations (here 3.5 times), full finetuning as many as QuEST

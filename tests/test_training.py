@@ -353,6 +353,9 @@ def test_training_without_what_it_is_measured_with(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(train, "fetch", lambda *args: pytest.fail("data was fetched"))
     assert train.main(["--model", "mini-cin", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
     assert "reference of mini-ldm4: no file" in capsys.readouterr().err
+    choices = ["--model", "mini-cifar", "--reference", str(tmp_path / "typo"), "--out", str(tmp_path), "--work", str(tmp_path)]
+    assert train.main(choices) == 2
+    assert str(tmp_path / "typo") in capsys.readouterr().err
 
 
 def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
@@ -371,6 +374,9 @@ def test_images_are_written_for_inception_and_errors_are_one_line(emoji, tmp_pat
         assert image.size == (64, 64) and image.getpixel((0, 0)) == tuple(emoji.images[3, :, 0, 0].tolist())
     assert data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "3"]) == 0
     assert len(list((tmp_path / "few").glob("*.png"))) == 3
+    capsys.readouterr()
+    assert data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "2"]) == 2  # no mixture of two sets
+    assert "not an empty folder" in capsys.readouterr().err and len(list((tmp_path / "few").glob("*.png"))) == 3
     capsys.readouterr()
     for count in ("0", "-1"):
         assert data.main(["--out", str(tmp_path / "none"), "--work", str(tmp_path), "--count", count]) == 2

@@ -48,9 +48,9 @@ def make_layer(engine: str, form: IntegerForm, steps: StepGroups, weights: str) 
     return CpuLayer(form, steps, exact=engine == "reference")
 
 
-def make_attention(engine: str, processor: QuantAttnProcessor, name: str) -> QuantAttnProcessor:
+def make_attention(engine: str, processor: QuantAttnProcessor, name: str, heads: int) -> QuantAttnProcessor:
     if engine == "triton":
-        return TritonAttnProcessor(processor, name)
+        return TritonAttnProcessor(processor, name, heads)
     return CpuAttnProcessor(processor, name, exact=engine == "reference")
 
 
@@ -100,7 +100,7 @@ def convert(
     for name, module in unet.named_modules():
         if isinstance(module, Attention) and isinstance(module.processor, QuantAttnProcessor) and module.processor.q.enabled:
             try:
-                module.processor = make_attention(engine, module.processor, name)
+                module.processor = make_attention(engine, module.processor, name, module.heads)
             except EngineError:
                 if not fallback:
                     raise
@@ -141,6 +141,10 @@ class TimeTable(nn.Module):
         self.layer = layer
         self.rows: dict[float, torch.Tensor] = {}
         self.__dict__["steps"] = steps
+
+    def _apply(self, *args, **kwargs):
+        self.rows.clear()  # of another device, or in another precision
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
         t = self.steps.timestep

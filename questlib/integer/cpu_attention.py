@@ -7,6 +7,7 @@ import itertools
 import torch
 from diffusers.models.attention_processor import Attention
 
+from questlib.config import OFF
 from questlib.errors import EngineError
 from questlib.integer.cpu import MIDDLE, multiply, prepack, send
 from questlib.integer.form import BYTE, INT32, Grid, Part, act_grids, group_in_force
@@ -79,6 +80,8 @@ class CpuAttnProcessor(QuantAttnProcessor):
 def attention_grids(processor: QuantAttnProcessor, name: str) -> tuple[list[tuple[Grid, ...]], torch.Tensor, str]:
     """(grids of q, k, v, probs for each step group, shift e [C] of v, format in words). EngineError without integer form."""
     acts: list[ActQuantizer] = [processor.q, processor.k, processor.v, processor.probs]
+    if off := [act.name for act in acts if not act.enabled or act.bits == OFF]:
+        raise EngineError(f"{name}: expected quantized q, k, v and softmax output; not quantized: {', '.join(off)}")
     tables = [act_grids(act, torch.zeros(len(act.index), dtype=torch.int64), act.name) for act in acts]
     grids = [tuple(g[0] for g in of) for of in zip(*(grids for grids, _ in tables), strict=True)]
     q_shift, k_shift, v_shift, _ = (shift for _, shift in tables)

@@ -10,11 +10,15 @@ from questlib.integer.cpu_attention import attention_grids
 from questlib.integer.triton_engine import TritonAttention
 from questlib.layers import QuantAttnProcessor
 
+WIDEST = 256  # channels of a head: of 512, the kernel's tiles do not fit an SM's shared memory
+
 
 class TritonAttnProcessor(QuantAttnProcessor):
     engine = "triton"
 
-    def __init__(self, processor: QuantAttnProcessor, name: str) -> None:
+    def __init__(self, processor: QuantAttnProcessor, name: str, heads: int) -> None:
+        if (dim := len(processor.q.index) // heads) > WIDEST:
+            raise EngineError(f"{name}: engine triton: expected heads of at most {WIDEST} channels, found {dim}")
         super().__init__(processor.q, processor.k, processor.v, processor.probs)
         grids, v_shift, self.format = attention_grids(processor, name)
         self.kernel = TritonAttention(name, grids, v_shift, processor.q.steps)

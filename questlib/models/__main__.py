@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from questlib import arguments
-from questlib.models.compvis import check_new, config_names, convert, save
+from questlib.errors import check_new
+from questlib.models.compvis import config_names, convert, save
 from questlib.models.download import SOURCES, download
 
 

@@ -22,7 +22,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors import SafetensorError
 from transformers import CLIPTokenizer
 
-from questlib.errors import CheckpointError, ConfigError, QuestError, check_writable
+from questlib.errors import CheckpointError, ConfigError, QuestError, check_new
 from questlib.models.compvis_parts import COND, UNET, VAE, Part, Source, condition_part, unet_part, vae_part
 from questlib.models.download import check_sha256
 from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder, LatentDiffusionPipeline
@@ -157,13 +157,6 @@ def save(pipe: DiffusionPipeline, out: str | Path) -> None:
         raise QuestError(f"save: cannot write {out} ({error})") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
-
-
-def check_new(out: Path) -> None:
-    """ConfigError unless a folder `out` can be made, or is there and empty: before any long work."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out}: exists and is not an empty folder; nothing is overwritten")
-    check_writable(out.parent)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

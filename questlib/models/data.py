@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from questlib.errors import ConfigError, QuestError
+from questlib.errors import ConfigError, QuestError, check_new
 
 GROUPS = (
     "Smileys & Emotion",
@@ -164,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.count is not None and args.count < 1:
             raise ConfigError(f"--count: expected 1 or more, found {args.count}")
+        check_new(args.out)
         data = fetch(args.data, args.work)
         args.out.mkdir(parents=True, exist_ok=True)
         for i, image in enumerate(data.images[: args.count]):

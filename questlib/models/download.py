@@ -9,10 +9,14 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import httpx
 from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import HfHubHTTPError
 
 from questlib.errors import CheckpointError, ConfigError, QuestError, check_writable
+
+# the base of all errors of the HTTP library that huggingface_hub has: httpx or httpx2
+HTTPError = next(c for c in HfHubHTTPError.__mro__ if c.__name__ == "HTTPError")
+NOTHING_LEFT = 416  # the server's answer when the part is whole already: its digest, or its zip, tells
 
 
 class Source(NamedTuple):
@@ -57,8 +61,9 @@ def fetch(url: str, path: Path, sha256: str | None = None) -> Path:
     try:
         with part.open("ab") as file:
             http_get(url, file, resume_size=file.tell())
-    except (OSError, httpx.HTTPError) as error:
-        raise QuestError(f"download {url}: {error}; what arrived is kept in {part}") from error
+    except (OSError, HTTPError) as error:
+        if getattr(getattr(error, "response", None), "status_code", None) != NOTHING_LEFT or not part.stat().st_size:
+            raise QuestError(f"download {url}: {error}; what arrived is kept in {part}") from error
     try:
         check_sha256(part, sha256)
     except CheckpointError:

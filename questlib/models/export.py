@@ -33,7 +33,7 @@ from questlib.models.loading import load_pipeline, model_digest
 from questlib.models.presets import NUM_SAMPLES, PRESETS, Stage
 from questlib.models.text import Clip, retrieval, save_clip
 from questlib.models.train import REFERENCE_HELP, encode
-from questlib.reference import load_reference, save_reference
+from questlib.reference import load_reference, open_reference, save_reference
 from questlib.sampling import sample
 
 REFERENCE = "mini-ldm4"  # all emoji models are compared with the one reference.safetensors of this model
@@ -91,9 +91,11 @@ def _as_coco(captions: Sequence[str]) -> str:
     return '{"annotations": [\n' + ",\n".join(lines) + "\n]}"
 
 
-def check(name: str, out_dir: Path) -> None:
-    """ConfigError, before hours of training, unless `out_dir` holds what the model will be measured with."""
+def check(name: str, out_dir: Path, reference: Path | None = None) -> None:
+    """QuestError, before hours of training, unless `out_dir` and `reference` hold what the model will be measured with."""
     preset = PRESETS[name]
+    if reference is not None and DATASETS[preset.data].features != "mini":
+        open_reference(reference, "inception")
     if "classifier" in preset.stages or DATASETS[preset.data].features != "mini":
         return
     for needed in (out_dir / "mini-features" / "classifier.safetensors", out_dir / REFERENCE / "reference.safetensors"):

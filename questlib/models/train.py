@@ -252,20 +252,20 @@ def main(argv: list[str] | None = None) -> int:
     from questlib.models import export  # late: it imports this module
 
     try:
-        export.check(args.model, args.out)
+        export.check(args.model, args.out, args.reference)
         data = fetch(preset.data, args.work)
         print(f"{len(data.images)} images", flush=True)
         vae = trained_autoencoder(args.model, data, args.out, args.work)
         classifier = train_classifier(preset, data, work) if "classifier" in preset.stages else None
         clip = train_clip(preset, data, work) if "clip" in preset.stages else None
         parts = train_unet(preset, data, vae, work)
+        export.export(
+            args.model, data, vae, parts, work, args.out,
+            classifier=classifier, clip=clip, num_samples=args.samples, reference=args.reference,
+        )  # fmt: skip
     except (QuestError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    export.export(
-        args.model, data, vae, parts, work, args.out,
-        classifier=classifier, clip=clip, num_samples=args.samples, reference=args.reference,
-    )  # fmt: skip
     return 0
 
 

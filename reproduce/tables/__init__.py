@@ -51,6 +51,7 @@ class Table:
     picture: tuple[str, ...]  # cells whose samples, from the same noise, are shown one above the other
     note: str
     in_paper: bool = True
+    opens_checkpoints: bool = False  # its notebook does, so rows alone do not show it
     claim: str = "fid"  # the metric whose order in the paper the distance to full precision is compared with
 
     @property

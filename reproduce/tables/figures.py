@@ -9,6 +9,7 @@ FIGURE2 = Table(
     name="figure2",
     title="Figure 2: activations before and after finetuning, W4A4",
     notebook="figure02_activations.ipynb",
+    opens_checkpoints=True,
     cells=(
         full_precision("bedrooms", None),
         *(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 import threading
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,6 +33,8 @@ def server(monkeypatch):
             if body is None:
                 return self.send_error(404)
             start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
+            if asked and start >= len(body):
+                return self.send_error(416)
             self.send_response(206 if asked else 200)
             self.send_header("Content-Length", str(len(body) - start))
             self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
@@ -61,6 +64,24 @@ def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     (tmp_path / "a.ckpt.part").write_bytes(CONTENT[:1000])
     assert fetch(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", DIGEST).read_bytes() == CONTENT
     assert server.ranges == ["bytes=1000-"]
+
+
+def test_a_download_that_was_stopped_at_its_very_end(server, tmp_path):
+    """All of it is there, but not renamed yet: the server has nothing left to send."""
+    (tmp_path / "a.ckpt.part").write_bytes(CONTENT)
+    assert fetch(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", DIGEST).read_bytes() == CONTENT
+    assert server.ranges == [f"bytes={len(CONTENT)}-"]
+
+
+def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    (tmp_path / "a.ckpt.part").write_bytes(b"kept")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
+    with pytest.raises(QuestError, match=f"download {closed}/model.ckpt: .*kept in .*a.ckpt.part"):
+        fetch(f"{closed}/model.ckpt", tmp_path / "a.ckpt")
+    assert (tmp_path / "a.ckpt.part").read_bytes() == b"kept"
 
 
 def test_wrong_digest_and_missing_file(server, tmp_path):

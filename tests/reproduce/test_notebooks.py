@@ -5,12 +5,15 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from html import escape
 from pathlib import Path
 
 import nbformat
 import pytest
 
+from reproduce import report
 from reproduce.plan import make_plan
+from reproduce.provenance import ROOT
 from reproduce.run import NOTEBOOKS
 from reproduce.tables import all_tables
 
@@ -96,3 +99,16 @@ def test_a_table_s_notebook_takes_every_choice_of_a_plan(table):
     assert values["SCALE"] == "smoke" and all(table.cell(c) for c in values["CELLS"] or [])
     assert f'make_plan("{table.name}", **choices)' in cells[1].source
     assert f"`make {table.target}`" in read(NOTEBOOKS / table.notebook).cells[0].source
+
+
+@pytest.mark.parametrize("table", all_tables().values(), ids=lambda t: t.name)
+def test_the_committed_run_is_of_this_notebook_and_shows_the_committed_rows(table):
+    """`python -m reproduce TABLE --stored` brings it up to date."""
+    made = read(ROOT / "results" / "mini" / table.name / table.notebook)
+    cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in read(NOTEBOOKS / table.notebook).cells]
+    shown = "".join("".join(o.get("data", {}).get("text/html", "")) for c in cells if c.cell_type == "code" for o in c.outputs)
+    _, results = report.committed(table.name, ROOT / "results")
+    for data in (report.frame(results), report.side_by_side(results)):
+        missing = {str(value) for row in data.values.tolist() for value in row if f"<td>{escape(str(value))}</td>" not in shown}
+        assert not missing

@@ -140,11 +140,12 @@ def test_stopped_and_unstopped_runs_agree(tiny_plan, monkeypatch, tmp_path):
     assert stopped["metrics"] == straight["metrics"]
 
 
-def test_failed_cell_says_why_and_the_table_goes_on(tiny_plan, monkeypatch):
+@pytest.mark.parametrize("error", [QuestError("finetune: loss is nan"), torch.OutOfMemoryError("finetune: loss is nan")])
+def test_failed_cell_says_why_and_the_table_goes_on(tiny_plan, monkeypatch, error):
     plan = tiny_plan(cells=["bedrooms-w8a8-minmax", "bedrooms-fp"])
 
     def fail(*args, **kwargs):
-        raise QuestError("finetune: loss is nan")
+        raise error
 
     fail.__module__ = questlib.quantize.__module__
     monkeypatch.setattr(questlib, "quantize", fail)

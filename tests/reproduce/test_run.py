@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from questlib.errors import ConfigError, MetricError
-from reproduce import run
+from reproduce import pipeline, report, run
+from reproduce.store import write_json
 
 CELLS = ["bedrooms-fp", "bedrooms-w4a4-quest"]
 
@@ -59,3 +60,25 @@ def test_paths_mean_the_same_in_the_notebook(tiny_plan, tiny, tmp_path, monkeypa
     run.execute(plan)
     made = nbformat.read(plan.folder / plan.table.notebook, as_version=4)
     assert made.cells[-1].outputs[0].text == "images 20\n"
+
+
+def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
+    """The real notebook, with a number that no run has; a row without a result says so, and no file of a row is new."""
+    ran, shown = tiny_plan(cells=CELLS[:1]), tiny_plan(cells=CELLS, stored=True)
+    path = ran.folder / f"{CELLS[0]}.json"
+    result = pipeline.run_cell(ran.cells[0], ran)
+    result["metrics"]["fid"] |= {"value": 123.25, "std": None}
+    write_json(path, result)
+    monkeypatch.setattr(pipeline, "SeedRun", lambda *args: pytest.fail("a row was run"))
+    run.preflight(shown)
+    results = run.run(shown)
+    assert [r["status"] for r in results if r["cell"] in CELLS] == ["done", "not run"]
+    assert report.frame(results)["FID"][0] == "123.25"
+    notebook = (shown.folder / shown.table.notebook).read_text()
+    assert "25 rows, 2 shown from their results" in notebook and "123.25" in notebook
+    assert [p.name for p in shown.folder.glob("*.json")] == [path.name]
+
+
+def test_a_notebook_that_opens_checkpoints_is_not_shown_from_rows_alone(tiny_plan):
+    with pytest.raises(ConfigError, match="opens the rows' checkpoints, run them: make reproduce-figure2"):
+        run.preflight(tiny_plan("figure2", stored=True))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from questlib.config import OFF
 from questlib.errors import ConfigError
 from reproduce.datasets import DATASETS
 from reproduce.plan import make_plan
+from reproduce.rows import empty_result
 from reproduce.scales import SCALES
 from reproduce.tables import all_tables
 
@@ -33,6 +35,31 @@ def test_every_row_is_a_valid_configuration(table, scale):
     assert set(plan.table.picture) <= {c.id for c in plan.cells}
 
 
+def test_the_release_has_settings_of_its_own_for_each_data_set():
+    """../shared/paper/method.md's table; what a data set adds is in the row, and a scale still shortens it."""
+    found = {}
+    for table, data in (("table3", "bedrooms"), ("table3-churches", "churches"), ("table4", "imagenet"), ("table5", "sd")):
+        plan = make_plan(table, scale="paper", dry=True)
+        config = plan.config(plan.table.cell(f"{data}-w8a8-quest-release"), 0)
+        found[data] = (config.act_range, config.softmax_bits, config.cma_layers, config.cma_local_loss, config.step_groups)
+    assert found == {
+        "bedrooms": ("minmax", 8, "qkv", False, 20),
+        "churches": ("percentile", 8, "qkv", False, 20),
+        "imagenet": ("minmax", 8, "no_context", False, 20),
+        "sd": ("percentile", OFF, "feed_forward", True, 25),
+    }
+    mini = make_plan("table4", scale="mini", dry=True)
+    cell = mini.table.cell("imagenet-w8a8-quest-release")
+    assert plan_iterations(make_plan("table4", scale="paper", dry=True), cell) == 24000 > plan_iterations(mini, cell) > 0
+    assert empty_result(cell, mini, "not run", None)["overrides"] == {"cma_layers": "no_context", "tla_iters": 24000}
+    paper = mini.config(mini.table.cell("imagenet-w8a8-quest-paper"), 0)
+    assert paper.cma_layers == "attention"  # the others are the same everywhere
+
+
+def plan_iterations(plan, cell) -> int:
+    return plan.config(cell, 0).tla_iters
+
+
 def test_table_2_settings(tmp_path):
     plan = make_plan("table2", scale="mini", results=tmp_path, work=tmp_path)
     ptq, fp, ours = (plan.config(plan.table.cell(f"w4a8-te-{s}"), 0) for s in ("ptq", "fp", "finetune"))
@@ -54,6 +81,7 @@ def test_table_2_settings(tmp_path):
         (dict(features="clip"), "mini, inception"),
         (dict(engine="gpu"), "fake, cpu, reference, triton"),
         (dict(features="inception"), "--reference"),
+        (dict(stored=True, seeds=[0], keep_seeds=True), "expected no --seeds, --keep-seeds"),
     ],
 )
 def test_wrong_choices(tmp_path, choices, message):

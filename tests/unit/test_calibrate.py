@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from questlib import Calibration, QuantConfig, calibrate, quantize
-from questlib.calibrate import init_ranges
+from questlib.calibrate import Observer, init_ranges
 from questlib.errors import CheckpointError, ConfigError
 from questlib.model import act_quantizers, insert
+from questlib.quantizers import ActQuantizer
 from questlib.sampling import sample_generators
+from questlib.timesteps import StepGroups
 
 
 def test_pairs_are_what_the_unet_received(pipe, calib):
@@ -89,13 +91,18 @@ def test_distinct_values_at_most_two_to_the_b_in_a_running_model(pipe, calib, fa
 
 
 def test_ema_follows_the_batches():
-    from questlib.calibrate import Observer
-    from questlib.quantizers import ActQuantizer
-    from questlib.timesteps import StepGroups
-
     steps = StepGroups(torch.tensor([0]), torch.tensor([0]))
     act = ActQuantizer("a", 8, steps, 1, -1, torch.zeros(1, dtype=torch.int64))
-    o = Observer(act, QuantConfig(act_ema=0.9), 0)
+    o = Observer(act, QuantConfig(act_ema=0.9), 0, 2)
     o.update(torch.tensor([[0.0], [1.0]]))
     o.update(torch.tensor([[0.0], [2.0]]))
     assert o.hi.item() == pytest.approx(0.9 * 1 + 0.1 * 2)
+
+
+@pytest.mark.parametrize(("batches", "kept"), [(1, 2048), (20, 2048), (200, 204), (10**6, 1)])
+def test_what_is_kept_for_channels_does_not_grow_with_the_steps(batches, kept):
+    steps = StepGroups(torch.tensor([0]), torch.tensor([0]))
+    act = ActQuantizer("a", 4, steps, 3, -1, torch.zeros(3, dtype=torch.int64), carrier=True)
+    observer = Observer(act, QuantConfig(act_granularity="carrier"), 0, batches)
+    observer.update(torch.randn(4096, 3))
+    assert observer.values[0].shape == (3, kept)

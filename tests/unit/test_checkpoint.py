@@ -99,6 +99,29 @@ def test_checkpoint_of_another_model(saved):
         from_pretrained(saved)
 
 
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda c: [c], "expected an object, found list"),
+        (lambda c: {k: v for k, v in c.items() if k != "quant"}, "does not describe a quantized UNet .KeyError.'quant'"),
+        (lambda c: {k: v for k, v in c.items() if k != "timesteps"}, "does not describe a quantized UNet .KeyError.'timesteps'"),
+        (lambda c: c | {"unet": c["unet"] | {"down_block_types": ["NoBlock"]}}, "does not describe a quantized UNet"),
+    ],
+)
+def test_damaged_config(saved, damage, says):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(damage(config)))
+    with pytest.raises(CheckpointError, match=says):
+        from_pretrained(saved)
+
+
+def test_a_converted_unet_does_not_replace_a_checkpoint(saved):
+    weights = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="save it before it is converted"):
+        save_pretrained(from_pretrained(saved, engine="reference"), saved)
+    assert (saved / "model.safetensors").read_bytes() == weights
+
+
 def test_other_format_and_engine(saved):
     with pytest.raises(ConfigError, match="engine: expected"):
         from_pretrained(saved, engine="gpu")

@@ -35,9 +35,16 @@ def test_quantize_the_shipped_model(tmp_path, capsys):
     assert not (tmp_path / "finetune.pt").exists()  # of other bits into this folder it would refuse to go on
 
 
+def test_quantize_by_a_preset_that_finetunes_nothing(tmp_path, capsys):
+    assert main(["quantize", "mini-ldm4", "--preset", "minmax", "--bits", "W8A8", "--out", str(tmp_path), *TINY[:4]]) == 0
+    assert "minmax W8A8" in capsys.readouterr().out
+    assert json.loads((tmp_path / "log.json").read_text())["finetune"]["loss"] == []
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
+        (["--set", "seed=3"], "--set seed: give it as --seed 3"),
         (["--preset", "qest"], "preset: expected one of minmax"),
         (["--bits", "4"], "--bits: expected something like W4A4"),
         (["--bits", "W1A4"], "weight_bits: expected 2..8"),

@@ -49,6 +49,10 @@ def test_paper_and_release_are_both_here_and_differ_where_the_issue_says():
         (lambda: QuantConfig(lr_weight="2e-2x"), "lr_weight: expected float or int, found '2e-2x'"),
         (lambda: QuantConfig(act_ema=True), "act_ema: expected float or int or null, found True"),
         (lambda: QuantConfig(softmax_bits="8"), "softmax_bits: expected int or null, found '8'"),
+        (lambda: QuantConfig(act_ema=1.0), "act_ema: expected 0 or more, below 1, found 1.0"),
+        (lambda: QuantConfig(lr_scale=-1e-4), "lr_scale: expected 0 or more, below inf, found -0.0001"),
+        (lambda: QuantConfig(global_weight=float("nan")), "global_weight: expected 0 or more, below inf, found nan"),
+        (lambda: QuantConfig(range_norm=0.0), "range_norm: expected a positive number, found 0.0"),
     ],
 )
 def test_bad_values_are_named(call, says):
@@ -98,3 +102,10 @@ def test_keys_after_the_ranges_do_not_change_them(pipe, calib, fast):
         init_ranges(q, calib, config)
         found.append([v for act in act_quantizers(q) for v in act.state_dict().values()])
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_ranges_with_a_grid_a_token_depend_on_the_weight_bits():
+    """8-bit weights leave no room for 2^e in the time path's ratios, also where all else has one scale a tensor."""
+    wide, narrow = (QuantConfig.preset("tfmq-dm", bits, 4) for bits in (8, 4))
+    assert wide.range_key() != narrow.range_key()
+    assert wide.replace(te_token=False).range_key() == narrow.replace(te_token=False).range_key()

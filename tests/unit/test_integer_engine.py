@@ -172,6 +172,14 @@ def test_time_rows_are_computed_once_and_bit_identical(models):
     assert torch.equal(direct, table(torch.ones(2, 16)))
 
 
+def test_time_rows_are_forgotten_with_the_device(models):
+    table = models.cpu.time_embedding
+    models.cpu(torch.randn(1, 3, 8, 8), models.cpu.quest_steps.timesteps[1])
+    assert table.rows
+    models.cpu.to("cpu")
+    assert not table.rows
+
+
 def test_from_pretrained(models, tmp_path):
     questlib.save_pretrained(models.fake, tmp_path)
     x, t = torch.randn(2, 3, 8, 8), models.fake.quest_steps.timesteps[2]
@@ -252,6 +260,16 @@ def test_overflow_is_refused_by_name():
     layer = make_layer("linear", 8, 8, seed=0, in_features=300_000, out_features=1)
     with pytest.raises(EngineError, match="middle: accumulators up to .* could overflow int32"):
         integer_form(layer, "middle")
+
+
+@pytest.mark.parametrize("engine", ["cpu", "reference"])
+def test_a_softmax_that_is_not_quantized_has_no_integer_form(pipe, calib, fast, engine):
+    fake = quantize(pipe.unet, fast("quest", 8, 8, softmax_bits=16), calib)
+    with pytest.raises(EngineError, match="expected quantized q, k, v and softmax output; not quantized: .*probs"):
+        convert(fake, engine)
+    mixed = convert(fake, engine, fallback=True)
+    x, t = torch.randn(1, 3, 8, 8), fake.quest_steps.timesteps[0]
+    assert relative(mixed(x, t).sample, fake(x, t).sample) < 1e-4
 
 
 def test_free_scales_need_a_fallback_that_is_reported(pipe, calib, fast):

@@ -8,6 +8,7 @@ from torch import nn
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError, NotCalibratedError
 from questlib.model import act_quantizers, insert, layer_roles, quant_layers, set_mode, skip_splits
+from questlib.stages import stages
 
 T = torch.tensor([801, 601, 401, 201, 1])
 
@@ -40,8 +41,14 @@ def test_conditional_unet_has_feed_forward_and_cross_attention():
     roles = layer_roles(unet)
     ff = [n for n, r in roles.items() if r == "feed_forward"]
     assert ff and all(".ff.net." in n for n in ff)
+    own, cross = "mid_block.attentions.0.transformer_blocks.0.attn1", "mid_block.attentions.0.transformer_blocks.0.attn2"
+    assert {roles[f"{own}.{x}"] for x in ("to_q", "to_k", "to_v")} == {"qkv"}
+    assert [roles[f"{cross}.{x}"] for x in ("to_q", "to_k", "to_v")] == ["qkv", "context_kv", "context_kv"]
     q = insert(unet, QuantConfig.preset("quest"), T)
     set_mode(q, weights=False, acts=False)
+    tuned = {c: set(stages(q, QuantConfig.preset("quest", cma_layers=c))[-1].layers) for c in ("attention", "no_context", "qkv")}
+    assert tuned["attention"] - tuned["no_context"] == {n for n, r in roles.items() if r in ("context_kv", "attn_out")}
+    assert tuned["no_context"] - tuned["qkv"] == set(ff) and f"{cross}.to_k" in tuned["qkv"]
     x, ctx = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
     with torch.no_grad():
         assert torch.allclose(q(x, 401, ctx).sample, unet.eval()(x, 401, ctx).sample, atol=1e-5)

@@ -61,6 +61,15 @@ def test_input_table_has_every_layer_with_the_heaviest_tails_first(pipe, calib):
     assert table.loc["conv_in", "max"] == calib.x[:, :2].max().item()
 
 
+def test_input_table_without_the_inputs_in_memory_has_their_moments(pipe, calib):
+    table = input_table(pipe.unet, calib, samples=2)
+    for name, x in layer_inputs(pipe.unet, calib, ["conv_in", "mid_block.attentions.0.to_q"], samples=2).items():
+        x = x.double()
+        kurtosis = (x - x.mean()).pow(4).mean() / x.var(correction=0).square()
+        expected = [x.min().item(), x.max().item(), x.std().item(), kurtosis.item()]
+        assert table.loc[name, ["min", "max", "std", "kurtosis"]].tolist() == pytest.approx(expected)
+
+
 def test_grid_rounds_as_the_quantizer_does(heavy):
     levels = grid(heavy, 4, "min-max")
     scale, zero = affine(heavy.min()[None], heavy.max()[None], 4)

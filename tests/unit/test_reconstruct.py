@@ -1,10 +1,15 @@
 import copy
+import shutil
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
+from filelock import FileLock
 
 from questlib import quantize
 from questlib.calibrate import init_ranges
+from questlib.errors import CheckpointError
 from questlib.model import act_quantizers, freeze, insert, quant_layers, set_mode
 from questlib.reconstruct import blocks, capture, pick_samples, reconstruct_acts, reconstruct_weights
 
@@ -74,7 +79,32 @@ def test_cache_gives_the_same_model_and_the_first_runs_seconds(pipe, calib, fast
     assert other.quest_log["seconds"]["reconstruct"] == first.quest_log["seconds"]["reconstruct"] > 0
     for a, b in zip(quant_layers(first).values(), quant_layers(other).values(), strict=True):
         assert torch.equal(a.w_hat, b.w_hat)
-    assert Counter(f.name.split("-")[0] for f in tmp_path.iterdir()) == {"adaround": 1, "ranges": 2}
+    assert Counter(f.name.split("-")[0] for f in tmp_path.glob("*.safetensors")) == {"adaround": 1, "ranges": 2}
+
+
+def test_a_second_process_waits_for_the_cache(pipe, calib, fast, tmp_path):
+    """Its lock is held: nothing is made until it is free, and then what the other has made is read."""
+    config = fast("minmax", 4, 8)
+    made = quantize(pipe.unet, config, calib, cache_dir=tmp_path / "other")
+    (cache,) = (tmp_path / "other").glob("ranges-*.safetensors")
+    (tmp_path / "here").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        with FileLock(tmp_path / "here" / f"{cache.name}.lock"):
+            waiting = pool.submit(quantize, pipe.unet, config, calib, cache_dir=tmp_path / "here")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=5)
+            shutil.copy(cache, tmp_path / "here")
+        read = waiting.result()
+    assert read.quest_log["ranges_cached"] and not made.quest_log["ranges_cached"]
+    assert read.quest_log["seconds"]["ranges"] < 5  # as first computed: not those of waiting
+
+
+def test_a_damaged_cache_is_named(pipe, calib, fast, tmp_path):
+    quantize(pipe.unet, fast("minmax", 4, 8), calib, cache_dir=tmp_path)
+    (cache,) = tmp_path.glob("*.safetensors")
+    cache.write_bytes(cache.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"{cache.name} cannot be read .*remove it"):
+        quantize(pipe.unet, fast("minmax", 4, 8), calib, cache_dir=tmp_path)
 
 
 def test_cached_ranges_are_those_of_a_search(pipe, calib, fast, tmp_path):

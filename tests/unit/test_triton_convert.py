@@ -85,6 +85,15 @@ def test_blocks_that_resample_stay_as_they_are(calib):
     assert all(isinstance(b, FusedResnetBlock) for b in blocks if b not in resampling)
 
 
+def test_heads_that_no_kernel_holds_are_refused_or_fall_back(fake, monkeypatch):
+    monkeypatch.setattr("questlib.integer.triton_attention.WIDEST", 4)
+    with pytest.raises(EngineError, match="attentions.0: engine triton: expected heads of at most 4 channels, found"):
+        convert(fake, "triton")
+    report = engine_report(convert(fake, "triton", fallback=True)).set_index("layer")["engine"]
+    attention = [name for name in report.index if name.endswith("attentions.0")]
+    assert attention and set(report[attention]) == {"fake"} and set(report.drop(attention)) == {"triton"}
+
+
 def test_wrong_choices(fake):
     with pytest.raises(ConfigError, match="weights: expected one of packed, int8"):
         convert(fake, "triton", weights="int4")
