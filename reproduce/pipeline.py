@@ -16,6 +16,7 @@ from PIL import Image
 
 import questlib
 from questlib import clip_score, metrics, sampling
+from questlib.distributed import device
 from questlib.errors import QuestError
 from questlib.features import MINI_FEATURES, inception_weights
 from questlib.integer.convert import CPU_ENGINES
@@ -36,7 +37,7 @@ def load(model: str, engine: str = "fake"):
     """(pipeline where the engine can run, digest of its UNet's weights, digest of the rest); once a process."""
     pipe = loading.load_pipeline(model)
     on_gpu = torch.cuda.is_available() and engine not in CPU_ENGINES
-    return pipe.to("cuda" if on_gpu else "cpu"), loading.model_digest(pipe), loading.parts_digest(pipe)
+    return pipe.to(device() if on_gpu else "cpu"), loading.model_digest(pipe), loading.parts_digest(pipe)
 
 
 class SeedRun:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines as tiny
@@ -92,3 +93,9 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(two):
 def test_one_process_is_left_alone():
     x = {"a": torch.ones(2)}
     assert share(x, 0) is x and mean(x["a"]) is x["a"] and str(device()) in ("cpu", "cuda")
+
+
+def test_on_cuda_convolutions_are_float32(monkeypatch):
+    monkeypatch.setattr("questlib.distributed.processes", lambda: SimpleNamespace(device=torch.device("cuda", 1)))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert device() == torch.device("cuda", 1) and not torch.backends.cudnn.allow_tf32
