@@ -10,6 +10,7 @@ import pytest
 from reproduce import plots, report, run
 from reproduce.pipeline import run_cell
 from reproduce.plan import make_plan
+from reproduce.rows import empty_result
 
 CELLS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
 
@@ -124,7 +125,7 @@ def test_data_sets_are_named_where_a_table_has_several():
 
 def test_an_older_result_without_a_metric_of_today(tiny_plan):
     plan = tiny_plan()
-    empty = report.empty_result(plan.cells[0], plan, "done", None)
+    empty = empty_result(plan.cells[0], plan, "done", None)
     older = empty | {"metrics": {k: v for k, v in empty["metrics"].items() if k != "inception_score"}}
     del older["dataset"]
     report.write_json(plan.folder / f"{plan.cells[0].id}.json", older)
