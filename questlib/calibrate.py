@@ -28,8 +28,10 @@ from questlib.quantizers import ActQuantizer
 from questlib.sampling import choose_scheduler, denoise, initial_noise, sample_generators
 from questlib.shards import shard_ranges
 
-# kept of each quantizer's input for the range search: of a batch, per channel; all batches together, per channel; of a batch
-VALUES_PER_CHANNEL, VALUES_IN_ALL, VALUES_PER_TENSOR = 2048, 20 * 2048, 65536
+# of each quantizer's input, kept for the range search
+VALUES_PER_CHANNEL = 2048  # of a batch, where channels have scales of their own
+VALUES_IN_ALL = 20 * VALUES_PER_CHANNEL  # of all batches and step groups, likewise
+VALUES_PER_TENSOR = 65536  # of a batch, where they share one
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 
-PATIENCE = timedelta(days=2)  # AdaRound is each process's own work: hours, at whose end the first may be minutes ahead
+PATIENCE = timedelta(days=2)  # without a common cache each process runs AdaRound: hours, at whose end some are minutes ahead
 
 
 def processes() -> PartialState:

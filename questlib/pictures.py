@@ -69,18 +69,17 @@ def input_table(unet: nn.Module, calib: Calibration, samples: int = 4) -> pd.Dat
     """
     roles = layer_roles(unet)
     extremes: dict[str, tuple[float, float]] = dict.fromkeys(roles, (float("inf"), -float("inf")))
-    sums = {n: torch.zeros(5, dtype=torch.float64) for n in roles}  # of x^0 .. x^4
+    sums = {n: [0.0] * 5 for n in roles}  # of x^0 .. x^4
 
     def see(name: str, x: torch.Tensor) -> None:
         lo, hi = extremes[name]
         extremes[name] = min(lo, x.min().item()), max(hi, x.max().item())
-        powers, x = [x.numel()], x.double()
-        powers += [x.pow(k).sum().item() for k in (1, 2, 3, 4)]
-        sums[name] += torch.tensor(powers, dtype=torch.float64)
+        x = x.double()
+        sums[name] = [total + x.pow(k).sum().item() for k, total in enumerate(sums[name])]
 
     watch_inputs(unet, calib, roles, samples, see)
     rows = {}
-    for name, (n, *moments) in ((name, of.tolist()) for name, of in sums.items()):
+    for name, (n, *moments) in sums.items():
         m1, m2, m3, m4 = (m / n for m in moments)
         variance = m2 - m1**2
         kurtosis = (m4 - 4 * m1 * m3 + 6 * m1**2 * m2 - 3 * m1**4) / variance**2 if variance > 0 else float("nan")

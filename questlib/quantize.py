@@ -49,15 +49,11 @@ def quantize(
             lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
         )  # fmt: skip
     if config.act_recon and config.act_bits != OFF:
-        clock = time.perf_counter()
-        reconstruct_acts(student, unet, calib, config, progress=progress)
-        log["seconds"]["reconstruct"] += time.perf_counter() - clock
+        log["seconds"]["reconstruct"] += _seconds(lambda: reconstruct_acts(student, unet, calib, config, progress=progress))
     student.quest_log = log
     freeze(student)
     if config.noise_correction:
-        clock = time.perf_counter()
-        estimate_correction(student, calib, config)
-        log["seconds"]["correction"] = time.perf_counter() - clock
+        log["seconds"]["correction"] = _seconds(lambda: estimate_correction(student, calib, config))
     return student
 
 
@@ -72,6 +68,13 @@ def estimate_correction(student: nn.Module, calib: Calibration, config: QuantCon
     correction.calibrated.fill_(True)
 
 
+def _seconds(make: Callable[[], None]) -> float:
+    """How long `make` takes."""
+    clock = time.perf_counter()
+    make()
+    return time.perf_counter() - clock
+
+
 def _kept(
     cache_dir: str | Path | None, key: str, calib: Calibration, tensors: dict[str, torch.Tensor], make: Callable[[], None]
 ) -> tuple[float, bool]:
@@ -80,9 +83,7 @@ def _kept(
     Returns the seconds that `make` took, now or when the file was written, and whether they were read.
     """
     if cache_dir is None:
-        clock = time.perf_counter()
-        make()
-        return time.perf_counter() - clock, False
+        return _seconds(make), False
     cache = Path(cache_dir) / f"{key}-{calib.hash()}.safetensors"
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cache}.lock"):  # two tables that run beside each other make it once
@@ -94,9 +95,7 @@ def _kept(
                 return float(state["seconds"]), True
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise CheckpointError(f"quantize: {cache} cannot be read ({error!r}); remove it to make it again") from error
-        clock = time.perf_counter()
-        make()
-        seconds = time.perf_counter() - clock
+        seconds = _seconds(make)
         tmp = cache.with_suffix(f".tmp{os.getpid()}")
         state = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
         save_file(state | {"seconds": torch.tensor(seconds, dtype=torch.float64)}, tmp)

@@ -110,10 +110,11 @@ def make_plan(
     for name, value in chosen.items():
         if value is not None:
             options += [f"--{name}", value if isinstance(value, str) else ",".join(map(str, value))]
-    options += ["--keep-seeds"] * keep_seeds + ["--stored"] * stored
-    chosen |= {"keep-seeds": keep_seeds or None}
-    if stored and (useless := [f"--{name}" for name in chosen if name not in ("cells", "engine") and chosen[name] is not None]):
-        raise ConfigError(f"--stored: rows are shown as they are, nothing is run; expected no {', '.join(useless)}")
+    options += ["--keep-seeds"] if keep_seeds else []
+    if stored:
+        if useless := [o for o in options if o.startswith("--") and o not in ("--scale", "--cells", "--engine")]:
+            raise ConfigError(f"--stored: rows are shown as they are, nothing is run; expected no {', '.join(useless)}")
+        options.append("--stored")
     temporary = None if (results and work) or dry else Path(tempfile.mkdtemp(prefix="quest-"))
     plan = Plan(
         table=the_table,

@@ -64,8 +64,7 @@ def run(plan: Plan) -> list[dict[str, Any]]:
     start = time.time()
     execute(plan)
     results = report.finish(plan)
-    if not plan.stored:
-        timing.record_time(plan, results, time.time() - start, fresh)
+    timing.record_time(plan, results, time.time() - start, fresh)
     return results
 
 
