@@ -226,7 +226,7 @@ def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:
             print(f"{cell.id}: failed: {error}", file=sys.stderr)
             result = empty_result(cell, plan, "failed", str(error))
             result["provenance"] = provenance() | {"command": plan.command}
-    path = plan.folder / f"{cell.id}.json"
+    path = plan.row_file(cell.id)
     if result["status"] != "done" and path.is_file() and json.loads(path.read_text())["status"] == "done":
         print(f"{cell.id}: {result['status']}: {result['reason']}; the earlier result is kept", file=sys.stderr)
     else:

@@ -44,6 +44,10 @@ class Plan:
         name = self.table.name if self.engine == "fake" else f"{self.table.name}-{self.engine}"
         return self.results / self.scale.name / name
 
+    def row_file(self, row: str) -> Path:
+        """Where the result of the row with this id is kept."""
+        return self.folder / f"{row}.json"
+
     @property
     def words(self) -> str:
         rows, what = len(self.cells), "shown from their results" if self.stored else "to run"

@@ -52,7 +52,7 @@ def finish(plan: Plan) -> list[dict[str, Any]]:
     """Write verdicts into the result files, and the table as markdown and HTML. Call it when all cells are there."""
     results = load_results(plan)
     for result in results:
-        path = plan.folder / f"{result['cell']}.json"
+        path = plan.row_file(result["cell"])
         if path.is_file():
             write_json(path, result)
     write_atomically(plan.folder / "table.md", markdown(plan, results))

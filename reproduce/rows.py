@@ -42,7 +42,7 @@ def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dic
 
 def stored_result(cell: Cell, plan: Plan) -> dict[str, Any]:
     """The row as its file has it; without one it is "not run", with the reason."""
-    path = plan.folder / f"{cell.id}.json"
+    path = plan.row_file(cell.id)
     reason = plan.missing(cell) or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
     stored = json.loads(path.read_text()) if path.is_file() else {}
     empty = empty_result(cell, plan, "not run", reason)  # an older file lacks what was not known then
@@ -81,7 +81,7 @@ def kept_result(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any] | N
     They may come from another version of the code, which the row's provenance says. ConfigError where they were made with
     another configuration or model, drawn in another way, or measured with something else: those do not belong in one row.
     """
-    path = plan.folder / f"{cell.id}.json"
+    path = plan.row_file(cell.id)
     stored = json.loads(path.read_text()) if plan.keep_seeds and path.is_file() else {"status": None}
     kept = [s for s in stored.get("per_seed", ()) if s["seed"] not in plan.seeds]
     if stored["status"] != "done" or not kept:
