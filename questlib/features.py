@@ -33,6 +33,7 @@ MINI_FEATURES = MINI / "mini-features"  # classifier.safetensors, config.json
 WEIGHTS_VARIABLE = "QUEST_INCEPTION_WEIGHTS"
 FEATURES = ("mini", "inception")
 MIN_SAMPLES = 16
+BATCH = 20  # images at a time: on a CPU Inception takes a sixth less time than with 100, whose activations leave the cache
 Images = torch.Tensor | Dataset  # uint8 [N, 3, H, W], or a dataset of uint8 [3, H, W]
 
 
@@ -188,7 +189,7 @@ def check_images(images: torch.Tensor, what: str = "images") -> None:
 
 
 @torch.no_grad()
-def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = 100) -> Statistics:
+def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = BATCH) -> Statistics:
     """Features and moments of a set of images, on the extractor's device."""
     batches = images.split(batch_size) if isinstance(images, torch.Tensor) else DataLoader(images, batch_size)
     device = next(extractor.parameters()).device
@@ -207,7 +208,7 @@ def statistics(images: Images, extractor: torch.nn.Module, batch_size: int = 100
     return Statistics(features, moments(features), moments(torch.cat(spatial)), size, len(features), known)
 
 
-def features_of(images: Images, features: str, weights: str | None = None, batch_size: int = 100) -> torch.Tensor:
+def features_of(images: Images, features: str, weights: str | None = None, batch_size: int = BATCH) -> torch.Tensor:
     """Pooled features [N, D] of images, float64."""
     return statistics(images, load_extractor(features, weights), batch_size).pooled
 

@@ -17,7 +17,7 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from questlib.adm import Moments
 from questlib.errors import MetricError
-from questlib.features import Statistics, check_images, features_of, load_extractor, statistics
+from questlib.features import BATCH, Statistics, check_images, features_of, load_extractor, statistics
 from questlib.reference import load_reference
 
 ISC_PART = 5000  # samples of one part of the Inception Score
@@ -32,7 +32,7 @@ def evaluate(
     paired_features: torch.Tensor | None = None,
     weights: str | None = None,
     seed: int = 0,
-    batch_size: int = 100,
+    batch_size: int = BATCH,
 ) -> dict[str, float | int | str | None]:
     """fid, sfid, kid, precision, recall against `reference`, inception_score; with `paired` psnr_to_fp, feature_distance_to_fp.
 

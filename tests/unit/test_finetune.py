@@ -7,7 +7,7 @@ from questlib import QuantConfig, finetune, quantize
 from questlib.errors import CheckpointError, ConfigError
 from questlib.finetune import losses, recorded, run_time_layers
 from questlib.model import act_quantizers, quant_layers
-from questlib.stages import Stage, stages, trainable
+from questlib.stages import Stage, StageAdam, stages, trainable
 
 
 def state(unet):
@@ -193,6 +193,44 @@ def test_scales_of_groups_that_are_not_visited_stay(pipe, calib, fast, monkeypat
     moved = torch.stack([*path, now()]).diff(dim=0) != 0  # [iterations, scales, groups]
     for i, name in enumerate(names):
         assert torch.equal(moved[:, i], torch.eye(5).repeat_interleave(2, 0).bool()), name
+
+
+def test_scales_are_stepped_as_by_an_adam_of_each_row():
+    """torch's own Adam on every row that has a gradient, bit for bit, also after saving and loading; weights beside them."""
+    generator = torch.Generator().manual_seed(0)
+    shapes, rates = [(4, 1), (4, 2), (1, 3)], [1e-2, 3e-3, 0.1]
+    tables = [torch.nn.Parameter(torch.rand(shape, generator=generator)) for shape in shapes]
+    weight = torch.nn.Parameter(torch.rand(3, 3, generator=generator))
+    rows = [[torch.nn.Parameter(row.clone()) for row in table.data] for table in tables]
+    other = torch.nn.Parameter(weight.data.clone())
+    expected = torch.optim.Adam(
+        [{"params": [other], "lr": 0.5}, *({"params": r, "lr": lr} for r, lr in zip(rows, rates, strict=True))]
+    )
+
+    def stage_adam(rates: list[float]) -> tuple[StageAdam, torch.optim.lr_scheduler.LambdaLR]:
+        groups = [{"params": [t], "lr": lr, "positive": True} for t, lr in zip(tables, rates, strict=True)]
+        opt = StageAdam([{"params": [weight], "lr": 0.5, "positive": False}, *groups])
+        return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.9**i)
+
+    opt, schedule = stage_adam(rates)
+    same = torch.optim.lr_scheduler.LambdaLR(expected, lambda i: 0.9**i)
+    for i in range(12):
+        weight.grad = torch.randn(weight.shape, generator=generator)
+        other.grad = weight.grad.clone()
+        for table, own in zip(tables, rows, strict=True):
+            grad = torch.randn(table.shape, generator=generator)
+            visited = torch.rand(len(table), generator=generator) < 0.6
+            table.grad = grad * visited[:, None] if visited.any() else None
+            for row, g, seen in zip(own, grad, visited, strict=True):
+                row.grad = g if seen else None
+        opt.step(), schedule.step(), opt.zero_grad()
+        expected.step(), same.step(), expected.zero_grad()
+        assert all(t.grad is None for t in tables) and torch.equal(weight, other)
+        assert all(torch.equal(t.data, torch.stack(list(own)).data) for t, own in zip(tables, rows, strict=True)), i
+        if i == 5:
+            states = opt.state_dict(), schedule.state_dict()
+            opt, schedule = stage_adam([1.0, 1.0, 1.0])  # the rates are the state's
+            opt.load_state_dict(states[0]), schedule.load_state_dict(states[1])
 
 
 def test_a_plain_unet_is_refused(pipe, calib):

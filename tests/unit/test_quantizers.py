@@ -133,6 +133,25 @@ def test_gradients_at_the_edges_of_the_range():
     assert torch.equal(s.grad, (grad * torch.where(inside, q - u, q)).sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_large_activations_are_quantized_in_parts(rows, monkeypatch):
+    """Part by part, forward and backward, with scales of each sample or of all: bit for bit as at once."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(5, 3, 4, 4, generator=generator), torch.randn(5, 3, 4, 4, generator=generator)
+    scale, zero = torch.rand(rows, 3, 1, 1, generator=generator) + 0.1, torch.full((rows, 3, 1, 1), 7.0)
+
+    def run() -> list[torch.Tensor]:
+        a, s = x.clone().requires_grad_(), scale.clone().requires_grad_()
+        y = LearnedQuant.apply(a, s, zero, 4)
+        y.backward(grad)
+        return [y.detach(), a.grad, s.grad, ranges.fake_quant(x, scale, zero, 4)]
+
+    whole = run()
+    monkeypatch.setattr(ranges, "CACHED", 100)  # two samples of 48 values, then two, then one
+    assert [len(part) for part, *_ in ranges.pieces(x, scale)] == [2, 2, 1]
+    assert all(torch.equal(a, b) for a, b in zip(run(), whole, strict=True))
+
+
 def test_state_dict_moves_and_saves_everything():
     q, _ = act()
     assert {"scale", "zero_point", "ratio", "calibrated", "index"} == set(q.state_dict())
