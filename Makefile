@@ -113,5 +113,9 @@ reproduce-table11:  ## table 11: CIFAR-10
 reproduce-figure2:  ## figure 2: activations before and after finetuning
 reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
+# runs/all-time: seconds and exit status of each go, "warm" before them if other runs' products were there already
 reproduce-all: $(STAMP)  ## the paper's tables and figures, JOBS at a time; go on with the same command
-	OMP_NUM_THREADS=$(THREADS) QUEST_JOBS=$(JOBS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(PAPER)) SCALE=$(SCALE)
+	@mkdir -p runs; [ ! -d runs/evaluate ] || [ -e runs/all-time ] || echo warm > runs/all-time
+	@began=$$(date +%s); rc=stopped; trap 'echo "$$(( $$(date +%s) - began )) $$rc" >> runs/all-time' EXIT; \
+	OMP_NUM_THREADS=$(THREADS) QUEST_JOBS=$(JOBS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(PAPER)) SCALE=$(SCALE) \
+	&& rc=0 || rc=$$?; exit $$rc

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.what == "readme":
             from reproduce import readme
 
-            changed = readme.update(Path("README.md"), args.results, args.work / "test-time.json")
+            changed = readme.update(Path("README.md"), args.results, args.work)
             print("README.md written" if changed else "README.md was up to date")
             return 0
         if args.what == "notebooks":

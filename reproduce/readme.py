@@ -14,7 +14,7 @@ from questlib.errors import QuestError
 from reproduce import claims, engine, plots, report, timing
 from reproduce.datasets import DATASETS
 from reproduce.scales import SCALES
-from reproduce.store import write_atomically
+from reproduce.store import write_atomically, write_json
 from reproduce.tables import all_tables
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
@@ -40,7 +40,7 @@ def commands(results: Path) -> str:
         took = _run(results / "mini" / name / "run.json") or _sum(found)
         lines.append(f"| `make {table.target}` | {table.title}, mini scale | {took} |")
     about = "the paper's tables and figures, all but the ablation; what they share is made once"
-    lines.append(f"| `make reproduce-all` | {about} | {_sum(everything)} |")
+    lines.append(f"| `make reproduce-all` | {about} | {_run(results / 'mini' / 'all.json') or _sum(everything)} |")
     return "\n".join(lines)
 
 
@@ -49,7 +49,18 @@ def _run(path: Path) -> str | None:
     if not path.is_file():
         return None
     run = json.loads(path.read_text())
-    return f"{run['seconds'] / 60:.1f} min | {_machine(run['machine'])}"
+    goes = f" in {run['goes']} goes" if run.get("goes", 1) > 1 else ""
+    return f"{run['seconds'] / 60:.1f} min{goes} | {_machine(run['machine'])}"
+
+
+def _goes(path: Path) -> dict[str, int] | None:
+    """What the Makefile noted of `make reproduce-all`: the time up to its first end with status 0; None without a whole run."""
+    goes = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    ends = [i for i, go in enumerate(goes) if go[-1] == "0"]
+    if not ends or goes[0] == ["warm"]:
+        return None
+    counted = goes[: ends[0] + 1]
+    return {"seconds": sum(int(go[0]) for go in counted), "goes": len(counted)}
 
 
 def _sum(found: list[dict[str, Any]]) -> str:
@@ -210,13 +221,16 @@ def render(text: str, results: Path) -> str:
     return BLOCK.sub(lambda m: m.group(1) + BLOCKS[m.group(2)](results) + "\n" + m.group(3), text)
 
 
-def update(readme: Path, results: Path, test_time: Path) -> bool:
-    """Write README's blocks, all tables' verdicts, the picture, the time of the last `make test`; True when README changed."""
+def update(readme: Path, results: Path, work: Path) -> bool:
+    """Write README's blocks, all verdicts, the picture, the times that the Makefile left in `work`; True if README changed."""
     from reproduce.provenance import machine
 
-    if test_time.is_file():
-        measured = {"command": "make test", "seconds": json.loads(test_time.read_text())["seconds"], "machine": machine()}
-        write_atomically(results / "mini" / "test.json", json.dumps(measured, indent=1) + "\n")
+    test = work / "test-time.json"
+    times = {"test": json.loads(test.read_text()) if test.is_file() else None, "reproduce-all": _goes(work / "all-time")}
+    for target, took in times.items():
+        if took:
+            path = results / "mini" / f"{target.removeprefix('reproduce-')}.json"
+            write_json(path, {"command": f"make {target}"} | took | {"machine": machine()})
     for name in all_tables():
         plan, found = report.committed(name, results)
         if any(r["status"] == "done" for r in found):

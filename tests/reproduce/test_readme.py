@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from questlib.errors import QuestError
-from reproduce.readme import BLOCKS, render
+from reproduce.readme import BLOCKS, _goes, render, update
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,6 +29,29 @@ def test_readme_is_up_to_date_with_the_results(tmp_path):
             shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
     text = (tmp_path / "README.md").read_text()
     assert text == render(text, tmp_path / "results"), "README.md is older than results/: run `make readme`"
+
+
+def test_reproduce_all_is_timed_over_all_its_goes(tmp_path):
+    """The Makefile's own recipe, with no table to make: a go that is stopped, one that ends; what comes later does not count."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "installed").touch()
+    log, make = tmp_path / "runs" / "all-time", ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER="]
+    subprocess.run([*make, "JOBS=none"], cwd=tmp_path, capture_output=True, check=False)
+    assert log.read_text() == "0 2\n" and _goes(log) is None
+    log.write_text("600 stopped\n" + log.read_text())
+    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+    assert [line.split()[1] for line in log.read_text().splitlines()] == ["stopped", "2", "0", "0"]
+    assert _goes(log)["goes"] == 3 and 600 <= _goes(log)["seconds"] <= 605
+    (
+        (tmp_path / "results").mkdir(),
+        (tmp_path / "README.md").write_text("\n".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->" for n in BLOCKS)),
+    )
+    assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
+    assert "| 10.0 min in 3 goes |" in (tmp_path / "README.md").read_text()
+    log.unlink(), (tmp_path / "runs" / "evaluate").mkdir()  # something was there already: not the whole
+    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+    assert log.read_text() == "warm\n0 0\n" and _goes(log) is None
 
 
 def test_blocks_are_replaced_and_the_rest_stays(tmp_path):
