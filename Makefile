@@ -14,6 +14,7 @@ THREADS = $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(JOBS) )); echo $$(( n
 STAMP := $(VENV)/.questlib-installed
 # why: reproduce/__init__.py
 export GOMP_SPINCOUNT ?= 2000
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296
 export PYTHONWARNINGS ?= ignore::FutureWarning,ignore::DeprecationWarning
 
 # one target a table: make's name, the table's name where it is another one (reproduce/tables/__init__.py has the same)
@@ -62,6 +63,7 @@ test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
 	OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
 	@echo "{\"seconds\": $$(( $$(date +%s) - $$(cat runs/test-start) ))}" > runs/test-time.json
 
+test-slow: export GLIBC_TUNABLES =# the system's own: here memory counts more than time
 test-slow: $(STAMP)  ## what takes long: full-size models (20 GB of memory), launches killed at random
 	"$(PY)" -m pytest -m slow tests
 
@@ -113,9 +115,11 @@ reproduce-table11:  ## table 11: CIFAR-10
 reproduce-figure2:  ## figure 2: activations before and after finetuning
 reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
-# runs/all-time: seconds and exit status of each go, "warm" before them if other runs' products were there already
+# runs/all-time: seconds and exit status of each go, "warm" before them if other runs' products were there already. `make -n` runs
+# the line that has $(MAKE) in it, too, and must not count.
+reproduce-all: DRY = $(findstring n,$(firstword -$(MAKEFLAGS)))
 reproduce-all: $(STAMP)  ## the paper's tables and figures, JOBS at a time; go on with the same command
 	@mkdir -p runs; [ ! -d runs/evaluate ] || [ -e runs/all-time ] || echo warm > runs/all-time
-	@began=$$(date +%s); rc=stopped; trap 'echo "$$(( $$(date +%s) - began )) $$rc" >> runs/all-time' EXIT; \
+	@began=$$(date +%s); rc=stopped; trap '$(if $(DRY),,echo "$$(( $$(date +%s) - began )) $$rc" >> runs/all-time)' EXIT; \
 	OMP_NUM_THREADS=$(THREADS) QUEST_JOBS=$(JOBS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(PAPER)) SCALE=$(SCALE) \
 	&& rc=0 || rc=$$?; exit $$rc

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -84,6 +85,18 @@ def test_make_help_lists_the_target(target):
 def make_plan_of(target: str) -> list[str]:
     """What `make TARGET` would run of this package."""
     return re.findall(r"-m reproduce (.*)", make("-n", target, "SCALE=smoke").stdout)
+
+
+@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "GLIBC_TUNABLES"])
+def test_make_and_the_driver_set_the_same_environment(name):
+    """Whichever starts the notebooks' kernels; what a user has set stays."""
+    code = f"import os, reproduce; print(os.environ[{name!r}])"
+    env = {k: v for k, v in os.environ.items() if k != name}
+    found = [
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=e, capture_output=True, text=True, check=True).stdout.strip()
+        for e in (env, env | {name: ""})
+    ]
+    assert found == [re.search(rf"^export {name} \?= (.+)$", (ROOT / "Makefile").read_text(), re.M).group(1), ""]
 
 
 def test_every_table_has_its_target():

@@ -49,6 +49,9 @@ def test_reproduce_all_is_timed_over_all_its_goes(tmp_path):
     )
     assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
     assert "| 10.0 min in 3 goes |" in (tmp_path / "README.md").read_text()
+    found = log.read_text()
+    subprocess.run([*make, "-n"], cwd=tmp_path, capture_output=True, check=True)
+    assert log.read_text() == found
     log.unlink(), (tmp_path / "runs" / "evaluate").mkdir()  # something was there already: not the whole
     subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
     assert log.read_text() == "warm\n0 0\n" and _goes(log) is None
