@@ -226,11 +226,10 @@ def update(readme: Path, results: Path, work: Path) -> bool:
     from reproduce.provenance import machine
 
     test = work / "test-time.json"
-    times = {"test": json.loads(test.read_text()) if test.is_file() else None, "reproduce-all": _goes(work / "all-time")}
-    for target, took in times.items():
+    tested = json.loads(test.read_text()) if test.is_file() else None
+    for name, target, took in (("test", "test", tested), ("all", "reproduce-all", _goes(work / "all-time"))):
         if took:
-            path = results / "mini" / f"{target.removeprefix('reproduce-')}.json"
-            write_json(path, {"command": f"make {target}"} | took | {"machine": machine()})
+            write_json(results / "mini" / f"{name}.json", {"command": f"make {target}"} | took | {"machine": machine()})
     for name in all_tables():
         plan, found = report.committed(name, results)
         if any(r["status"] == "done" for r in found):
