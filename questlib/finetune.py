@@ -31,6 +31,7 @@ from questlib.model import freeze, quant_layers, step_groups
 from questlib.stages import Stage, StageAdam, stages, trainable
 
 SAVE_EVERY = 100
+STATE_FORMAT = 2  # of saved states; 1 held the optimizer's moments of each activation scale apart
 
 
 class PassDone(Exception):
@@ -138,7 +139,7 @@ def finetune(
     """Finetune a quantized UNet in place against its full-precision teacher; returns the log.
 
     With `state_path` the state is saved every 100 iterations and at each stage's end, and resumed from when the file exists; a
-    resumed run continues bit for bit. CheckpointError when the file belongs to another configuration or calibration.
+    resumed run continues bit for bit. CheckpointError when the file belongs to another configuration, calibration or version.
     Under `accelerate launch` every process calls this with the same calibration: each takes its part of every batch, gradients
     are averaged, process 0 writes the state. ConfigError when the batch cannot be shared out evenly.
     Log: seconds, loss [[stage, iteration, local, global], ...], trained_weights, trained_fraction.
@@ -152,7 +153,7 @@ def finetune(
     trained = {id(m): trained_numbers(m, stage.rank) for stage in todo for m in stage.layers.values()}
     log["trained_weights"] = sum(trained.values())
     log["trained_fraction"] = log["trained_weights"] / sum(m.weight.numel() for m in quant_layers(unet).values())
-    key = hashlib.sha256(f"{config.hash()}-{calib.hash()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{STATE_FORMAT}-{config.hash()}-{calib.hash()}".encode()).hexdigest()
     state = _load_state(state_path, key)
     untrained = [m for m in quant_layers(unet).values() if id(m) not in trained] if config.save_memory else []
 
@@ -263,5 +264,7 @@ def _load_state(path, key: str) -> dict | None:
     except (OSError, RuntimeError, EOFError, LookupError, AttributeError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"finetune: {path} cannot be read ({error!r}); remove it to start again") from error
     if found != key:
-        raise CheckpointError(f"finetune: {path} belongs to another configuration or calibration; remove it or name another file")
+        raise CheckpointError(
+            f"finetune: {path} belongs to another configuration, calibration or version of questlib; remove it or name another"
+        )
     return state

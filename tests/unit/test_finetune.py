@@ -153,6 +153,9 @@ def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, monkey
     assert all(torch.equal(v, third.state_dict()[k]) for k, v in whole.state_dict().items())
     with pytest.raises(CheckpointError, match="another configuration"):
         finetune(again, pipe.unet, calib, config.replace(lr_scale=0.5), state_path=path)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="version of questlib"):
+        patch.setattr(module, "STATE_FORMAT", 1)
+        finetune(again, pipe.unet, calib, config, state_path=path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="state.pt cannot be read .*remove it"):
         finetune(again, pipe.unet, calib, config, state_path=path)
