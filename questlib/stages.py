@@ -76,6 +76,7 @@ class StageAdam(torch.optim.Adam):
 
     A batch that does not visit a group leaves its scales alone. One Adam over the whole table would let them coast on the
     momentum of their last visit, far enough to ruin the small scales of 8 bits where one step is trained after another.
+    A row whose gradient is exactly zero counts as not visited, also where it is its table's only one.
     All tables are stepped at once, as one vector: thousands of rows one by one were a tenth of a finetuning step.
     """
 
