@@ -196,7 +196,8 @@ class WeightQuantizer(nn.Module):
     # ---- AdaRound ----
     def start_adaround(self, w: torch.Tensor) -> nn.Parameter:
         s = self.expand(self.scale, w.ndim)
-        frac = (w.detach() / s) - (w.detach() / s).floor()
+        u = w.detach() * (1.0 / s)  # as in forward and harden: w / s has another floor for a few weights in a million
+        frac = u - u.floor()
         p = (frac - self.GAMMA) / (self.ZETA - self.GAMMA)
         self.alpha = nn.Parameter(torch.log(p / (1 - p)))  # rounding() starts at frac: the full-precision weight
         return self.alpha
@@ -208,7 +209,7 @@ class WeightQuantizer(nn.Module):
     def harden(self, w: torch.Tensor) -> torch.Tensor:
         """End AdaRound: the point of the chosen rounding cell that is nearest to w. Weights near a border stay near it."""
         s, z = self.expand(self.scale, w.ndim), self.expand(self.zero_point, w.ndim)
-        u = w / s
+        u = w * (1.0 / s)
         cell = (u.floor() + (self.rounding() >= 0.5)).clamp(-z, 2**self.bits - 1 - z)
         self.alpha = None
         return u.clamp(cell - 0.49, cell + 0.49).mul_(s)

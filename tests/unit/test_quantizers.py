@@ -197,6 +197,16 @@ def test_adaround_starts_at_full_precision_and_hardens_to_its_choice():
     assert ((hard - w).abs() <= 1.02 * wq.scale).all()
 
 
+def test_hardening_gives_what_training_saw_on_the_borders_of_cells_too():
+    generator = torch.Generator().manual_seed(0)
+    wq = WeightQuantizer(torch.randn(64, 16, generator=generator), 4, torch.zeros(16, dtype=torch.int64), "minmax")
+    borders = wq.scale * torch.arange(16) - wq.scale * wq.zero_point  # [64, 16]: w / s and w * (1 / s) differ in some floors
+    alpha = wq.start_adaround(borders)
+    alpha.data.copy_(torch.where(torch.rand(alpha.shape, generator=generator) < 0.5, -9.0, 9.0))
+    trained = wq(borders).detach()
+    assert torch.equal(wq.decode(wq.codes(wq.harden(borders))), trained)
+
+
 def test_hardening_keeps_a_weight_that_lies_in_its_cell():
     w = torch.randn(8, 16)
     wq = WeightQuantizer(w, 8, torch.zeros(16, dtype=torch.int64), "minmax")
