@@ -32,6 +32,7 @@ sd = table5
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	@echo "  make show-NAME           the same with the rows that results/ has, nothing is run; not figure2"
+	@echo "  UNFINISHED=1             with reproduce-NAME: only rows that results/ lacks, or has of other code or settings"
 	@echo "  SCALE=smoke|mini|paper chooses the size of a reproduction (now: $(SCALE))"
 
 install: $(STAMP)  ## make .venv (or use the active environment) and install the pinned packages
@@ -78,7 +79,7 @@ readme: $(STAMP)  ## write the README's generated blocks again from results/mini
 
 # reproduce-NAME for each table and figure; what two of them share is made once
 $(addprefix reproduce-,$(REPRODUCE)): reproduce-%: $(STAMP)
-	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE)
+	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE)$(if $(UNFINISHED), --unfinished)
 
 # show-NAME likewise: its notebook with the rows that results/ has, in a minute
 $(addprefix show-,$(REPRODUCE)): show-%: $(STAMP)
@@ -115,11 +116,14 @@ reproduce-table11:  ## table 11: CIFAR-10
 reproduce-figure2:  ## figure 2: activations before and after finetuning
 reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
-# runs/all-time: seconds and exit status of each go, "warm" before them if other runs' products were there already. `make -n` runs
-# the line that has $(MAKE) in it, too, and must not count.
+# ALL_TIME, beside the rows that it is of: seconds and exit status of each go, "warm" before them if other runs' products, or with
+# UNFINISHED rows, were there already. A whole run that finds no products begins anew. `make -n` runs the line that has $(MAKE) in
+# it, too, and must not count.
+ALL_TIME = results/$(SCALE)/all-time
 reproduce-all: DRY = $(findstring n,$(firstword -$(MAKEFLAGS)))
 reproduce-all: $(STAMP)  ## the paper's tables and figures, JOBS at a time; go on with the same command
-	@mkdir -p runs; [ ! -d runs/evaluate ] || [ -e runs/all-time ] || echo warm > runs/all-time
-	@began=$$(date +%s); rc=stopped; trap '$(if $(DRY),,echo "$$(( $$(date +%s) - began )) $$rc" >> runs/all-time)' EXIT; \
+	@mkdir -p $(dir $(ALL_TIME)); if [ ! -d runs/evaluate ] && [ -z "$(UNFINISHED)" ]; then rm -f $(ALL_TIME); \
+	elif [ ! -e $(ALL_TIME) ]; then echo warm > $(ALL_TIME); fi
+	@began=$$(date +%s); rc=stopped; trap '$(if $(DRY),,echo "$$(( $$(date +%s) - began )) $$rc" >> $(ALL_TIME))' EXIT; \
 	OMP_NUM_THREADS=$(THREADS) QUEST_JOBS=$(JOBS) $(MAKE) --no-print-directory -k -j $(JOBS) $(addprefix reproduce-,$(PAPER)) SCALE=$(SCALE) \
 	&& rc=0 || rc=$$?; exit $$rc

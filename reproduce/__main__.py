@@ -32,6 +32,7 @@ def parser() -> Parser:
     p.add_argument("--seeds", help="numbers separated by commas (default: the scale's)")
     p.add_argument("--keep-seeds", action="store_true", help="other seeds that a row's earlier result has stay in it")
     p.add_argument("--stored", action="store_true", help="show the rows that results has, run nothing: a minute at any scale")
+    p.add_argument("--unfinished", action="store_true", help="run only rows that results lacks, or has of other code or settings")
     p.add_argument("--features", help="mini or inception (default: the scale's)")
     p.add_argument(
         "--engine", help="fake (simulated), cpu, triton or reference (integers); results in TABLE-ENGINE (default: fake)"
@@ -66,6 +67,7 @@ def reproduce_table(args: argparse.Namespace) -> int:
         return 0
     from reproduce import report, run  # here: bad input is answered before the slow imports
 
+    plan = run.unfinished(plan) if args.unfinished else plan
     run.preflight(plan)
     results = run.run(plan)
     print(report.as_json(plan, results) if args.json else report.terminal(plan, results))

@@ -23,7 +23,7 @@ from questlib.integer.convert import CPU_ENGINES
 from questlib.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, processors, provenance
-from reproduce.rows import METRICS, empty_result, kept_result, stored_result, summarize
+from reproduce.rows import METRICS, empty_result, kept_result, measured_with, stored_result, summarize
 from reproduce.store import Product, Store, code_hash, write_json
 from reproduce.tables import Cell
 
@@ -172,7 +172,6 @@ class SeedRun:
         if self.checkpoint is not None:
             seconds |= {"calibrate": self.calibration.info["seconds"], **made["stage_seconds"]}
         seconds |= {"sample": self.samples.info["seconds"], "evaluate": self.score.info["seconds"]}
-        stages = [self.samples, self.score] + ([self.checkpoint, self.calibration] if self.checkpoint is not None else [])
         return {
             "seed": self.seed,
             "metrics": self.score.info["metrics"],
@@ -182,19 +181,27 @@ class SeedRun:
             "reconstruct_cached": made.get("reconstruct_cached"),
             "finetune": made.get("finetune"),
             "seconds": seconds,
-            "interrupted": sum(p.info["interrupted"] for p in stages),
+            "interrupted": sum(p.info["interrupted"] for p in self.stages),
             "config_hash": None if self.config is None else self.config.hash(),
             "calibration_hash": None if self.calibration is None else self.calibration.info["calibration_hash"],
             "about": self.score.info["about"],
-            "products": {p.folder.parent.name: p.hash for p in stages},
+            "products": self.products,
             "processors": processors(self.made),
         }
 
     @property
+    def stages(self) -> list[Product]:
+        return [p for p in (self.samples, self.score, self.checkpoint, self.calibration) if p is not None]
+
+    @property
+    def products(self) -> dict[str, str]:
+        """Hash by stage: known before anything is made."""
+        return {p.folder.parent.name: p.hash for p in self.stages}
+
+    @property
     def made(self) -> list[dict[str, Any]]:
         """Where this seed's products come from: commit, versions and machine of each, its samples' first."""
-        products = [self.samples, self.score, self.checkpoint, self.calibration]
-        return [p.info["provenance"] for p in products if p is not None and "provenance" in p.info]
+        return [p.info["provenance"] for p in self.stages if "provenance" in p.info]
 
 
 def file_digests(reference: str | None) -> list[str]:
@@ -207,6 +214,19 @@ def file_digests(reference: str | None) -> list[str]:
         return found
     path = Path(reference)
     return found + [f"{f.stat().st_size}-{f.stat().st_mtime_ns}" for f in (path, *sorted(path.glob("**/*"))) if f.exists()]
+
+
+def is_current(cell: Cell, plan: Plan) -> bool:
+    """Whether the row's result is what a run would make now: images by this code, configuration and model (the products' hashes),
+    measured with the files of these names. Not the score's hash: it has the times of files, which each clone has anew."""
+    stored = stored_result(cell, plan)
+    if stored["status"] != "done" or plan.missing(cell) is not None:
+        return False
+    runs = [SeedRun(cell, plan, seed) for seed in plan.seeds]
+    expected = {"features": plan.setting(cell).features} | measured_with(cell, plan, runs[0].model_sha256)
+    found = {s["seed"]: s["products"] | {"evaluate": None} for s in stored["per_seed"]}
+    same = all(found.get(run.seed) == run.products | {"evaluate": None} for run in runs)
+    return same and stored | expected == stored
 
 
 def run_cell(cell: Cell, plan: Plan) -> dict[str, Any]:

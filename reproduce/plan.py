@@ -49,6 +49,12 @@ class Plan:
         return self.folder / f"{row}.json"
 
     @property
+    def as_it_is(self) -> bool:
+        """Whether nothing but scale, rows and engine was chosen."""
+        chosen = self.keep_seeds or self.features or self.model or self.reference or self.captions
+        return self.seeds == self.scale.seeds and not chosen
+
+    @property
     def words(self) -> str:
         rows, what = len(self.cells), "shown from their results" if self.stored else "to run"
         return f"{self.table.title}: {len(self.table.cells)} rows, {rows} {what}"

@@ -40,7 +40,7 @@ def commands(results: Path) -> str:
         took = _run(results / "mini" / name / "run.json") or _sum(found)
         lines.append(f"| `make {table.target}` | {table.title}, mini scale | {took} |")
     about = "the paper's tables and figures, all but the ablation; what they share is made once"
-    lines.append(f"| `make reproduce-all` | {about} | {_run(results / 'mini' / 'all.json') or _sum(everything)} |")
+    lines.append(f"| `make reproduce-all` | {about} | {_goes(results / 'mini' / 'all-time', everything) or _sum(everything)} |")
     return "\n".join(lines)
 
 
@@ -49,18 +49,23 @@ def _run(path: Path) -> str | None:
     if not path.is_file():
         return None
     run = json.loads(path.read_text())
-    goes = f" in {run['goes']} goes" if run.get("goes", 1) > 1 else ""
-    return f"{run['seconds'] / 60:.1f} min{goes} | {_machine(run['machine'])}"
+    return f"{run['seconds'] / 60:.1f} min | {_machine(run['machine'])}"
 
 
-def _goes(path: Path) -> dict[str, int] | None:
-    """What the Makefile noted of `make reproduce-all`: the time up to its first end with status 0; None without a whole run."""
+def _machines(found: list[dict[str, Any]]) -> str:
+    return "; ".join(sorted({_machine(r["provenance"]["machine"]) for r in found if r["status"] == "done"}))
+
+
+def _goes(path: Path, found: list[dict[str, Any]]) -> str | None:
+    """What the Makefile noted of `make reproduce-all`, up to its first end with status 0, and the rows' machines; None without a
+    whole run."""
     goes = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
     ends = [i for i, go in enumerate(goes) if go[-1] == "0"]
     if not ends or goes[0] == ["warm"]:
         return None
     counted = goes[: ends[0] + 1]
-    return {"seconds": sum(int(go[0]) for go in counted), "goes": len(counted)}
+    several = f" in {len(counted)} goes" if len(counted) > 1 else ""
+    return f"{sum(int(go[0]) for go in counted) / 60:.1f} min{several} | {_machines(found)}"
 
 
 def _sum(found: list[dict[str, Any]]) -> str:
@@ -71,8 +76,7 @@ def _sum(found: list[dict[str, Any]]) -> str:
     runs, of = sum(len(r["per_seed"]) for r in done), sum(len(SCALES["mini"].seeds) for _ in found)
     rest = "" if runs == of else f", {runs} of {of}"
     minutes = sum(timing.stage_seconds(done).values()) / 60
-    machines = sorted({_machine(r["provenance"]["machine"]) for r in done})
-    return f"{minutes:,.0f} core min (sum over rows and seeds{rest}) | {'; '.join(machines)}"
+    return f"{minutes:,.0f} core min (sum over rows and seeds{rest}) | {_machines(done)}"
 
 
 def picture(results: Path) -> str:
@@ -222,14 +226,12 @@ def render(text: str, results: Path) -> str:
 
 
 def update(readme: Path, results: Path, work: Path) -> bool:
-    """Write README's blocks, all verdicts, the picture, the times that the Makefile left in `work`; True if README changed."""
+    """Write README's blocks, all verdicts, the picture, the time that `make test` left in `work`; True if README changed."""
     from reproduce.provenance import machine
 
-    test = work / "test-time.json"
-    tested = json.loads(test.read_text()) if test.is_file() else None
-    for name, target, took in (("test", "test", tested), ("all", "reproduce-all", _goes(work / "all-time"))):
-        if took:
-            write_json(results / "mini" / f"{name}.json", {"command": f"make {target}"} | took | {"machine": machine()})
+    if (test := work / "test-time.json").is_file():
+        took = json.loads(test.read_text())
+        write_json(results / "mini" / "test.json", {"command": "make test"} | took | {"machine": machine()})
     for name in all_tables():
         plan, found = report.committed(name, results)
         if any(r["status"] == "done" for r in found):

@@ -66,7 +66,7 @@ def public_name(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def _measured_with(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any]:
+def measured_with(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any]:
     """The files of a row, by public name; None: it has no use for one."""
     setting = plan.setting(cell)
     clip = None if setting.captions is None else setting.clip.removeprefix("local-dir:")
@@ -88,7 +88,7 @@ def kept_result(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any] | N
         return None
     drawing = plan.drawing(cell)
     expected = {name: getattr(drawing, name) for name in ("sampler", "num_inference_steps", "eta", "guidance_scale", "features")}
-    expected |= _measured_with(cell, plan, model_sha256)
+    expected |= measured_with(cell, plan, model_sha256)
     expected |= {"n_samples": plan.setting(cell).samples_per_seed * len(stored["per_seed"])}
     found = {name: stored.get(name) for name in expected}  # None: of before the prompts and the CLIP model were recorded
     for s in kept:
@@ -128,7 +128,7 @@ def summarize(
     stages = seeds[0]["seconds"]
     return result | {
         "engine": plan.engine if cell.preset is not None else "full precision",
-        **_measured_with(cell, plan, runs[0].model_sha256),
+        **measured_with(cell, plan, runs[0].model_sha256),
         "n_samples": setting.samples_per_seed * len(seeds),
         "size_bytes": max(s["size_bytes"] for s in seeds),
         "peak_bytes": max(peaks) if peaks else None,

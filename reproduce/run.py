@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def preflight(plan: Plan) -> None:
             kept_result(cell, plan, load(plan.setting(cell).model, plan.engine)[1])
     if any(s.features == "inception" for s in settings):
         InceptionFeatures("preflight", ["2048"])
+
+
+def unfinished(plan: Plan) -> Plan:
+    """Only the rows whose results are not what a run would make now; shown as they are, when there is none such.
+
+    ConfigError if more than scale, rows and engine was chosen.
+    """
+    if plan.stored or not plan.as_it_is:
+        raise ConfigError(f"--unfinished: expected no choices but of scale, cells and engine, found {plan.command}")
+    from reproduce.pipeline import is_current
+
+    left = tuple(cell for cell in plan.cells if plan.table.opens_checkpoints or not is_current(cell, plan))
+    return replace(plan, cells=left) if left else replace(plan, stored=True)
 
 
 def run(plan: Plan) -> list[dict[str, Any]]:

@@ -16,9 +16,8 @@ def record_time(plan: Plan, results: list[dict[str, Any]], seconds: float, fresh
     `stage_seconds` is for the others.
     """
     alone = os.environ.get("QUEST_JOBS", "1") == "1"  # the Makefile sets it for reproduce-all
-    chosen = plan.stored or plan.features or plan.model or plan.reference or plan.captions
-    as_it_is = plan.seeds == plan.scale.seeds and not chosen
-    whole = as_it_is and len(plan.cells) == len(plan.table.cells) and all(r["status"] == "done" for r in results)
+    ran = plan.as_it_is and not plan.stored and len(plan.cells) == len(plan.table.cells)
+    whole = ran and all(r["status"] == "done" for r in results)
     if not (fresh and alone and whole):
         return
     target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")

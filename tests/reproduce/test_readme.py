@@ -35,26 +35,41 @@ def test_reproduce_all_is_timed_over_all_its_goes(tmp_path):
     """The Makefile's own recipe, with no table to make: a go that is stopped, one that ends; what comes later does not count."""
     shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
     (tmp_path / "installed").touch()
-    log, make = tmp_path / "runs" / "all-time", ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER="]
-    subprocess.run([*make, "JOBS=none"], cwd=tmp_path, capture_output=True, check=False)
-    assert log.read_text() == "0 2\n" and _goes(log) is None
+    log, products = tmp_path / "results" / "mini" / "all-time", tmp_path / "runs" / "evaluate"
+
+    def make(*options: str, check: bool = True) -> None:
+        words = ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER=", *options]
+        subprocess.run(words, cwd=tmp_path, capture_output=True, check=check)
+
+    log.parent.mkdir(parents=True), log.write_text("999 0\n")  # of the committed run: a run from nothing begins anew
+    make("JOBS=none", check=False)
+    assert log.read_text() == "0 2\n" and _goes(log, []) is None
+    products.mkdir(parents=True)
     log.write_text("600 stopped\n" + log.read_text())
-    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
-    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+    make(), make()
     assert [line.split()[1] for line in log.read_text().splitlines()] == ["stopped", "2", "0", "0"]
-    assert _goes(log)["goes"] == 3 and 600 <= _goes(log)["seconds"] <= 605
-    (
-        (tmp_path / "results").mkdir(),
-        (tmp_path / "README.md").write_text("\n".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->" for n in BLOCKS)),
-    )
+    (tmp_path / "README.md").write_text("\n".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->" for n in BLOCKS))
     assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
     assert "| 10.0 min in 3 goes |" in (tmp_path / "README.md").read_text()
     found = log.read_text()
-    subprocess.run([*make, "-n"], cwd=tmp_path, capture_output=True, check=True)
+    make("-n")
     assert log.read_text() == found
-    log.unlink(), (tmp_path / "runs" / "evaluate").mkdir()  # something was there already: not the whole
-    subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
-    assert log.read_text() == "warm\n0 0\n" and _goes(log) is None
+    log.unlink()  # something was there already: not the whole
+    make()
+    assert log.read_text() == "warm\n0 0\n" and _goes(log, []) is None
+
+
+def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(tmp_path):
+    """Another clone goes on with the rows, and the times, that are committed."""
+    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
+    (tmp_path / "installed").touch()
+    log = tmp_path / "results" / "mini" / "all-time"
+    make = ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER=", "UNFINISHED=1"]
+    for before, after in (("600 stopped\n", "600 stopped\n0 0\n"), (None, "warm\n0 0\n")):
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True) if before is None else log.write_text(before)
+        subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
+        assert log.read_text() == after
 
 
 def test_blocks_are_replaced_and_the_rest_stays(tmp_path):

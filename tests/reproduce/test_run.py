@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import nbformat
@@ -77,6 +78,46 @@ def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
     notebook = (shown.folder / shown.table.notebook).read_text()
     assert "25 rows, 2 shown from their results" in notebook and "123.25" in notebook
     assert [p.name for p in shown.folder.glob("*.json")] == [path.name]
+
+
+def test_only_rows_that_are_not_what_a_run_would_make_now_are_run(tiny_plan, monkeypatch):
+    """Whether their products are still there or not: a clone has results alone."""
+    plan = tiny_plan(cells=CELLS)
+    assert run.unfinished(plan).cells == plan.cells
+    result = pipeline.run_cell(plan.cells[1], plan)
+    pipeline.run_cell(plan.cells[0], plan)
+    shutil.rmtree(plan.work)
+    assert run.unfinished(plan) == dataclasses.replace(plan, stored=True)
+    path = plan.row_file(CELLS[1])
+    seed = result["per_seed"][0]
+    for change in (
+        {"status": "failed"},
+        {"features": "inception"},
+        {"model": {"id": "other", "sha256": result["model"]["sha256"]}},
+        {"reference": "other"},
+        {"per_seed": [seed | {"products": seed["products"] | {"checkpoint": "0"}}]},
+        {"per_seed": []},
+    ):
+        write_json(path, result | change)
+        assert [c.id for c in run.unfinished(plan).cells] == CELLS[1:], change
+    another = [seed | {"seed": 7}, seed | {"products": seed["products"] | {"evaluate": "0"}}]  # of another clone's files
+    write_json(path, result | {"per_seed": another})
+    assert run.unfinished(plan).stored
+    monkeypatch.setattr(pipeline, "code_hash", lambda *functions: "new code")
+    assert run.unfinished(plan).cells == plan.cells
+
+
+def test_rows_whose_checkpoints_a_notebook_opens_are_always_run(tiny_plan):
+    plan = tiny_plan("figure2")
+    for cell in plan.cells:
+        pipeline.run_cell(cell, plan)
+    assert run.unfinished(plan) == plan
+
+
+@pytest.mark.parametrize("choices", [{"stored": True}, {"seeds": [3]}, {"keep_seeds": True}, {"features": "mini"}])
+def test_what_is_unfinished_is_asked_of_the_rows_that_the_scale_has(tiny_plan, choices):
+    with pytest.raises(ConfigError, match="--unfinished: expected no choices but of scale, cells and engine, found python"):
+        run.unfinished(tiny_plan(cells=CELLS, **choices))
 
 
 def test_a_notebook_that_opens_checkpoints_is_not_shown_from_rows_alone(tiny_plan):
