@@ -31,20 +31,28 @@ def test_readme_is_up_to_date_with_the_results(tmp_path):
     assert text == render(text, tmp_path / "results"), "README.md is older than results/: run `make readme`"
 
 
-def test_reproduce_all_is_timed_over_all_its_goes(tmp_path):
-    """The Makefile's own recipe, with no table to make: a go that is stopped, one that ends; what comes later does not count."""
+@pytest.fixture
+def reproduce_all(tmp_path):
+    """(file of times, make): the Makefile's own recipe in `tmp_path`, with no table to make."""
     shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
     (tmp_path / "installed").touch()
-    log, products = tmp_path / "results" / "mini" / "all-time", tmp_path / "runs" / "evaluate"
+    log = tmp_path / "results" / "mini" / "all-time"
+    log.parent.mkdir(parents=True)
 
     def make(*options: str, check: bool = True) -> None:
         words = ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER=", *options]
         subprocess.run(words, cwd=tmp_path, capture_output=True, check=check)
 
-    log.parent.mkdir(parents=True), log.write_text("999 0\n")  # of the committed run: a run from nothing begins anew
+    return log, make
+
+
+def test_reproduce_all_is_timed_over_all_its_goes(tmp_path, reproduce_all):
+    """A go that is stopped, one that ends; what comes later does not count."""
+    log, make = reproduce_all
+    log.write_text("999 0\n")  # of the committed run: a run from nothing begins anew
     make("JOBS=none", check=False)
     assert log.read_text() == "0 2\n" and _goes(log, []) is None
-    products.mkdir(parents=True)
+    (tmp_path / "runs" / "evaluate").mkdir(parents=True)
     log.write_text("600 stopped\n" + log.read_text())
     make(), make()
     assert [line.split()[1] for line in log.read_text().splitlines()] == ["stopped", "2", "0", "0"]
@@ -59,17 +67,14 @@ def test_reproduce_all_is_timed_over_all_its_goes(tmp_path):
     assert log.read_text() == "warm\n0 0\n" and _goes(log, []) is None
 
 
-def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(tmp_path):
+@pytest.mark.parametrize(("before", "after"), [("600 stopped\n", "600 stopped\n0 0\n"), (None, "warm\n0 0\n")])
+def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(reproduce_all, before, after):
     """Another clone goes on with the rows, and the times, that are committed."""
-    shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
-    (tmp_path / "installed").touch()
-    log = tmp_path / "results" / "mini" / "all-time"
-    make = ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER=", "UNFINISHED=1"]
-    for before, after in (("600 stopped\n", "600 stopped\n0 0\n"), (None, "warm\n0 0\n")):
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True) if before is None else log.write_text(before)
-        subprocess.run(make, cwd=tmp_path, capture_output=True, check=True)
-        assert log.read_text() == after
+    log, make = reproduce_all
+    if before is not None:
+        log.write_text(before)
+    make("UNFINISHED=1")
+    assert log.read_text() == after
 
 
 def test_blocks_are_replaced_and_the_rest_stays(tmp_path):
