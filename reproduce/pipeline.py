@@ -70,6 +70,7 @@ class SeedRun:
             self.calibration = self.store.product("calibrate", key)
             code = code_hash(questlib.quantize, questlib.finetune, questlib.save_pretrained)
             key = {"calibration": self.calibration.hash, "config": self.config.to_dict(), "code": code}
+            key |= {} if plan.table.shares else {"shares": False}
             self.checkpoint = self.store.product("checkpoint", key)
             engine = {} if plan.engine == "fake" else {"engine": plan.engine, "engine code": code_hash(questlib.convert)}
             self.samples = self.store.product("sample", drawing | {"unet": self.checkpoint.hash} | engine)
@@ -97,10 +98,11 @@ class SeedRun:
         calib = questlib.Calibration.load(self.calibration.folder / "calibration.safetensors")
         # Activation ranges and rounded weights are shared by all presets and bits that agree on them, not only by this cell.
         shared = self.store.product("quantize", {"calibration": self.calibration.hash, "code": code_hash(questlib.quantize)})
+        cache = shared.folder if self.plan.table.shares else None
         torch.manual_seed(self.seed)
         state = folder / "finetune-state"
         with PeakMemory() as memory:
-            unet = questlib.quantize(self.pipe.unet, self.config, calib, cache_dir=shared.folder, progress=True)
+            unet = questlib.quantize(self.pipe.unet, self.config, calib, cache_dir=cache, progress=True)
             log = questlib.finetune(unet, self.pipe.unet, calib, self.config, state_path=state, progress=True)
         size = questlib.save_pretrained(unet, folder / "unet")
         state.unlink(missing_ok=True)

@@ -45,18 +45,19 @@ def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
         drawn = (r["sampler"], r["num_inference_steps"], r["eta"], r["guidance_scale"], r["engine"])
         for seed in r["per_seed"]:
             seconds, start = seed["seconds"], (r["scale"], r["dataset"], r["model"]["sha256"], seed["seed"])
-            samples = (*start, seed["config_hash"], *drawn)
+            own = None if plan.table.shares else seed["config_hash"]  # made again, also where another table has it
+            samples = (*start, seed["config_hash"], *drawn, own)
             count(("sample", *samples), seconds["sample"])
             count(("evaluate", *samples, r["features"]), seconds["evaluate"])
             if cell.preset is None:
                 continue
             count(("calibrate", *start), seconds["calibrate"])
             config = plan.config(cell, seed["seed"])
-            count(("ranges", *start, config.range_key()), seconds["ranges"])
-            count(("checkpoint", *start, seed["config_hash"]), seconds["finetune"] + seconds.get("correction", 0.0))
+            count(("ranges", *start, config.range_key(), own), seconds["ranges"])
+            count(("checkpoint", *start, seed["config_hash"], own), seconds["finetune"] + seconds.get("correction", 0.0))
             if seconds["reconstruct"]:
-                scales = ("act scales", *start, seed["config_hash"]) if config.act_recon else None
-                weights = ("adaround", *start, config.weight_key())
+                scales = ("act scales", *start, seed["config_hash"], own) if config.act_recon else None
+                weights = ("adaround", *start, config.weight_key(), own)
                 reconstructed.append((seconds["reconstruct"], seed["products"]["calibrate"], weights, scales))
     alone = {entry[1:3]: entry[0] for entry in reconstructed if entry[3] is None}
     for seconds, calibration, weights, scales in reconstructed:

@@ -52,6 +52,7 @@ class Table:
     note: str
     in_paper: bool = True
     opens_checkpoints: bool = False  # its notebook does, so rows alone do not show it
+    shares: bool = True  # False: its rows read no ranges and weights that another row made, so their memory is of all stages
     claim: str = "fid"  # the metric whose order in the paper the distance to full precision is compared with
 
     @property

@@ -32,6 +32,7 @@ TABLE6 = Table(
         ),
     ),
     picture=("bedrooms-fp", "w4a8-ptq", "w4a8-baseline", "w4a8-tla-cma"),
+    shares=False,
     note="The paper: 5,120 calibration samples; hours and memory of its own GPU. "
     "Ours: hours from calibration to the end of finetuning.",
 )  # fmt: skip

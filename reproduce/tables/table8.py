@@ -29,6 +29,7 @@ TABLE8 = Table(
         ),
     ),
     picture=("bedrooms-fp", "w4a4-efficientdm", "w4a4-full-finetune", "w4a4-quest"),
+    shares=False,
     note="The paper: LDM-4 (Bedrooms by its numbers) on one A6000; QuEST's FIDs here differ from its Table 3 (3.26 and 5.64), "
     "which has a larger training budget. Ours: hours of all stages, calibration and AdaRound too. The paper's text: LoRA "
     "(QALoRA, rank 32) in place of the original weights costs 5.62 FID on ImageNet.",

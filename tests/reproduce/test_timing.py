@@ -75,3 +75,17 @@ def test_ranges_that_rows_share_are_searched_and_counted_once(tiny_plan):
     assert Counter(key[0] for key in timing.stage_seconds([first, second])).items() >= {"ranges": 1, "checkpoint": 2}.items()
     kept = [f for f in plan.work.glob("quantize/*/*.safetensors") if f.name.startswith("ranges-")]
     assert len(kept) == 1
+
+
+def test_tables_of_cost_make_every_stage_themselves_and_come_to_the_same_images(tiny_plan):
+    plan, costs, cost = (tiny_plan(table) for table in ("table3", "table6", "table8"))
+    shared = run_cell(plan.table.cell("bedrooms-w4a8-quest"), plan)
+    rows = [run_cell(costs.table.cell(cell), costs) for cell in ("w4a8-baseline", "w4a8-tla-cma")]
+    again = run_cell(cost.table.cell("w4a8-quest"), cost)
+    for row in rows:
+        seed = row["per_seed"][0]
+        assert not seed["ranges_cached"] and not seed["reconstruct_cached"] and seed["seconds"]["reconstruct"] > 0
+    assert rows[1]["metrics"]["fid"]["value"] == shared["metrics"]["fid"]["value"]
+    assert again["per_seed"] == rows[1]["per_seed"]  # one method, bits and budget: one product of both tables
+    stages = Counter(key[0] for key in timing.stage_seconds([shared, *rows, again]))
+    assert (stages["checkpoint"], stages["adaround"], stages["calibrate"]) == (3, 3, 1)
