@@ -57,15 +57,17 @@ def _machines(found: list[dict[str, Any]]) -> str:
 
 
 def _goes(path: Path, found: list[dict[str, Any]]) -> str | None:
-    """What the Makefile noted of `make reproduce-all`, up to its first end with status 0, and the rows' machines; None without a
-    whole run."""
+    """What the Makefile noted of `make reproduce-all`, up to its first end with status 0, what came later where it took a minute,
+    and the rows' machines; None without a whole run."""
     goes = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
     ends = [i for i, go in enumerate(goes) if go[-1] == "0"]
     if not ends or goes[0] == ["warm"]:
         return None
     counted = goes[: ends[0] + 1]
     several = f" in {len(counted)} goes" if len(counted) > 1 else ""
-    return f"{sum(int(go[0]) for go in counted) / 60:.1f} min{several} | {_machines(found)}"
+    whole, later = (sum(int(go[0]) for go in part) / 60 for part in (counted, goes[len(counted) :]))
+    again = f"; later, rows of newer code: {later:.1f} min" if later >= 1 else ""
+    return f"{whole:.1f} min{several}{again} | {_machines(found)}"
 
 
 def _sum(found: list[dict[str, Any]]) -> str:
