@@ -96,7 +96,7 @@ class SeedRun:
     def _quantize(self, folder: Path) -> dict[str, Any]:
         self.calibration.make(self._calibrate)
         calib = questlib.Calibration.load(self.calibration.folder / "calibration.safetensors")
-        # Activation ranges and rounded weights are shared by all presets and bits that agree on them, not only by this cell.
+        # Presets and bits that agree on activation ranges and rounded weights share them; in tables of cost each row has its own.
         shared = self.store.product("quantize", {"calibration": self.calibration.hash, "code": code_hash(questlib.quantize)})
         cache = shared.folder if self.plan.table.shares else None
         torch.manual_seed(self.seed)
