@@ -29,6 +29,7 @@ from questlib.layers import QuantLayer
 from questlib.low_rank import attach, merge, trained_numbers
 from questlib.model import freeze, quant_layers, step_groups
 from questlib.stages import Stage, StageAdam, stages, trainable
+from questlib.versions import STAGE_VERSIONS
 
 SAVE_EVERY = 100
 STATE_FORMAT = 2  # of saved states; 1 held the optimizer's moments of each activation scale apart
@@ -153,7 +154,8 @@ def finetune(
     trained = {id(m): trained_numbers(m, stage.rank) for stage in todo for m in stage.layers.values()}
     log["trained_weights"] = sum(trained.values())
     log["trained_fraction"] = log["trained_weights"] / sum(m.weight.numel() for m in quant_layers(unet).values())
-    key = hashlib.sha256(f"{STATE_FORMAT}-{config.hash()}-{calib.hash()}".encode()).hexdigest()
+    version = f"{STATE_FORMAT}-v{STAGE_VERSIONS['finetune']}"
+    key = hashlib.sha256(f"{version}-{config.hash()}-{calib.hash()}".encode()).hexdigest()
     state = _load_state(state_path, key)
     untrained = [m for m in quant_layers(unet).values() if id(m) not in trained] if config.save_memory else []
 

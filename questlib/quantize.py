@@ -18,6 +18,7 @@ from questlib.config import OFF, QuantConfig
 from questlib.errors import CheckpointError
 from questlib.model import act_quantizers, freeze, insert, quant_layers
 from questlib.reconstruct import reconstruct_acts, reconstruct_weights
+from questlib.versions import STAGE_VERSIONS
 
 
 def quantize(
@@ -37,14 +38,14 @@ def quantize(
         "reconstruct_cached": False,
     }
     seconds, log["ranges_cached"] = _kept(
-        cache_dir, f"ranges-{config.range_key()}", calib,
+        cache_dir, "ranges", config.range_key(), calib,
         {f"{q.name}.{key}": value for q in act_quantizers(student) for key, value in q.state_dict().items()},
         lambda: init_ranges(student, calib, config, progress=progress),
     )  # fmt: skip
     log["seconds"]["ranges"] += seconds
     if config.adaround and config.weight_bits != OFF:
         log["seconds"]["reconstruct"], log["reconstruct_cached"] = _kept(
-            cache_dir, f"adaround-{config.weight_key()}", calib,
+            cache_dir, "adaround", config.weight_key(), calib,
             {name: layer.weight.detach() for name, layer in quant_layers(student).items() if layer.wq is not None},
             lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
         )  # fmt: skip
@@ -76,15 +77,19 @@ def _seconds(make: Callable[[], None]) -> float:
 
 
 def _kept(
-    cache_dir: str | Path | None, key: str, calib: Calibration, tensors: dict[str, torch.Tensor], make: Callable[[], None]
+    cache_dir: str | Path | None, stage: str, key: str, calib: Calibration,
+    tensors: dict[str, torch.Tensor], make: Callable[[], None],
 ) -> tuple[float, bool]:
-    """Fill `tensors` in place from the cache's file of this key and calibration, or by `make`, whose result the file then keeps.
+    """Fill `tensors` in place from the cache's file, or by `make`, whose result the file then keeps.
+
+    The file is named by the stage, the version of its numbers, this key and the calibration.
 
     Returns the seconds that `make` took, now or when the file was written, and whether they were read.
     """
     if cache_dir is None:
         return _seconds(make), False
-    cache = Path(cache_dir) / f"{key}-{calib.hash()}.safetensors"
+    name = f"{stage}-v{STAGE_VERSIONS[stage]}-{key}-{calib.hash()}.safetensors"
+    cache = Path(cache_dir) / name
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cache}.lock"):  # two tables that run beside each other make it once
         if cache.exists():

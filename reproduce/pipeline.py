@@ -21,13 +21,15 @@ from questlib.errors import QuestError
 from questlib.features import MINI_FEATURES, inception_weights
 from questlib.integer.convert import CPU_ENGINES
 from questlib.models import loading
+from questlib.versions import versions
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, processors, provenance
 from reproduce.rows import METRICS, empty_result, kept_result, measured_with, stored_result, summarize
-from reproduce.store import Product, Store, code_hash, write_json
+from reproduce.store import Product, Store, write_json
 from reproduce.tables import Cell
 
 SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
+EVALUATE_VERSION = 1  # of the metrics' numbers; raised by hand, as those of questlib.versions
 PREVIEW = 8  # images in a cell's picture
 FULL_FEATURES: dict[tuple[str, str], torch.Tensor] = {}  # by product and kind: Inception takes longer than small images
 
@@ -59,20 +61,23 @@ class SeedRun:
         # a CPU's and a GPU's products differ in the last bits and in their seconds
         schedule = self.how | {"model": self.model_sha256, "parts": parts, "device": self.pipe.device.type}
         drawing = schedule | self.drawn | {"seed": SAMPLING_SEED + seed, "num_samples": setting.samples_per_seed}
-        drawing |= {"batch": setting.sample_batch, "code": code_hash(sampling.sample)}
+        drawing |= {"batch": setting.sample_batch, "versions": versions("sample")}
         self.fp_samples = self.store.product("sample", drawing | {"unet": None})
         if self.config is None:
             self.calibration = self.checkpoint = None
             self.samples = self.fp_samples
             self.full = self.store.product("full-precision", {"model": self.model_sha256})
         else:
-            key = schedule | {"seed": seed, "trajectories": setting.calib_samples, "code": code_hash(questlib.calibrate)}
+            key = schedule | {"seed": seed, "trajectories": setting.calib_samples}
+            key |= {"versions": versions("calibrate")}
             self.calibration = self.store.product("calibrate", key)
-            code = code_hash(questlib.quantize, questlib.finetune, questlib.save_pretrained)
-            key = {"calibration": self.calibration.hash, "config": self.config.to_dict(), "code": code}
+            key = {"calibration": self.calibration.hash, "config": self.config.to_dict()}
+            key |= {"versions": versions("ranges", "adaround", "act_recon", "noise_correction", "finetune")}
             key |= {} if plan.table.shares else {"shares": False}
             self.checkpoint = self.store.product("checkpoint", key)
-            engine = {} if plan.engine == "fake" else {"engine": plan.engine, "engine code": code_hash(questlib.convert)}
+            engine = {}
+            if plan.engine != "fake":
+                engine = {"engine": plan.engine, "engine versions": versions("integer")}
             self.samples = self.store.product("sample", drawing | {"unet": self.checkpoint.hash} | engine)
         key = {
             "samples": self.samples.hash,
@@ -80,11 +85,11 @@ class SeedRun:
             "features": setting.features,
             "reference": setting.reference,
         }
-        key |= {"files": file_digests(setting.reference), "code": code_hash(metrics.evaluate)}
+        key |= {"files": file_digests(setting.reference), "version": EVALUATE_VERSION}
         if setting.features == "inception":
             key |= {"inception": file_digests(inception_weights()[0])}
         if "prompts" in self.drawn:
-            key |= {"clip": setting.clip, "clip code": code_hash(clip_score.clip_score)}
+            key |= {"clip": setting.clip}
             key |= {"clip files": file_digests(setting.clip.removeprefix("local-dir:"))}
         self.score = self.store.product("evaluate", key)
 
@@ -97,7 +102,8 @@ class SeedRun:
         self.calibration.make(self._calibrate)
         calib = questlib.Calibration.load(self.calibration.folder / "calibration.safetensors")
         # Presets and bits that agree on activation ranges and rounded weights share them; in tables of cost each row has its own.
-        shared = self.store.product("quantize", {"calibration": self.calibration.hash, "code": code_hash(questlib.quantize)})
+        key = {"calibration": self.calibration.hash, "versions": versions("ranges", "adaround")}
+        shared = self.store.product("quantize", key)
         cache = shared.folder if self.plan.table.shares else None
         torch.manual_seed(self.seed)
         state = folder / "finetune-state"

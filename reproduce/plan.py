@@ -15,6 +15,7 @@ from questlib.integer.convert import ENGINES as INTEGER_ENGINES
 from questlib.models.loading import embedded_models
 from reproduce.datasets import DATASETS, Setting
 from reproduce.scales import Scale, get_scale
+from reproduce.store import check_store
 from reproduce.tables import Cell, Table, get_table
 
 FEATURES = ("mini", "inception")
@@ -160,4 +161,5 @@ def make_plan(
     if not dry:
         check_writable(plan.folder)
         check_writable(plan.work)
+        check_store(plan.work)
     return plan

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
-import importlib.util
 import json
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from questlib.errors import ConfigError
 from reproduce.provenance import provenance
 
-BY_VALUE = {"questlib", "questlib.config", "questlib.errors"}  # see code_hash
+STORE_FORMAT = 2  # of a work folder; 1, without a marker, named products by hashes of the code
+MARKER = "store.json"
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -88,50 +87,33 @@ class Store:
     def product(self, stage: str, key: dict[str, Any]) -> Product:
         name = digest(key)
         folder = self.root / stage / name
+        if not (self.root / MARKER).is_file():
+            check_store(self.root)
+            write_json(self.root / MARKER, {"format": STORE_FORMAT})  # before the first product
         if not (folder / "key.json").is_file():
             write_json(folder / "key.json", key)
         return Product(folder, name)
 
 
-def code_hash(*functions: Callable) -> str:
-    """Hash of the modules that define `functions` and of all of questlib that they import; comments and format do not count.
-
-    Config and errors are left out: what a preset decides enters a product's key by value.
-    """
-    seen: dict[str, str] = {}
-    todo = [function.__module__ for function in functions]
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen[name], imported = _source(name)
-        todo += imported
-    return digest(sorted(seen.items()))
-
-
-@cache
-def _source(name: str) -> tuple[str, list[str]]:
-    """(hash of the module's syntax tree without docstrings, the questlib modules that it imports)."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(f"no source for module {name}", name=name)
-    tree = ast.parse(Path(spec.origin).read_text())
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("questlib"):
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.startswith("questlib.")}
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-            body[0].value.value = ""  # a docstring
-    # The package's own __init__ only gathers names: what a module uses, it imports by module here.
-    modules = sorted(n for n in names - BY_VALUE if _is_module(n))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), modules
-
-
-def _is_module(name: str) -> bool:
+def check_store(root: Path) -> None:
+    """ConfigError when `root` holds products of another store format. Nothing is written or removed."""
+    advice = "name another folder (--work), or remove it"
+    # Products first: another process that has just made one wrote the marker before.
+    has_products = any(root.glob("*/*/key.json"))
     try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # name's parent is a module, not a package: name is a function or a class in it
-        return False
+        marker = json.loads((root / MARKER).read_text())
+    except FileNotFoundError:
+        if has_products:
+            raise ConfigError(
+                f"work folder {root}: found products of a questlib before 0.2, "
+                f"which this one cannot go on from; {advice}"
+            ) from None
+        return
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"work folder {root}: {MARKER} cannot be read; {advice}") from error
+    found = marker.get("format") if isinstance(marker, dict) else None
+    if found != STORE_FORMAT:
+        raise ConfigError(
+            f"work folder {root}: expected products of format {STORE_FORMAT}, "
+            f"found format {found}; {advice}"
+        )

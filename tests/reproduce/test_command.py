@@ -48,6 +48,35 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
     assert not list(tmp_path.glob("results/**/*.json"))
 
 
+TINY_RUN = ["table3", "--scale", "smoke", "--cells", "bedrooms-fp", "--work", "work"]
+
+
+@pytest.mark.parametrize(
+    ("marker", "found"),
+    [
+        (None, "found products of a questlib before 0.2"),
+        ('{"format": 3}', "found format 3"),
+        ("[]", "found format None"),
+        ("no JSON", "store.json cannot be read"),
+    ],
+)
+def test_work_folder_of_another_version_is_refused(tmp_path, monkeypatch, capsys, marker, found):
+    """One line that says what to do; nothing in the folder is changed."""
+    monkeypatch.chdir(tmp_path)
+    key = tmp_path / "work" / "sample" / "0123" / "key.json"
+    key.parent.mkdir(parents=True)
+    key.write_text("{}")
+    if marker is not None:
+        (tmp_path / "work" / "store.json").write_text(marker)
+    before = sorted(tmp_path.glob("work/**/*"))
+    assert main(TINY_RUN) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert found in err and "name another folder (--work), or remove it" in err
+    assert sorted(tmp_path.glob("work/**/*")) == before
+    assert main([*TINY_RUN, "--dry-run"]) == 0  # reads nothing there
+
+
 def test_bad_input_in_a_process(tmp_path):
     done = reproduce("table2", "--scale", "huge", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

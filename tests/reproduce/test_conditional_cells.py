@@ -117,7 +117,6 @@ def test_class_conditional_cell(conditional, monkeypatch):
         seen.append((kwargs["guidance_scale"], kwargs["sampler"]))
         return real(*args, **kwargs)
 
-    sample.__module__ = real.__module__
     monkeypatch.setattr(sampling, "sample", sample)
     made = conditional("table4", cells=["imagenet-w4a4-quest"])
     run.preflight(made)

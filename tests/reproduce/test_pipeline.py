@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import questlib
 from questlib import metrics, sampling
-from questlib.errors import QuestError
+from questlib.errors import ConfigError, QuestError
 from reproduce import pipeline, report, store
 from reproduce.pipeline import METRICS, SeedRun, run_cell
 from reproduce.provenance import provenance, row_processors
-from reproduce.store import Store, code_hash
+from reproduce.store import STORE_FORMAT, Store, check_store
 
 CELL = "bedrooms-w4a4-quest"
 
@@ -38,7 +38,6 @@ def calls(monkeypatch) -> Counter:
             counted[name] += 1
             return real(*args, **kwargs)
 
-        wrapper.__module__ = real.__module__
         monkeypatch.setattr(owner, name, wrapper)
 
     for name in ("calibrate", "quantize", "finetune", "save_pretrained"):
@@ -109,7 +108,6 @@ def test_stopped_run_goes_on(tiny_plan, calls, monkeypatch, stop_in, done):
             return counting(*args, **kwargs)
         raise KeyboardInterrupt
 
-    stop.__module__ = counting.__module__
     monkeypatch.setattr(owner, stop_in, stop)
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, plan)
@@ -130,7 +128,6 @@ def test_stopped_and_unstopped_runs_agree(tiny_plan, monkeypatch, tmp_path):
     def stop(*args):
         raise KeyboardInterrupt
 
-    stop.__module__ = real.__module__
     monkeypatch.setattr(questlib, "save_pretrained", stop)
     with pytest.raises(KeyboardInterrupt):
         run_cell(cell, plan)
@@ -147,7 +144,6 @@ def test_failed_cell_says_why_and_the_table_goes_on(tiny_plan, monkeypatch, erro
     def fail(*args, **kwargs):
         raise error
 
-    fail.__module__ = questlib.quantize.__module__
     monkeypatch.setattr(questlib, "quantize", fail)
     results = [run_cell(cell, plan) for cell in plan.cells]
     assert [r["status"] for r in results] == ["done", "failed"]
@@ -170,7 +166,6 @@ def test_measured_model_is_the_one_on_disk(tiny_plan, monkeypatch):
         used.append(kwargs["unet"])
         return real_sample(*args, **kwargs)
 
-    sample.__module__ = real_sample.__module__
     monkeypatch.setattr(sampling, "sample", sample)
     run_cell(plan.table.cell("bedrooms-w8a8-minmax"), plan)
     assert used[-1] is loaded[0]
@@ -190,27 +185,17 @@ def test_product_keeps_the_seconds_of_interrupted_tries(tmp_path):
     assert product.make(interrupted) == info
 
 
-def test_code_hash_follows_imports_and_ignores_comments(tmp_path, monkeypatch):
-    from reproduce import store
-
-    monkeypatch.syspath_prepend(tmp_path)
-    path = tmp_path / "some_stage.py"
-
-    def hash_of(text: str) -> str:
-        path.write_text(text)
-        store._source.cache_clear()
-
-        def function():
-            pass
-
-        function.__module__ = "some_stage"
-        return code_hash(function)
-
-    one = hash_of('"""Doc."""\nfrom questlib import sampling\nX = 1\n')
-    assert hash_of('"""Other doc."""\n# why\nfrom questlib import sampling\n\nX = 1\n') == one
-    assert hash_of('"""Doc."""\nfrom questlib import sampling\nX = 2\n') != one
-    assert "questlib.sampling" in store._source("some_stage")[1]
-    store._source.cache_clear()
+def test_new_work_folder_is_marked_with_its_first_product(tmp_path):
+    check_store(tmp_path / "absent")
+    check_store(tmp_path)
+    assert not any(tmp_path.iterdir())
+    Store(tmp_path).product("stage", {"a": 1})
+    assert json.loads((tmp_path / "store.json").read_text()) == {"format": STORE_FORMAT}
+    check_store(tmp_path)
+    Store(tmp_path).product("stage", {"a": 2})
+    (tmp_path / "store.json").unlink()
+    with pytest.raises(ConfigError, match="products of a questlib before 0.2"):
+        Store(tmp_path).product("stage", {"a": 3})
 
 
 def test_samples_do_not_depend_on_global_random_state(tiny_plan):
