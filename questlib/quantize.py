@@ -77,8 +77,12 @@ def _seconds(make: Callable[[], None]) -> float:
 
 
 def _kept(
-    cache_dir: str | Path | None, stage: str, key: str, calib: Calibration,
-    tensors: dict[str, torch.Tensor], make: Callable[[], None],
+    cache_dir: str | Path | None,
+    stage: str,
+    key: str,
+    calib: Calibration,
+    tensors: dict[str, torch.Tensor],
+    make: Callable[[], None],
 ) -> tuple[float, bool]:
     """Fill `tensors` in place from the cache's file, or by `make`, whose result the file then keeps.
 

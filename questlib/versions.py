@@ -1,7 +1,8 @@
 """The version of each stage's numbers; products and caches are named by it.
 
 A version is raised by hand when the numbers of its stage change, not when code is moved or tidied.
-tests/test_golden_bits.py fails, and names the stage, when its numbers change and its version does not.
+tests/test_golden_bits.py fails, and names the stage, when its numbers change and its version does
+not.
 """
 
 from __future__ import annotations

@@ -41,9 +41,15 @@ Numbers = dict[str, torch.Tensor]
 # ---- what is run ----
 
 ITERATIONS = dict(
-    adaround_iters=4, act_iters=3, tla_iters=3, cma_iters=3, batch_size=4, recon_samples=8,
-    calib_batch=4, lora_rank=2,
-)  # fmt: skip
+    adaround_iters=4,
+    act_iters=3,
+    tla_iters=3,
+    cma_iters=3,
+    batch_size=4,
+    recon_samples=8,
+    calib_batch=4,
+    lora_rank=2,
+)
 UNQUANTIZED = dict(adaround=False, act_recon=False)
 PLAIN = UNQUANTIZED | dict(act_range="minmax", weight_range="minmax")  # quick to quantize
 
@@ -63,26 +69,39 @@ def fill(model: nn.Module) -> nn.Module:
 @cache
 def unconditional() -> SimpleNamespace:
     unet = UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1,
-        block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8,
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     return SimpleNamespace(unet=fill(unet), scheduler=DDIMScheduler(clip_sample=False))
 
 
 @cache
 def conditional() -> SimpleNamespace:
     unet = UNet2DConditionModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1,
-        block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=4,
-        cross_attention_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        attention_head_dim=4,
+        cross_attention_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     return SimpleNamespace(
-        unet=fill(unet), scheduler=DDIMScheduler(clip_sample=False), components={},
+        unet=fill(unet),
+        scheduler=DDIMScheduler(clip_sample=False),
+        components={},
         class_embedder=fill(ClassEmbedder(4, 8)),
-    )  # fmt: skip
+    )
 
 
 @cache
@@ -189,9 +208,15 @@ def run_sample() -> Numbers:
     for name, unet in {"full": None, "quantized": small}.items():
         for sampler, choices in {"ddim": dict(eta=1.0), "plms": {}}.items():
             drawn = sample(
-                unconditional(), 4, num_inference_steps=4, sampler=sampler, seed=1000, unet=unet,
-                progress=False, **choices,
-            )  # fmt: skip
+                unconditional(),
+                4,
+                num_inference_steps=4,
+                sampler=sampler,
+                seed=1000,
+                unet=unet,
+                progress=False,
+                **choices,
+            )
             numbers[f"{name} {sampler}"] = drawn.latents
     guided = sample(
         conditional(), 4, num_inference_steps=3, guidance_scale=3.0, seed=1000, progress=False
@@ -404,7 +429,9 @@ def test_one_last_bit_counts_where_the_machine_is_known_and_a_percent_elsewhere(
     first = last_bit.view(-1)[:1]
     first.copy_(torch.nextafter(first, first + 1))
     nearly = found | {name: last_bit}
-    assert f"stage {stage!r} changed its numbers (bits)" in failure(stage, nearly, golden, 1, "here")
+    assert f"stage {stage!r} changed its numbers (bits)" in failure(
+        stage, nearly, golden, 1, "here"
+    )
     assert failure(stage, nearly, golden, 1, "elsewhere") is None
     other = found | {name: found[name] * 1.01}
     assert "(values)" in failure(stage, other, golden, 1, "elsewhere")
