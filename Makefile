@@ -96,8 +96,8 @@ endif
 runs/cifar10.safetensors: | $(STAMP)
 	"$(PY)" -m pip install -q -c constraints.txt -e '.[inception]'
 	@rm -rf runs/cifar10
-	"$(PY)" -m questlib.models.data --data cifar10 --count 10000 --out runs/cifar10
-	"$(PY)" -m questlib reference runs/cifar10 $@
+	"$(PY)" -m reproduce.models.minis.data --data cifar10 --count 10000 --out runs/cifar10
+	"$(PY)" -m reproduce.evaluation reference runs/cifar10 $@
 
 reproduce-table2:  ## table 2: time-embedding settings
 reproduce-bedrooms:  ## table 3, LSUN-Bedrooms: the methods at W8A8, W4A8, W4A4

@@ -27,15 +27,29 @@ from diffusers import UNet2DConditionModel
 import questlib
 from questlib.config import QuantConfig
 from questlib.integer.synthetic import random_grids
-from questlib.model import insert
-from questlib.models.loading import load_pipeline
+from questlib.quantization.prepare import insert
+from reproduce.models.loading import load_pipeline
 from reproduce.provenance import PeakMemory, provenance
 
 RESULT = Path(__file__).parent / "results" / "cpu_unet.json"
-SD14 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # CompVis/stable-diffusion-v1-4, unet/config.json
+SD14 = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}  # CompVis/stable-diffusion-v1-4, unet/config.json
 MODELS = {"mini-ldm4": 100, "sd14": 2}  # batch
-FLOAT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp32-compiled": torch.float32, "bf16-compiled": torch.bfloat16}
-INTEGER = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w4a4-bf16": (4, 4)}  # -bf16: norms and residuals in bf16
+FLOAT = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp32-compiled": torch.float32,
+    "bf16-compiled": torch.bfloat16,
+}
+INTEGER = {
+    "w8a8": (8, 8),
+    "w4a8": (4, 8),
+    "w4a4": (4, 4),
+    "w4a4-bf16": (4, 4),
+}  # -bf16: norms and residuals in bf16
 TIMESTEPS = torch.arange(1, 1000, 50)
 
 
@@ -62,7 +76,12 @@ def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, An
     else:
         unet = questlib.from_pretrained(folder, engine="cpu", dtype=dtype)
     loaded = time.perf_counter() - start
-    shape = (MODELS[model], unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
+    shape = (
+        MODELS[model],
+        unet.config.in_channels,
+        unet.config.sample_size,
+        unet.config.sample_size,
+    )
     x, args = torch.randn(shape, dtype=dtype), {}
     if model == "sd14":
         args["encoder_hidden_states"] = torch.randn(shape[0], 77, 768, dtype=dtype)
@@ -78,17 +97,25 @@ def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, An
         with PeakMemory() as memory:  # its watching thread would slow the steps that are timed
             resident = psutil.Process().memory_info().rss
             unet(x, 1, **args)
-    engines = {} if variant in FLOAT else questlib.engine_report(unet)["engine"].value_counts().to_dict()
+    engines = (
+        {} if variant in FLOAT else questlib.engine_report(unet)["engine"].value_counts().to_dict()
+    )
     return {
-        "load_s": loaded, "first_s": first, "step_s": seconds, "resident_bytes": resident,
-        "peak_bytes": resident + memory.bytes, "threads": torch.get_num_threads(), "engines": engines,
-    }  # fmt: skip
+        "load_s": loaded,
+        "first_s": first,
+        "step_s": seconds,
+        "resident_bytes": resident,
+        "peak_bytes": resident + memory.bytes,
+        "threads": torch.get_num_threads(),
+        "engines": engines,
+    }
 
 
 def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str, Any]:
     parameters = sum(p.numel() for p in float_unet(model).parameters())
     sizes = {
-        bits: make_checkpoint(model, bits, folder / f"{model}-{bits}") for bits in {INTEGER[v] for v in variants if v in INTEGER}
+        bits: make_checkpoint(model, bits, folder / f"{model}-{bits}")
+        for bits in {INTEGER[v] for v in variants if v in INTEGER}
     }
     gc.collect()
     rows: dict[str, Any] = {v: [] for v in variants}
@@ -111,7 +138,11 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
     result = {}
     for variant, runs in rows.items():
         step = statistics.median(s for r in runs for s in r["step_s"])
-        disk = sizes[INTEGER[variant]] if variant in INTEGER else parameters * (2 if FLOAT[variant] == torch.bfloat16 else 4)
+        disk = (
+            sizes[INTEGER[variant]]
+            if variant in INTEGER
+            else parameters * (2 if FLOAT[variant] == torch.bfloat16 else 4)
+        )
         result[variant] = {
             "step_s": step,
             "resident_bytes": min(r["resident_bytes"] for r in runs),
@@ -126,12 +157,19 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--variants", default=",".join([*FLOAT, *INTEGER]))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--worker", nargs=4, metavar=("MODEL", "VARIANT", "FOLDER", "REPEATS"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--worker",
+        nargs=4,
+        metavar=("MODEL", "VARIANT", "FOLDER", "REPEATS"),
+        help=argparse.SUPPRESS,
+    )
     args = parser.parse_args()
     if args.worker:
         model, variant, folder, repeats = args.worker
@@ -140,13 +178,20 @@ def main() -> None:
     models, variants = args.models.split(","), args.variants.split(",")
     unknown = sorted(set(models) - set(MODELS)) + sorted(set(variants) - set(FLOAT) - set(INTEGER))
     if unknown:
-        parser.error(f"models are {', '.join(MODELS)}, variants {', '.join([*FLOAT, *INTEGER])}; found {', '.join(unknown)}")
+        parser.error(
+            f"models are {', '.join(MODELS)}, variants {', '.join([*FLOAT, *INTEGER])}; found {', '.join(unknown)}"
+        )
     found = json.loads(args.out.read_text())["models"] if args.out.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="quest-") as folder:
         for model in models:
-            found[model] = run(model, variants, args.repeats, Path(folder)) | {"provenance": provenance()}
+            found[model] = run(model, variants, args.repeats, Path(folder)) | {
+                "provenance": provenance()
+            }
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps({"command": "python benchmarks/cpu_unet.py", "models": found}, indent=1) + "\n")
+            args.out.write_text(
+                json.dumps({"command": "python benchmarks/cpu_unet.py", "models": found}, indent=1)
+                + "\n"
+            )
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 import questlib
-from questlib import metrics
-from questlib.integer import convert
-from questlib.model import quant_layers
-from questlib.models.loading import load_pipeline
-from questlib.sampling import Samples, sample
+from questlib.integer.conversion import convert
+from questlib.quantization.model import quant_layers
+from reproduce.evaluation import metrics
+from reproduce.evaluation.drawing import sample
+from reproduce.evaluation.samples import Samples
+from reproduce.models.loading import load_pipeline
 from reproduce.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "equality.json"
@@ -46,7 +47,9 @@ class InFloat64(torch.nn.Module):
 
 
 @torch.no_grad()
-def layer_differences(fake: torch.nn.Module, integer: torch.nn.Module, batch: int = 4) -> dict[str, float]:
+def layer_differences(
+    fake: torch.nn.Module, integer: torch.nn.Module, batch: int = 4
+) -> dict[str, float]:
     """The largest |integer - fake| / max |fake| of each layer's output, over all calibrated timesteps, on the same inputs."""
     worst: dict[str, float] = {}
     layers = {m.name: m for m in integer.modules() if hasattr(m, "accumulators")}
@@ -59,7 +62,9 @@ def layer_differences(fake: torch.nn.Module, integer: torch.nn.Module, batch: in
 
         return hook
 
-    handles = [layer.register_forward_hook(compare(name)) for name, layer in quant_layers(fake).items()]
+    handles = [
+        layer.register_forward_hook(compare(name)) for name, layer in quant_layers(fake).items()
+    ]
     shape = (batch, fake.config.in_channels, fake.config.sample_size, fake.config.sample_size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for t in fake.quest_steps.timesteps:
@@ -90,7 +95,12 @@ def study(folder: Path, samples: int, few: int) -> dict[str, Any]:
 
     def draw(unet: torch.nn.Module | None, n: int) -> Samples:
         return sample(
-            pipe, n, unet=unet, num_inference_steps=len(fake.quest_steps.timesteps), seed=SEED, batch_size=min(100, few)
+            pipe,
+            n,
+            unet=unet,
+            num_inference_steps=len(fake.quest_steps.timesteps),
+            seed=SEED,
+            batch_size=min(100, few),
         )
 
     full, simulated, integer = (draw(unet, samples) for unet in (None, fake, cpu))
@@ -115,17 +125,25 @@ def study(folder: Path, samples: int, few: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoints", nargs="+", type=Path)
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--few", type=int, default=100, help="samples of the slow runs: reference, float64")
+    parser.add_argument(
+        "--few", type=int, default=100, help="samples of the slow runs: reference, float64"
+    )
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     results = []
     for folder in args.checkpoints:
         results.append(study(folder, args.samples, args.few))
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        about = {"command": "python benchmarks/equality.py CHECKPOINTS", "model": MODEL, "provenance": provenance()}
+        about = {
+            "command": "python benchmarks/equality.py CHECKPOINTS",
+            "model": MODEL,
+            "provenance": provenance(),
+        }
         args.out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
         print(json.dumps({k: v for k, v in results[-1].items() if k != "metrics"}, indent=1))
 

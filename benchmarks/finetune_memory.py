@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cpu_unet import TIMESTEPS  # noqa: E402
 from full_size import MODELS  # noqa: E402
 
-from questlib.calibrate import Batch  # noqa: E402
+from questlib.calibration import Batch  # noqa: E402
 from questlib.config import QuantConfig  # noqa: E402
-from questlib.finetune import losses, settle  # noqa: E402
-from questlib.model import act_quantizers, insert, quant_layers  # noqa: E402
-from questlib.stages import stages, trainable  # noqa: E402
+from questlib.finetuning.loop import settle  # noqa: E402
+from questlib.finetuning.losses import losses
+from questlib.finetuning.stages import stages, trainable  # noqa: E402
+from questlib.quantization.model import act_quantizers, quant_layers
+from questlib.quantization.prepare import insert  # noqa: E402
 from reproduce.provenance import provenance  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "finetune_memory.json"
@@ -74,7 +76,11 @@ def without_values(module: nn.Module, mode: FakeTensorMode, living: Living) -> N
                         fake = torch.empty(value.shape, dtype=value.dtype)
                     living.add(fake)
                     grad = value.requires_grad
-                    table[name] = nn.Parameter(fake, requires_grad=grad) if table is owner._parameters else fake
+                    table[name] = (
+                        nn.Parameter(fake, requires_grad=grad)
+                        if table is owner._parameters
+                        else fake
+                    )
 
 
 def count(model: str, batch_size: int, save_memory: bool) -> int:
@@ -83,7 +89,9 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
     config = QuantConfig.preset("quest", 4, 4, weight_range="minmax", save_memory=save_memory)
     with torch.device("meta"):
         teacher = UNet2DConditionModel(**settings)
-    teacher = teacher.to_empty(device="cpu").eval().requires_grad_(False)  # never touched, so it takes no memory
+    teacher = (
+        teacher.to_empty(device="cpu").eval().requires_grad_(False)
+    )  # never touched, so it takes no memory
     student, mode, living = insert(teacher, config, TIMESTEPS), FakeTensorMode(), Living()
     stage = stages(student, config)[-1]
     trained = [p for group in trainable(student, stage, config) for p in group["params"]]
@@ -104,12 +112,14 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
         x, context = (torch.empty(batch_size, *s) for s in ((channels, size, size), shape))
         t = torch.zeros(batch_size, dtype=torch.int64)
         local, total = losses(student, teacher, stage, config, Batch(x, t, x, context), t, {})
-        (local + config.global_weight * total).backward()
+        (local + config.finetuning.global_weight * total).backward()
     return living.peak + moments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--batches", default="4", help="the release finetunes with 4")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -123,7 +133,11 @@ def main() -> None:
         ]
         print(model, found[model], flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"command": "python benchmarks/finetune_memory.py", "models": found, "provenance": provenance()}
+    result = {
+        "command": "python benchmarks/finetune_memory.py",
+        "models": found,
+        "provenance": provenance(),
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

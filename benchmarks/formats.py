@@ -21,8 +21,8 @@ import questlib
 from questlib.__main__ import parse_bits
 from questlib.config import CHOICES, QuantConfig
 from questlib.errors import ConfigError
-from questlib.model import quant_layers, set_mode
-from questlib.models.loading import load_pipeline
+from questlib.quantization.model import quant_layers, set_mode
+from reproduce.models.loading import load_pipeline
 from reproduce.provenance import provenance
 
 RESULT = Path(__file__).parent / "results" / "formats.json"
@@ -67,11 +67,19 @@ def study(model: str, bits: tuple[int, int]) -> dict[str, Any]:
             for name, value in layer_errors(unet, pipe.unet, unseen).items():
                 row = layers.setdefault(name, {"role": quant_layers(unet)[name].role})
                 row[f"{'quantized' if weights else 'full'} weights, {granularity}"] = value
-    return {"model": model, "bits": f"W{bits[0]}A{bits[1]}", "steps": STEPS, "samples": SAMPLES, "layers": layers}
+    return {
+        "model": model,
+        "bits": f"W{bits[0]}A{bits[1]}",
+        "steps": STEPS,
+        "samples": SAMPLES,
+        "layers": layers,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="mini-ldm4")
     parser.add_argument("--bits", default="W4A4")
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -83,7 +91,9 @@ def main() -> None:
     result = study(args.model, bits)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/formats.py --model {args.model} --bits {args.bits}"
-    args.out.write_text(json.dumps({"command": command, **result, "provenance": provenance()}, indent=1) + "\n")
+    args.out.write_text(
+        json.dumps({"command": command, **result, "provenance": provenance()}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -28,21 +28,37 @@ from cpu_unet import SD14  # noqa: E402
 
 import questlib  # noqa: E402
 from questlib.config import QuantConfig
-from questlib.stages import stages
+from questlib.finetuning.stages import stages
 from reproduce.provenance import PeakMemory, provenance
 
 RESULT = Path(__file__).parent / "results" / "full_size.json"
 FEW = dict(
-    adaround_iters=2, recon_samples=1, tla_iters=2, cma_iters=2, batch_size=1, calib_batch=2, forward_batch=1, save_memory=True
+    adaround_iters=2,
+    recon_samples=1,
+    tla_iters=2,
+    cma_iters=2,
+    batch_size=1,
+    calib_batch=2,
+    forward_batch=1,
+    save_memory=True,
 )
 LDM4_IMAGENET = {  # CompVis cin256-v2; attention_head_dim is diffusers' name for the number of heads
-    "sample_size": 64, "in_channels": 3, "out_channels": 3, "block_out_channels": (192, 384, 576, 960),
+    "sample_size": 64,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": (192, 384, 576, 960),
     "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 3,
     "up_block_types": ("CrossAttnUpBlock2D",) * 3 + ("UpBlock2D",),
-    "attention_head_dim": 1, "cross_attention_dim": 512,
-}  # fmt: skip
+    "attention_head_dim": 1,
+    "cross_attention_dim": 512,
+}
 MODELS = {  # UNet, scheduler, tokens and width of the context, guidance scale
-    "sd14": (SD14, PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False), (77, 768), 7.5),
+    "sd14": (
+        SD14,
+        PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
+        (77, 768),
+        7.5,
+    ),
     "ldm4-imagenet": (LDM4_IMAGENET, DDIMScheduler(clip_sample=False), (1, 512), 3.0),
 }
 
@@ -78,29 +94,43 @@ def measure(model: str, folder: Path) -> dict[str, Any]:
         config = QuantConfig.preset("quest", 4, 4, **FEW)
         calib = timed("calibrate", lambda: questlib.calibrate(pipe, 1, 2, guidance_scale=guidance))
         student = timed("quantize", lambda: questlib.quantize(unet, config, calib, progress=True))
-        log = timed("finetune", lambda: questlib.finetune(student, unet, calib, config, progress=True))
+        log = timed(
+            "finetune", lambda: questlib.finetune(student, unet, calib, config, progress=True)
+        )
         size = timed("save", lambda: questlib.save_pretrained(student, folder))
     full = sum(p.numel() for p in unet.parameters()) * 4
-    trained = {s.name: sum(m.weight.numel() for m in s.layers.values()) for s in stages(student, config)}
+    trained = {
+        s.name: sum(m.weight.numel() for m in s.layers.values()) for s in stages(student, config)
+    }
     return {
-        "parameters": full // 4, "fp32_bytes": full, "checkpoint_bytes": size, "peak_bytes": resident + memory.bytes,
+        "parameters": full // 4,
+        "fp32_bytes": full,
+        "checkpoint_bytes": size,
+        "peak_bytes": resident + memory.bytes,
         "seconds": seconds | {f"quantize: {k}": v for k, v in student.quest_log["seconds"].items()},
         "trained_weights": trained,
-        "loss": log["loss"], "calibration_x": list(calib.x.shape), "context": list(calib.context.shape),
-        "settings": FEW, "threads": torch.get_num_threads(),
-    }  # fmt: skip
+        "loss": log["loss"],
+        "calibration_x": list(calib.x.shape),
+        "context": list(calib.context.shape),
+        "settings": FEW,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def run(model: str) -> dict[str, Any]:
     """`measure` in a process of its own: its peak is not hidden by memory that others freed."""
     with tempfile.TemporaryDirectory(prefix="quest-") as folder:
         command = [sys.executable, __file__, "--worker", model, folder]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, cwd=Path(__file__).parent.parent
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
@@ -115,7 +145,10 @@ def main() -> None:
     for model in args.models.split(","):
         found[model] = run(model) | {"provenance": provenance()}
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps({"command": "python benchmarks/full_size.py", "models": found}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"command": "python benchmarks/full_size.py", "models": found}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def correctness(report: Report, args) -> bool:
     """Accumulators equal to the int64 reference bit for bit, outputs to the simulation: layers of every kind, every tile."""
     device = "cpu" if args.interpret else "cuda"
     todo = jobs(small=args.interpret)[:: 24 if args.quick else 1]
-    if device == "cuda" and args.shard is None:  # most of the time goes into compiling: one process a core
+    if (
+        device == "cuda" and args.shard is None
+    ):  # most of the time goes into compiling: one process a core
         found = [data["correctness"] for data in run_shards("correctness")]
     else:
         i, n = args.shard or (0, 1)
@@ -69,9 +71,10 @@ def correctness(report: Report, args) -> bool:
                 wrong = [] if error <= 0.01 else [f"attention A{bits}: mean error {error:.1e}"]
                 found.append(dict(checked=1, largest_relative_error=0.0, failures=wrong))
     report.data["correctness"] = dict(
-        checked=sum(f["checked"] for f in found), largest_relative_error=max(f["largest_relative_error"] for f in found),
+        checked=sum(f["checked"] for f in found),
+        largest_relative_error=max(f["largest_relative_error"] for f in found),
         failures=[line for f in found for line in f["failures"]],
-    )  # fmt: skip
+    )
     return not report.data["correctness"]["failures"]
 
 
@@ -80,18 +83,28 @@ def run_shards(section: str, n: int | None = None, flags: tuple[str, ...] = ()) 
     n = n or max(1, min(12, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"{i}.json" for i in range(n)]
-        command, one_thread = [sys.executable, __file__, "--sections", section, *flags], os.environ | {"OMP_NUM_THREADS": "1"}
+        command, one_thread = (
+            [sys.executable, __file__, "--sections", section, *flags],
+            os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         with contextlib.ExitStack() as stack:
             logs = [stack.enter_context(open(out.with_suffix(".log"), "w+")) for out in outs]
             running = [
-                subprocess.Popen([*command, "--shard", f"{i}/{n}", "--out", str(out)], stdout=log, stderr=log, env=one_thread)
+                subprocess.Popen(
+                    [*command, "--shard", f"{i}/{n}", "--out", str(out)],
+                    stdout=log,
+                    stderr=log,
+                    env=one_thread,
+                )
                 for i, (out, log) in enumerate(zip(outs, logs, strict=True))
             ]
             codes = [process.wait() for process in running]
             for code, log in zip(codes, logs, strict=True):
                 if code not in (0, 1):
                     log.seek(0)
-                    raise RuntimeError(f"a process of section {section} ended with code {code}: {log.read()[-2000:]}")
+                    raise RuntimeError(
+                        f"a process of section {section} ended with code {code}: {log.read()[-2000:]}"
+                    )
         return [json.loads(out.read_text()) for out in outs]
 
 
@@ -104,8 +117,18 @@ def peaks(report: Report, args) -> bool:
     x, y = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 255, (4 << 30,), device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
-    t = timer.compare({"int8": lambda: torch._int_mm(a, b.T), "bf16": lambda: x @ y, "copy": lambda: target.copy_(source)})
-    report.data["peaks"] = dict(int8=2 * n**3 / t["int8"], bf16=2 * n**3 / t["bf16"], bandwidth=2 * source.numel() / t["copy"])
+    t = timer.compare(
+        {
+            "int8": lambda: torch._int_mm(a, b.T),
+            "bf16": lambda: x @ y,
+            "copy": lambda: target.copy_(source),
+        }
+    )
+    report.data["peaks"] = dict(
+        int8=2 * n**3 / t["int8"],
+        bf16=2 * n**3 / t["bf16"],
+        bandwidth=2 * source.numel() / t["copy"],
+    )
     return True
 
 
@@ -158,9 +181,9 @@ def unet(report: Report, args) -> bool:
         report.data["skipped"].append("unet: diffusers is not installed")
         return True
     try:
-        from questlib.integer import convert
+        from questlib.integer.conversion import convert
     except ImportError as error:
-        report.data["skipped"].append(f"unet: questlib.integer.convert is missing ({error})")
+        report.data["skipped"].append(f"unet: questlib.integer.conversion is missing ({error})")
         return True
     timer, rows, half = Timer(), report.data.setdefault("unet", []), torch.float16
 
@@ -168,20 +191,26 @@ def unet(report: Report, args) -> bool:
         return random_unet("float").to(dtype=half, memory_format=torch.channels_last)
 
     def ours(bits: int, fuse: bool = True):
-        return convert(random_unet("quest", bits), engine="triton", dtype=half, fuse=fuse, inplace=True)
+        return convert(
+            random_unet("quest", bits), engine="triton", dtype=half, fuse=fuse, inplace=True
+        )
 
     contenders = {
-        "float16 eager": (plain, 20), "W4A4": (functools.partial(ours, 4), 60), "W8A8": (functools.partial(ours, 8), 60),
+        "float16 eager": (plain, 20),
+        "W4A4": (functools.partial(ours, 4), 60),
+        "W8A8": (functools.partial(ours, 8), 60),
         "W4A4, not fused": (functools.partial(ours, 4, False), 60),
         "float16 compiled": (lambda: torch.compile(plain(), mode=args.compile_mode), 90),
-    }  # fmt: skip
+    }
     for name, (make, seconds) in contenders.items():
         if report.enough(f"unet {name}", seconds):
             model = make()
             for batch in BATCHES:
                 if report.enough(f"unet {name}, batch {batch}", seconds / 3):
                     rows.append(dict(model=name, **unet_row(model, name, batch, timer)))
-                    print(f"unet {name} batch {batch}: {rows[-1]['seconds'] * 1e3:.2f} ms", flush=True)
+                    print(
+                        f"unet {name} batch {batch}: {rows[-1]['seconds'] * 1e3:.2f} ms", flush=True
+                    )
                     report.save()
             del model
             torch.cuda.empty_cache()
@@ -199,7 +228,10 @@ def machine() -> dict:
     import triton
 
     found = dict(
-        torch=torch.__version__, triton=triton.__version__, python=sys.version.split()[0], when=time.strftime("%Y-%m-%d %H:%M")
+        torch=torch.__version__,
+        triton=triton.__version__,
+        python=sys.version.split()[0],
+        when=time.strftime("%Y-%m-%d %H:%M"),
     )
     if torch.cuda.is_available():
         p = torch.cuda.get_device_properties(0)
@@ -212,25 +244,45 @@ def machine() -> dict:
             smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError) as error:
             smi = f"nvidia-smi: {error}"
-        found |= dict(gpu=p.name, processors=p.multi_processor_count, memory=p.total_memory, driver_and_clocks=smi)
+        found |= dict(
+            gpu=p.name,
+            processors=p.multi_processor_count,
+            memory=p.total_memory,
+            driver_and_clocks=smi,
+        )
     return found
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--budget", type=float, default=540, help="seconds; what does not fit is listed as skipped")
+    parser.add_argument(
+        "--budget", type=float, default=540, help="seconds; what does not fit is listed as skipped"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu.json")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="comma-separated; peaks are always measured before layers")
-    parser.add_argument("--interpret", action="store_true", help="the correctness section alone, on CPU, in Triton's interpreter")
+    parser.add_argument(
+        "--sections",
+        default=",".join(SECTIONS),
+        help="comma-separated; peaks are always measured before layers",
+    )
+    parser.add_argument(
+        "--interpret",
+        action="store_true",
+        help="the correctness section alone, on CPU, in Triton's interpreter",
+    )
     parser.add_argument("--quick", action="store_true", help="fewer cases of correctness")
     parser.add_argument(
-        "--compile-mode", help="of torch.compile; max-autotune-no-cudagraphs takes minutes (default: torch's own)"
+        "--compile-mode",
+        help="of torch.compile; max-autotune-no-cudagraphs takes minutes (default: torch's own)",
     )
-    parser.add_argument("--shard", type=lambda text: tuple(map(int, text.split("/"))), help=argparse.SUPPRESS)  # run_shards' own
+    parser.add_argument(
+        "--shard", type=lambda text: tuple(map(int, text.split("/"))), help=argparse.SUPPRESS
+    )  # run_shards' own
     args = parser.parse_args(argv)
     wanted = ["correctness"] if args.interpret else args.sections.split(",")
     if unknown := [s for s in wanted if s not in SECTIONS]:
-        parser.error(f"--sections: expected some of {', '.join(SECTIONS)}, found {', '.join(unknown)}")
+        parser.error(
+            f"--sections: expected some of {', '.join(SECTIONS)}, found {', '.join(unknown)}"
+        )
     if "layers" in wanted and "peaks" not in wanted and args.shard is None:
         wanted.insert(0, "peaks")
     if args.interpret:
@@ -241,7 +293,10 @@ def main(argv: list[str] | None = None) -> int:
     report = Report(args.out, args.budget)
     report.data["machine"] = machine()
     if not args.interpret and not torch.cuda.is_available():
-        print("expected an NVIDIA GPU, found none; --interpret checks the kernels without one", file=sys.stderr)
+        print(
+            "expected an NVIDIA GPU, found none; --interpret checks the kernels without one",
+            file=sys.stderr,
+        )
         return 2
     for name in SECTIONS:
         if name in wanted and report.enough(name):
@@ -249,7 +304,10 @@ def main(argv: list[str] | None = None) -> int:
             good = globals()[name](report, args)
             report.data.setdefault("section seconds", {})[name] = round(time.monotonic() - start, 1)
             report.save()
-            print(f"{name}: {'ok' if good else 'WRONG'} ({report.data['section seconds'][name]} s)", flush=True)
+            print(
+                f"{name}: {'ok' if good else 'WRONG'} ({report.data['section seconds'][name]} s)",
+                flush=True,
+            )
             if not good:
                 print("\n".join(report.data[name]["failures"]), file=sys.stderr)
                 return 1

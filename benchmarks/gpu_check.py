@@ -25,18 +25,23 @@ def jobs(small: bool) -> list[Job]:
     from torch import nn
 
     cases = [
-        (lambda: nn.Linear(75, 70), (3, 37, 75), {}), (lambda: nn.Linear(256, 192), (130, 256), {}),
-        (lambda: nn.Linear(64, 64), (20, 64), dict(shift=True)), (lambda: nn.Linear(200, 40), (3, 20, 200), dict(token=True)),
+        (lambda: nn.Linear(75, 70), (3, 37, 75), {}),
+        (lambda: nn.Linear(256, 192), (130, 256), {}),
+        (lambda: nn.Linear(64, 64), (20, 64), dict(shift=True)),
+        (lambda: nn.Linear(200, 40), (3, 20, 200), dict(token=True)),
         (lambda: nn.Conv2d(150, 20, 3, padding=1), (1, 150, 5, 4), dict(shift=True)),
         (lambda: nn.Conv2d(48, 20, 1), (2, 48, 5, 4), dict(split=30)),
-        (lambda: nn.Conv2d(40, 36, 3, padding=1), (2, 40, 7, 6), {}), (lambda: nn.Conv2d(64, 33, 3, 2, 1), (1, 64, 9, 8), {}),
+        (lambda: nn.Conv2d(40, 36, 3, padding=1), (2, 40, 7, 6), {}),
+        (lambda: nn.Conv2d(64, 33, 3, 2, 1), (1, 64, 9, 8), {}),
         (lambda: nn.Conv2d(3, 8, (3, 2), (2, 1), (0, 2)), (2, 3, 8, 9), {}),
-    ]  # fmt: skip
+    ]
     if not small:
         cases += [
-            (lambda: nn.Linear(640, 1280), (2, 500, 640), {}), (lambda: nn.Conv2d(320, 320, 3, padding=1), (1, 320, 16, 16), {}),
-            (lambda: nn.Conv2d(1280, 640, 3, padding=1), (1, 1280, 8, 8), {}), (lambda: nn.Linear(2560, 64), (3, 2560), {}),
-        ]  # fmt: skip
+            (lambda: nn.Linear(640, 1280), (2, 500, 640), {}),
+            (lambda: nn.Conv2d(320, 320, 3, padding=1), (1, 320, 16, 16), {}),
+            (lambda: nn.Conv2d(1280, 640, 3, padding=1), (1, 1280, 8, 8), {}),
+            (lambda: nn.Linear(2560, 64), (3, 2560), {}),
+        ]
     formats = ((4, 4, "packed"), (4, 4, "int8"), (4, 8, "packed"), (4, 8, "int8"), (8, 8, "int8"))
     return [Job(*case, *of, seed) for seed, case in enumerate(cases) for of in formats]
 
@@ -51,7 +56,9 @@ def check(job: Job, engine, form, reference, device: str) -> tuple[int, float, l
     x = torch.randn(job.size) * 2
     _, accs = reference.layer_forward(layer, x)
     expected, expected_half = layer(x), layer(x.half().float())
-    name = f"W{job.w_bits}A{job.a_bits} {job.kind} {type(layer).__name__} {tuple(layer.weight.shape)}"
+    name = (
+        f"W{job.w_bits}A{job.a_bits} {job.kind} {type(layer).__name__} {tuple(layer.weight.shape)}"
+    )
     mine = engine.TritonLayer(form.integer_form(layer, name), steps, job.kind).to(device)
     checked, worst, failures, sent = 0, 0.0, [], x.to(device)
 
@@ -60,7 +67,10 @@ def check(job: Job, engine, form, reference, device: str) -> tuple[int, float, l
 
     for config in each_tile(engine, mine, device, job.seed):
         try:
-            exact = all(torch.equal(a.long().cpu(), b) for a, b in zip(mine.accumulators(sent), accs, strict=True))
+            exact = all(
+                torch.equal(a.long().cpu(), b)
+                for a, b in zip(mine.accumulators(sent), accs, strict=True)
+            )
             full, half = error(mine(sent), expected), error(mine(sent.half()), expected_half)
         except engine.tiles.triton.runtime.errors.OutOfResources:
             continue  # a tile for larger GPUs; tuning passes it over
@@ -82,8 +92,14 @@ def each_tile(engine, layer, device: str, seed: int):
         return
     chosen, engine.tiles.CACHE = engine.tiles.CACHE, engine.tiles.ConfigCache()
     try:
-        fit = [c for c in engine.tiles.CANDIDATES if layer.weight0.shape[2] % c.bk == 0 and not (layer.ends[0] and c.bk > 64)]
-        for i, config in enumerate(fit[seed % 3 :: 3]):  # each is compiled three times: a third of them for each layer
+        fit = [
+            c
+            for c in engine.tiles.CANDIDATES
+            if layer.weight0.shape[2] % c.bk == 0 and not (layer.ends[0] and c.bk > 64)
+        ]
+        for i, config in enumerate(
+            fit[seed % 3 :: 3]
+        ):  # each is compiled three times: a third of them for each layer
             config = config._replace(split=(1, 3)[(i + seed // 3) % 2])
             engine.tiles.CACHE.choose = functools.partial(fixed, config)
             yield config
@@ -95,13 +111,18 @@ def fixed(config, *_):
     return config
 
 
-def attention_error(engine, form, bits: int, device: str, heads: int, queries: int, keys: int, dim: int) -> float:
+def attention_error(
+    engine, form, bits: int, device: str, heads: int, queries: int, keys: int, dim: int
+) -> float:
     """Mean error against fake quantization, relative to the largest output. Codes on a rounding edge may differ by one."""
     import torch
 
     mine, acts = attention_parts(engine, form, bits, heads, dim, device)
     q, k, v = (torch.randn(2, n, heads * dim) for n in (queries, keys, keys))
-    fq, fk, fv = (a(x).unflatten(-1, (heads, dim)).transpose(1, 2) for a, x in zip(acts, (q, k, v), strict=False))
+    fq, fk, fv = (
+        a(x).unflatten(-1, (heads, dim)).transpose(1, 2)
+        for a, x in zip(acts, (q, k, v), strict=False)
+    )
     expected = (acts[3]((fq @ fk.mT * dim**-0.5).softmax(-1)) @ fv).transpose(1, 2).flatten(2)
     found = mine.attend(q.to(device), k.to(device), v.to(device), heads, dim**-0.5).cpu()
     return ((found - expected).abs().mean() / expected.abs().max()).item()

@@ -8,7 +8,17 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
-from gpu_subjects import BATCHES, FORMATS, SHAPES, Shape, attention_parts, input_of, load_engine, module_of, random_layer
+from gpu_subjects import (
+    BATCHES,
+    FORMATS,
+    SHAPES,
+    Shape,
+    attention_parts,
+    input_of,
+    load_engine,
+    module_of,
+    random_layer,
+)
 
 
 def floor_seconds(operations: float, moved: float, peak: float, bandwidth: float) -> float:
@@ -56,7 +66,9 @@ class Timer:
         return {name: statistics.median(values) for name, values in times.items()}
 
 
-def layer_row(shape: Shape, batch: int, timer: Timer, ceiling: dict[str, float], engine, form) -> dict:
+def layer_row(
+    shape: Shape, batch: int, timer: Timer, ceiling: dict[str, float], engine, form
+) -> dict:
     import torch
 
     x = input_of(shape, batch, "cuda", torch.float16)
@@ -74,19 +86,34 @@ def layer_row(shape: Shape, batch: int, timer: Timer, ceiling: dict[str, float],
         plain = plain.to(memory_format=torch.channels_last) if shape.taps == 3 else plain
         runs[str(dtype).removeprefix("torch.")] = functools.partial(plain, x.to(dtype))
     if shape.taps == 1 and batch * shape.pixels > 16:
-        a8 = torch.randint(-127, 128, (batch * shape.pixels, shape.inputs), device="cuda", dtype=torch.int8)
-        b8 = torch.randint(-127, 128, (shape.outputs, shape.inputs), device="cuda", dtype=torch.int8)
+        a8 = torch.randint(
+            -127, 128, (batch * shape.pixels, shape.inputs), device="cuda", dtype=torch.int8
+        )
+        b8 = torch.randint(
+            -127, 128, (shape.outputs, shape.inputs), device="cuda", dtype=torch.int8
+        )
         runs["torch._int_mm"] = functools.partial(torch._int_mm, a8, b8.T)
     times, fraction = timer.compare(runs), {}
     for name, seconds in times.items():
         integer, before, product = "float" not in name, "before" in name, "_int_mm" in name
         moved = shape.bytes(
-            batch, 1.0 if before or product else 2.0, stored.get(name, 1.0 if integer else 2.0), 4.0 if product else 2.0
+            batch,
+            1.0 if before or product else 2.0,
+            stored.get(name, 1.0 if integer else 2.0),
+            4.0 if product else 2.0,
         )
         peak = ceiling["int8" if integer else "bf16"]
-        fraction[name] = floor_seconds(shape.operations(batch), moved, peak, ceiling["bandwidth"]) / seconds
+        fraction[name] = (
+            floor_seconds(shape.operations(batch), moved, peak, ceiling["bandwidth"]) / seconds
+        )
     speedup = {n: times["float16"] / s for n, s in times.items() if n.startswith("W")}
-    return dict(shape=str(shape), batch=batch, seconds=times, fraction=fraction, speedup_over_float16=speedup)
+    return dict(
+        shape=str(shape),
+        batch=batch,
+        seconds=times,
+        fraction=fraction,
+        speedup_over_float16=speedup,
+    )
 
 
 def compile_layers(i: int, n: int) -> None:
@@ -94,7 +121,9 @@ def compile_layers(i: int, n: int) -> None:
     import torch
 
     engine, form, _ = load_engine()
-    engine.tiles.ConfigCache.load, engine.tiles.ConfigCache.save = (lambda self: setattr(self, "path", Path()),) * 2
+    engine.tiles.ConfigCache.load, engine.tiles.ConfigCache.save = (
+        lambda self: setattr(self, "path", Path()),
+    ) * 2
     engine.tiles.ConfigCache.seconds = lambda self, config, run: run_once(engine, config, run)
     for shape, (_, w, a, kind, shift) in list(itertools.product(SHAPES, FORMATS))[i::n]:
         layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
@@ -116,9 +145,17 @@ def block_row(shape: Shape, batch: int, timer: Timer, engine, form) -> dict:
     import torch
     from torch import nn
 
-    x, norm = input_of(shape, batch, "cuda", torch.float16), nn.GroupNorm(32, shape.inputs).to("cuda", torch.float16)
-    plain = nn.Sequential(norm, nn.SiLU(), module_of(shape).to("cuda", torch.float16)).to(memory_format=torch.channels_last)
-    runs = {"float16": functools.partial(plain, x), "float16 compiled": functools.partial(torch.compile(plain), x)}
+    x, norm = (
+        input_of(shape, batch, "cuda", torch.float16),
+        nn.GroupNorm(32, shape.inputs).to("cuda", torch.float16),
+    )
+    plain = nn.Sequential(norm, nn.SiLU(), module_of(shape).to("cuda", torch.float16)).to(
+        memory_format=torch.channels_last
+    )
+    runs = {
+        "float16": functools.partial(plain, x),
+        "float16 compiled": functools.partial(torch.compile(plain), x),
+    }
 
     def fused(mine):
         affine = torch.ops.questlib.group_norm_affine(x, norm.weight, norm.bias, 32, norm.eps)
@@ -132,17 +169,23 @@ def block_row(shape: Shape, batch: int, timer: Timer, engine, form) -> dict:
     return dict(shape=f"norm, SiLU, {shape}", batch=batch, seconds=timer.compare(runs))
 
 
-def attention_row(queries: int, keys: int, dim: int, batch: int, timer: Timer, engine, form, heads: int = 8) -> dict:
+def attention_row(
+    queries: int, keys: int, dim: int, batch: int, timer: Timer, engine, form, heads: int = 8
+) -> dict:
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    q, k, v = (torch.randn(batch, n, heads * dim, device="cuda", dtype=torch.float16) for n in (queries, keys, keys))
+    q, k, v = (
+        torch.randn(batch, n, heads * dim, device="cuda", dtype=torch.float16)
+        for n in (queries, keys, keys)
+    )
     runs = {}
     for bits in (4, 8):
         mine, _ = attention_parts(engine, form, bits, heads, dim, "cuda")
         runs[f"A{bits}"] = functools.partial(mine.attend, q, k, v, heads, dim**-0.5)
     runs["float16"] = functools.partial(
-        scaled_dot_product_attention, *(x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in (q, k, v))
+        scaled_dot_product_attention,
+        *(x.unflatten(-1, (heads, dim)).transpose(1, 2) for x in (q, k, v)),
     )
     return dict(shape=f"attention {queries}x{keys}x{dim}", batch=batch, seconds=timer.compare(runs))
 
@@ -150,10 +193,17 @@ def attention_row(queries: int, keys: int, dim: int, batch: int, timer: Timer, e
 def unet_row(model, name: str, batch: int, timer: Timer) -> dict:
     import torch
 
-    x = torch.randn(batch, 4, 64, 64, device="cuda", dtype=torch.float16).to(memory_format=torch.channels_last)
-    t, text = torch.tensor(500, device="cuda"), torch.randn(batch, 77, 768, device="cuda", dtype=torch.float16)
+    x = torch.randn(batch, 4, 64, 64, device="cuda", dtype=torch.float16).to(
+        memory_format=torch.channels_last
+    )
+    t, text = (
+        torch.tensor(500, device="cuda"),
+        torch.randn(batch, 77, 768, device="cuda", dtype=torch.float16),
+    )
     with torch.no_grad():
-        for _ in range(2):  # tunes, compiles, fills the tables of the time path, sets the step group
+        for _ in range(
+            2
+        ):  # tunes, compiles, fills the tables of the time path, sets the step group
             model(x, t, text)
     if hasattr(model, "quest_hook"):
         model.quest_hook.remove()  # it reads the timestep on the host, which a graph cannot hold

@@ -26,7 +26,10 @@ class Shape(NamedTuple):
 
     def bytes(self, batch: int, act: float, weight: float, out: float = 2.0) -> float:
         """Each operand once, at `act`, `weight` and `out` bytes an element."""
-        read = batch * self.pixels * self.stride**2 * self.inputs * act + self.inputs * self.outputs * self.taps**2 * weight
+        read = (
+            batch * self.pixels * self.stride**2 * self.inputs * act
+            + self.inputs * self.outputs * self.taps**2 * weight
+        )
         return read + batch * self.pixels * self.outputs * out
 
     def __str__(self) -> str:
@@ -35,36 +38,64 @@ class Shape(NamedTuple):
 
 
 SHAPES = [
-    Shape("sd14", 320, 320, 4096, 3), Shape("sd14", 960, 320, 4096, 3), Shape("sd14", 640, 640, 1024, 3),
-    Shape("sd14", 1920, 640, 1024, 3), Shape("sd14", 1280, 1280, 256, 3), Shape("sd14", 2560, 1280, 256, 3),
-    Shape("sd14", 1280, 1280, 64, 3), Shape("sd14", 320, 320, 1024, 3, 2), Shape("sd14", 320, 320, 4096),
-    Shape("sd14", 320, 2560, 4096), Shape("sd14", 1280, 320, 4096), Shape("sd14", 640, 5120, 1024),
-    Shape("sd14", 2560, 640, 1024), Shape("sd14", 1280, 1280, 256), Shape("sd14", 1280, 10240, 256),
-    Shape("sd14", 5120, 1280, 256), Shape("sd14", 768, 1280, 77), Shape("ldm4", 224, 224, 4096, 3),
-    Shape("ldm4", 448, 448, 1024, 3), Shape("ldm4", 672, 672, 256, 3), Shape("ldm4", 896, 896, 64, 3),
-    Shape("ldm4", 448, 448, 1024), Shape("ldm4", 672, 672, 256),
-]  # fmt: skip
-ATTENTIONS = [(4096, 4096, 40), (1024, 1024, 80), (256, 256, 160), (4096, 77, 40)]  # queries, keys, channels a head; 8 heads
+    Shape("sd14", 320, 320, 4096, 3),
+    Shape("sd14", 960, 320, 4096, 3),
+    Shape("sd14", 640, 640, 1024, 3),
+    Shape("sd14", 1920, 640, 1024, 3),
+    Shape("sd14", 1280, 1280, 256, 3),
+    Shape("sd14", 2560, 1280, 256, 3),
+    Shape("sd14", 1280, 1280, 64, 3),
+    Shape("sd14", 320, 320, 1024, 3, 2),
+    Shape("sd14", 320, 320, 4096),
+    Shape("sd14", 320, 2560, 4096),
+    Shape("sd14", 1280, 320, 4096),
+    Shape("sd14", 640, 5120, 1024),
+    Shape("sd14", 2560, 640, 1024),
+    Shape("sd14", 1280, 1280, 256),
+    Shape("sd14", 1280, 10240, 256),
+    Shape("sd14", 5120, 1280, 256),
+    Shape("sd14", 768, 1280, 77),
+    Shape("ldm4", 224, 224, 4096, 3),
+    Shape("ldm4", 448, 448, 1024, 3),
+    Shape("ldm4", 672, 672, 256, 3),
+    Shape("ldm4", 896, 896, 64, 3),
+    Shape("ldm4", 448, 448, 1024),
+    Shape("ldm4", 672, 672, 256),
+]
+ATTENTIONS = [
+    (4096, 4096, 40),
+    (1024, 1024, 80),
+    (256, 256, 160),
+    (4096, 77, 40),
+]  # queries, keys, channels a head; 8 heads
 BATCHES = (2, 8, 1)  # 2 first: one picture with classifier-free guidance
 FORMATS = (
-    ("W4A4 packed", 4, 4, "packed", False), ("W4A4 packed, block shifts", 4, 4, "packed", True),
-    ("W4A4 int8", 4, 4, "int8", False), ("W8A8", 8, 8, "int8", False),
-)  # fmt: skip
+    ("W4A4 packed", 4, 4, "packed", False),
+    ("W4A4 packed, block shifts", 4, 4, "packed", True),
+    ("W4A4 int8", 4, 4, "int8", False),
+    ("W8A8", 8, 8, "int8", False),
+)
 
 
 def load_engine() -> tuple:
     """(triton_engine, form, reference); where diffusers is missing, past the package's __init__, which needs it."""
     sys.path.insert(0, str(ROOT))
     if importlib.util.find_spec("diffusers") is None:
-        for name, folder in (("questlib", ROOT / "questlib"), ("questlib.integer", ROOT / "questlib/integer")):
+        for name, folder in (
+            ("questlib", ROOT / "questlib"),
+            ("questlib.integer", ROOT / "questlib/integer"),
+        ):
             sys.modules[name] = types.ModuleType(name)
             sys.modules[name].__path__ = [str(folder)]
         attention = types.ModuleType("diffusers.models.attention_processor")
-        attention.Attention = object  # named by questlib.layers in annotations only
-        sys.modules |= {n: types.ModuleType(n) for n in ("diffusers", "diffusers.models")} | {attention.__name__: attention}
-    from questlib.integer import form, reference, triton_engine
+        attention.Attention = object  # named by questlib.quantization.layers in annotations only
+        sys.modules |= {n: types.ModuleType(n) for n in ("diffusers", "diffusers.models")} | {
+            attention.__name__: attention
+        }
+    from questlib.integer import form, oracle
+    from questlib.integer.triton import layers
 
-    return triton_engine, form, reference
+    return layers, form, oracle
 
 
 def random_layer(module, w_bits: int, a_bits: int, **choices):
@@ -86,7 +117,11 @@ def input_of(shape: Shape, batch: int, device: str, dtype):
     import torch
 
     side = round(shape.pixels**0.5) * shape.stride
-    size = (batch, shape.inputs, side, side) if shape.taps == 3 else (batch, shape.pixels, shape.inputs)
+    size = (
+        (batch, shape.inputs, side, side)
+        if shape.taps == 3
+        else (batch, shape.pixels, shape.inputs)
+    )
     x = torch.randn(size, device=device, dtype=dtype)
     return x.to(memory_format=torch.channels_last) if shape.taps == 3 else x
 
@@ -95,15 +130,27 @@ def attention_parts(engine, form, bits: int, heads: int, dim: int, device: str):
     """(TritonAttention, the four ActQuantizers)"""
     import torch
 
-    from questlib.quantizers import ActQuantizer
-    from questlib.timesteps import StepGroups
+    from questlib.quantization.act_quantizer import ActQuantizer
+    from questlib.quantization.step_groups import StepGroups
 
     steps, width = StepGroups(torch.arange(1), torch.zeros(1, dtype=torch.int64)), heads * dim
-    acts = [ActQuantizer(x, bits, steps, width, -1, torch.zeros(width, dtype=torch.int64), carrier=bits <= 4) for x in "qkv"]
-    acts.append(ActQuantizer("probs", 8, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True))
+    acts = [
+        ActQuantizer(
+            x, bits, steps, width, -1, torch.zeros(width, dtype=torch.int64), carrier=bits <= 4
+        )
+        for x in "qkv"
+    ]
+    acts.append(
+        ActQuantizer("probs", 8, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True)
+    )
     for act in acts[:3]:
         ratio = torch.randint(1, 9, (width,)).float() if bits <= 4 else None
-        act.set_group(0, torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits), torch.full((width,), 2.0 ** (bits - 1)), ratio)
+        act.set_group(
+            0,
+            torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits),
+            torch.full((width,), 2.0 ** (bits - 1)),
+            ratio,
+        )
     acts[3].set_group(0, torch.full((1,), 0.1 / 255), torch.zeros(1))
     for act in acts:
         act.calibrated.fill_(True)
@@ -119,9 +166,12 @@ def random_unet(name: str, bits: int = 32, device: str = "cuda", **size):
 
     from questlib import QuantConfig
     from questlib.integer.synthetic import random_grids
-    from questlib.model import insert
+    from questlib.quantization.prepare import insert
 
-    size = dict(sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280)) | size
+    size = (
+        dict(sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280))
+        | size
+    )
     with torch.device(device):
         unet = UNet2DConditionModel(attention_head_dim=8, **size)
     if name == "float":

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from questlib.errors import QuestError
-from reproduce import report
 from reproduce.provenance import ROOT
+from reproduce.reporting import report
 
 RESULT = Path(__file__).parent / "results" / "machines.json"
 METRICS = ("fid", "feature_distance_to_fp")
@@ -32,7 +32,12 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[s
     for mine, other in zip(first, second, strict=True):
         if mine["preset"] is None or mine == other or {mine["status"], other["status"]} != {"done"}:
             continue
-        pairs = {s["seed"]: [s, t] for s in mine["per_seed"] for t in other["per_seed"] if s["seed"] == t["seed"]}
+        pairs = {
+            s["seed"]: [s, t]
+            for s in mine["per_seed"]
+            for t in other["per_seed"]
+            if s["seed"] == t["seed"]
+        }
         for seed, both in pairs.items():
             values = {m: [s["metrics"][m] for s in both] for m in METRICS}
             rows.append({"cell": mine["cell"], "seed": seed} | values)
@@ -43,22 +48,31 @@ def compare(first: list[dict[str, Any]], second: list[dict[str, Any]]) -> dict[s
                 values = [s["metrics"][m] for s in run["per_seed"] if s["seed"] in pairs]
                 of_seeds[m] += [b - a for a, b in zip(values, values[1:], strict=False)]
     if not rows or not all(of_seeds.values()):
-        raise QuestError("machines: expected rows with two seeds or more, measured on both machines; found none")
+        raise QuestError(
+            "machines: expected rows with two seeds or more, measured on both machines; found none"
+        )
     spread = {
         name: {m: statistics.fmean(d * d for d in differences[m]) ** 0.5 for m in METRICS}
         for name, differences in (("between_machines", of_machines), ("between_seeds", of_seeds))
     }
-    about = [next(r["provenance"] for r in run if r["cell"] == rows[0]["cell"]) for run in (first, second)]
+    about = [
+        next(r["provenance"] for r in run if r["cell"] == rows[0]["cell"])
+        for run in (first, second)
+    ]
     keep = ("commit", "dirty", "versions", "machine")
     return spread | {"runs": [{k: a[k] for k in keep} for a in about], "rows": rows}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("results", type=Path, help="the other machine's results folder")
     parser.add_argument("--table", default="table2")
     args = parser.parse_args()
-    found = compare(*(report.committed(args.table, folder)[1] for folder in (ROOT / "results", args.results)))
+    found = compare(
+        *(report.committed(args.table, folder)[1] for folder in (ROOT / "results", args.results))
+    )
     RESULT.write_text(json.dumps({"table": args.table} | found, indent=1) + "\n")
     print(json.dumps({k: found[k] for k in ("between_machines", "between_seeds")}, indent=1))
 

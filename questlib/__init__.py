@@ -1,11 +1,34 @@
-"""questlib: QuEST (arXiv 2402.03666), low-bit diffusion-model quantization by selective finetuning, for diffusers UNets."""
+"""questlib: QuEST, low-bit diffusion-model quantization by selective finetuning.
 
-from questlib.calibrate import Calibration, calibrate
-from questlib.checkpoint import from_pretrained, save_pretrained
-from questlib.config import QuantConfig
-from questlib.finetune import finetune
-from questlib.integer import convert, engine_report
-from questlib.quantize import quantize
+The paper is arXiv 2402.03666. What stands here is the whole public interface for a diffusers
+UNet; parts are loaded when they are first used, so that `import questlib` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from questlib.calibration import Calibration, calibrate
+    from questlib.checkpoint import from_pretrained, save_pretrained
+    from questlib.config import QuantConfig
+    from questlib.finetuning.loop import finetune
+    from questlib.integer.conversion import convert
+    from questlib.integer.report import engine_report
+    from questlib.post_training import quantize
+
+_HOMES = {
+    "Calibration": "questlib.calibration",
+    "QuantConfig": "questlib.config",
+    "calibrate": "questlib.calibration",
+    "convert": "questlib.integer.conversion",
+    "engine_report": "questlib.integer.report",
+    "finetune": "questlib.finetuning.loop",
+    "from_pretrained": "questlib.checkpoint",
+    "quantize": "questlib.post_training",
+    "save_pretrained": "questlib.checkpoint",
+}
 
 __all__ = [
     "Calibration",
@@ -18,3 +41,13 @@ __all__ = [
     "quantize",
     "save_pretrained",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'questlib' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -1,4 +1,4 @@
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR; export-npz SAMPLES OUT.npz; reference IMAGES OUT"""
+"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR"""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ import sys
 from pathlib import Path
 
 from questlib import arguments
-from questlib.adm import export_npz
-from questlib.calibrate import calibrate
+from questlib.calibration import calibrate
 from questlib.checkpoint import save_pretrained
-from questlib.config import PRESETS, QuantConfig
+from questlib.config import QuantConfig
+from questlib.diffusion.loading import load_pipeline
 from questlib.distributed import device, processes
-from questlib.errors import ConfigError, check_writable
-from questlib.finetune import check_shares, finetune
-from questlib.models.loading import load_pipeline
-from questlib.quantize import quantize
+from questlib.errors import ConfigError
+from questlib.files import check_writable
+from questlib.finetuning.loop import check_shares, finetune
+from questlib.post_training import quantize
+from questlib.presets import PRESETS
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -45,69 +46,75 @@ def parse_overrides(pairs: list[str]) -> dict:
 def run_quantize(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.set)
     if "seed" in overrides:
-        raise ConfigError(f"--set seed: give it as --seed {overrides['seed']}, it is the calibration's too")
+        raise ConfigError(
+            f"--set seed: give it as --seed {overrides['seed']}, it is the calibration's too"
+        )
     config = QuantConfig.preset(args.preset, *parse_bits(args.bits), **overrides)
     choices = arguments.choices(args)
     check_writable(args.out)
     state = processes()
     check_shares(config.batch_size)
     pipe = load_pipeline(args.pipeline).to(device())
-    calib = calibrate(pipe, args.samples, batch_size=args.batch_size, progress=state.is_main_process, **choices)
-    unet = quantize(
-        pipe.unet, config.replace(seed=args.seed), calib, cache_dir=args.out / "cache", progress=state.is_main_process
+    calib = calibrate(
+        pipe, args.samples, batch_size=args.batch_size, progress=state.is_main_process, **choices
     )
-    log = finetune(unet, pipe.unet, calib, unet.quest_config, state_path=args.out / "finetune.pt", progress=state.is_main_process)
+    unet = quantize(
+        pipe.unet,
+        config.replace(seed=args.seed),
+        calib,
+        cache_dir=args.out / "cache",
+        progress=state.is_main_process,
+    )
+    log = finetune(
+        unet,
+        pipe.unet,
+        calib,
+        unet.quest_config,
+        state_path=args.out / "finetune.pt",
+        progress=state.is_main_process,
+    )
     if not state.is_main_process:
         return
     size = save_pretrained(unet, args.out)
-    (args.out / "finetune.pt").unlink(missing_ok=True)  # of another configuration it would stand in the way
+    (args.out / "finetune.pt").unlink(
+        missing_ok=True
+    )  # of another configuration it would stand in the way
     full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     (args.out / "log.json").write_text(json.dumps({"quantize": unet.quest_log, "finetune": log}))
-    print(f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk ({size / full:.3f} of float32)")
-
-
-def run_export(args: argparse.Namespace) -> None:
-    count, height, width, _ = export_npz(args.samples, args.out, args.count)
-    print(f"{args.out}: arr_0, {count} images of {height}x{width}")
-
-
-def run_reference(args: argparse.Namespace) -> None:
-    from questlib.reference import load_reference, save_reference  # late: slow imports
-
-    if args.out.suffix != ".safetensors" or args.out.exists():
-        raise ConfigError(f"{args.out}: expected a new file OUT.safetensors{', this one exists' if args.out.exists() else ''}")
-    check_writable(args.out.parent)
-    real = load_reference(args.images, args.features)
-    if real.pooled is None:
-        raise ConfigError(f"{args.images}: statistics without images can be used as they are")
-    save_reference(real, args.out, args.features)
-    height, width = real.size
-    print(f"{args.out}: {args.features} features of {real.count} images of {height}x{width}")
+    print(
+        f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk ({size / full:.3f} of float32)"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m questlib", description="Quantize a diffusers UNet pipeline with QuEST.")
+    parser = argparse.ArgumentParser(
+        prog="python -m questlib", description="Quantize a diffusers UNet pipeline with QuEST."
+    )
     sub = parser.add_subparsers(dest="command", required=True)
     q = sub.add_parser("quantize", help="calibrate, AdaRound, finetune, save")
     q.add_argument("pipeline", help="embedded name (mini-ldm4), diffusers folder or hub id")
     q.add_argument("--preset", default="quest", help=", ".join(PRESETS))
-    q.add_argument("--bits", default="W4A4", help="WxAy with x, y in 2..8, or 16 for off (default W4A4)")
-    q.add_argument("--out", type=Path, required=True, help="folder for model.safetensors, config.json, log.json")
+    q.add_argument(
+        "--bits", default="W4A4", help="WxAy with x, y in 2..8, or 16 for off (default W4A4)"
+    )
+    q.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="folder for model.safetensors, config.json, log.json",
+    )
     q.add_argument("--samples", type=int, default=64, help="calibration trajectories (default 64)")
-    q.add_argument("--batch-size", type=int, default=64, help="trajectories at once; processes share batches out (default 64)")
+    q.add_argument(
+        "--batch-size",
+        type=int,
+        default=64,
+        help="trajectories at once; processes share batches out (default 64)",
+    )
     arguments.add(q)
-    q.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig")
+    q.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig"
+    )
     q.set_defaults(run=run_quantize)
-    e = sub.add_parser("export-npz", help="write the samples of a folder as ADM's .npz (arr_0 uint8 [N, H, W, 3])")
-    e.add_argument("samples", type=Path, help="folder of samples (run.json and shards)")
-    e.add_argument("out", type=Path, help="a new file, OUT.npz")
-    e.add_argument("--count", type=int, help="the first COUNT samples (default: all)")
-    e.set_defaults(run=run_export)
-    r = sub.add_parser("reference", help="what FID and the others compare with, taken once of a folder of images or an .npz")
-    r.add_argument("images", type=Path, help="folder of PNG or JPEG files, or .npz with arr_0 uint8 [N, H, W, 3]")
-    r.add_argument("out", type=Path, help="a new file, OUT.safetensors")
-    r.add_argument("--features", choices=("inception", "mini"), default="inception")
-    r.set_defaults(run=run_reference)
     return arguments.run(parser, argv)
 
 

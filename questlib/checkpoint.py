@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from questlib.config import QuantConfig
+from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
-from questlib.integer.convert import LAYERS, choose_engine, convert
+from questlib.integer.conversion import convert
+from questlib.integer.engines import LAYERS, choose_engine
 from questlib.integer.form import packed_size
-from questlib.model import act_quantizers, freeze, insert, quant_layers, step_groups
-from questlib.models.pipelines import FixedHeadsUNet2DModel
+from questlib.quantization.model import act_quantizers, freeze, quant_layers, step_groups
+from questlib.quantization.prepare import insert
 
 FORMAT = 1
 UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
@@ -63,7 +65,9 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     """
     step_groups(unet)
     if any(isinstance(m, LAYERS) for m in unet.modules()):
-        raise ConfigError("save: expected a simulated UNet, found one that runs in integers; save it before it is converted")
+        raise ConfigError(
+            "save: expected a simulated UNet, found one that runs in integers; save it before it is converted"
+        )
     out = Path(out_dir)
     state = dict(unet.state_dict())
     for name, layer in quant_layers(unet).items():
@@ -76,7 +80,12 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
             state[name] = state[name].to(torch.uint8)
         elif last == "index":
             del state[name]  # follows from the model's structure and the config
-    config = {"format": FORMAT, "class": type(unet).__name__, "unet": dict(unet.config), "quant": unet.quest_config.to_dict()}
+    config = {
+        "format": FORMAT,
+        "class": type(unet).__name__,
+        "unet": dict(unet.config),
+        "quant": unet.quest_config.to_dict(),
+    }
     config["timesteps"] = unet.quest_steps.timesteps.flip(0).tolist()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -102,14 +111,16 @@ def from_pretrained(
     """Load what `save_pretrained` wrote: a frozen quantized UNet.
 
     engine: "fake", simulated quantization, whose outputs equal the saved model's bit for bit; or integers ("cpu", "reference",
-    "auto": see `questlib.integer.convert`, also for the other choices).
+    "auto": see `questlib.integer.conversion`, also for the other choices).
     CheckpointError for damaged files, missing or unexpected tensors; EngineError when the engine cannot run here or a layer has
     no integer form.
     """
     if engine != "fake":
         choose_engine(engine)  # before any long work
     elif dtype != torch.float32 or weights != "packed" or fuse or fallback:
-        raise ConfigError("dtype, weights, fuse and fallback are choices of the integer engines, not of engine 'fake'")
+        raise ConfigError(
+            "dtype, weights, fuse and fallback are choices of the integer engines, not of engine 'fake'"
+        )
     path = Path(path)
     try:
         config = json.loads((path / "config.json").read_text())
@@ -117,27 +128,39 @@ def from_pretrained(
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}")
+        raise CheckpointError(
+            f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}"
+        )
     if config.get("format") != FORMAT or config.get("class") not in UNETS:
         raise CheckpointError(
             f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}"
         )
     try:
         quant = QuantConfig.from_dict(config["quant"])
-        unet = UNETS[config["class"]].from_config({k: v for k, v in config["unet"].items() if not k.startswith("_")})
+        unet = UNETS[config["class"]].from_config(
+            {k: v for k, v in config["unet"].items() if not k.startswith("_")}
+        )
         # ranges are overwritten below: skip the search
         unet = insert(unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"]))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})") from error
+        raise CheckpointError(
+            f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})"
+        ) from error
     unet.quest_config = quant
-    packed = {n: state.pop(f"{n}.codes", None) for n, layer in quant_layers(unet).items() if layer.wq is not None}
+    packed = {
+        n: state.pop(f"{n}.codes", None)
+        for n, layer in quant_layers(unet).items()
+        if layer.wq is not None
+    }
     missing = [f"{n}.codes" for n, v in packed.items() if v is None]
     own = unet.state_dict()
     derived = {f"{n}.weight" for n in packed} | {k for k in own if k.rsplit(".", 1)[-1] == "index"}
     missing += sorted(set(own) - set(state) - derived)
     unexpected = sorted(set(state) - set(own))
     wrong = [
-        f"{k} {list(v.shape)} (expected {list(own[k].shape)})" for k, v in state.items() if k in own and v.shape != own[k].shape
+        f"{k} {list(v.shape)} (expected {list(own[k].shape)})"
+        for k, v in state.items()
+        if k in own and v.shape != own[k].shape
     ]
     if missing or unexpected or wrong:
         lists = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
@@ -149,14 +172,20 @@ def from_pretrained(
         raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(bad[:5])}")
     for name, layer in quant_layers(unet).items():
         if layer.wq is not None:
-            layer.weight.data.copy_(layer.wq.decode(unpack(packed[name], layer.wq.bits, layer.weight.shape)))
+            layer.weight.data.copy_(
+                layer.wq.decode(unpack(packed[name], layer.wq.bits, layer.weight.shape))
+            )
     uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
     if quant.noise_correction and not bool(unet.quest_correction.calibrated):
         uncalibrated.append("quest_correction")
     if uncalibrated:
-        raise CheckpointError(f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}")
+        raise CheckpointError(
+            f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}"
+        )
     return (
         freeze(unet)
         if engine == "fake"
-        else convert(unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True)
+        else convert(
+            unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
+        )
     )

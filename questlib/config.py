@@ -1,245 +1,418 @@
-"""QuantConfig: everything that decides how a model is quantized and finetuned, and the presets of the paper's rows."""
+"""What a run is: every choice that decides how a model is quantized and finetuned, in groups.
+
+Section numbers are those of the paper (arXiv 2402.03666v6).
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from questlib.errors import ConfigError
 
 OFF = 16  # a bit-width of 16 switches a quantizer off
 
-CHOICES = {
-    "act_granularity": ("tensor", "channel", "carrier", "token"),
-    "act_range": ("minmax", "mse", "percentile"),
-    "act_layers": ("all", "feed_forward", "linear", "conv"),
-    "weight_range": ("minmax", "mse"),
-    "te": ("ptq", "fp", "finetune"),
-    "te_layers": ("all", "projections"),
-    "cma_layers": ("attention", "qkv", "no_context", "feed_forward", "all", "none"),
-    "tla_order": ("joint", "sequential"),
-    "calib_steps": ("uniform", "normal"),
-}
+
+def _check_bits(bits: int) -> int:
+    if not (2 <= bits <= 8 or bits == OFF):
+        raise ValueError(f"expected 2..8, or {OFF} for off")
+    return bits
 
 
-# keys without a part in the search for activation ranges, which sees the full-precision weights
-AFTER_RANGES = (
-    "preset_name", "weight_range", "adaround", "adaround_iters", "adaround_lr", "recon_samples", "act_recon", "act_iters",
-    "act_lr", "temporal_block", "noise_correction", "te_layers", "cma_layers", "lora_rank", "tla_iters", "cma_iters",
-    "local_loss", "cma_local_loss", "normalize_local", "global_weight", "tla_order", "lr_weight", "lr_scale", "lr_scale_tla",
-    "lr_relative", "lr_decay", "batch_size", "save_memory",
-)  # fmt: skip
+Bits = Annotated[int, AfterValidator(_check_bits)]
+Count = Annotated[int, Field(ge=1)]
+Iterations = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def _digest(values: dict) -> str:
+def digest(values: Any) -> str:
+    """Sixteen hex digits that tell values from others: sha256 of their JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class QuantConfig:
-    """Frozen; unknown keys and values out of range raise ConfigError. Section numbers are the paper's (arXiv 2402.03666v6)."""
+class Settings(BaseModel):
+    """A frozen group of choices: unknown names and values of another type are refused."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
+
+
+class RangeConfig(Settings):
+    """How the range of each activation is found, and how many scales there are (Sec. 3.1)."""
+
+    act_granularity: Literal["tensor", "channel", "carrier", "token"] = "tensor"
+    """What has a scale of its own. tensor: a layer's input. channel: each of its channels; these
+    scales cannot run in integers. carrier: each channel, by scales base * m_k * 2^e that do run in
+    integers; only up to 4 bits, wider codes are per tensor. token: each token of linear layers and
+    1x1 convolutions, from the range of the token at hand, times static ratios m_k * 2^e."""
+
+    act_range: Literal["minmax", "mse", "percentile"] = "mse"
+    """The search for an activation's range: its extremes, the least error, or a percentile."""
+
+    range_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    """The "mse" search minimizes |x_hat - x|^range_norm. Above 2 it clips less (paper: 2)."""
+
+    act_symmetric: bool = False
+    """Whether activation ranges are symmetric around zero."""
+
+    act_ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Weight of the past in a running min-max over calibration batches (release: 0.95); None: the
+    true extremes."""
+
+    step_groups: Count = 1
+    """Sets of activation scales over the sampler's steps, at most one a step (paper: one)."""
+
+    calib_batch: Count = 64
+    """Samples of each step group that ranges are searched on."""
+
+    calib_steps: Literal["uniform", "normal"] = "uniform"
+    """Steps of these samples. normal: more of the late, less noisy ones (PTQ4DM)."""
+
+    te_token: bool = False
+    """Whether inputs of the time-embedding layers, which depend on t alone, have a range for each
+    t (TFMQ-DM)."""
+
+
+class AdaRoundConfig(Settings):
+    """AdaRound: learned rounding of weights, block by block (Q-Diffusion, BRECQ)."""
+
+    enabled: bool = False
+    """Whether rounding is learned; otherwise weights are rounded to nearest."""
+
+    iters: Iterations = 20000
+    """Iterations of each block."""
+
+    lr: Rate = 1e-3
+    """Learning rate of Adam."""
+
+    samples: Count = 256
+    """Calibration inputs that are kept for a block, also for the activation scales' blocks."""
+
+    temporal_block: bool = False
+    """Whether all time-embedding layers are one block, over all steps (TFMQ-DM)."""
+
+
+class ActReconConfig(Settings):
+    """Q-Diffusion's second stage: activation scales are trained block by block."""
+
+    enabled: bool = False
+    """Whether the stage runs."""
+
+    iters: Iterations = 5000
+    """Iterations of each block."""
+
+    lr: Rate = 4e-4
+    """Learning rate of Adam, as a fraction of each scale."""
+
+
+class FinetuningConfig(Settings):
+    """QuEST's selective finetuning in two stages, TLA and CMA (Sec. 3.3)."""
+
+    tla_iters: Iterations = 0
+    """Iterations of stage TLA, which trains the time-embedding layers; 0: no such stage."""
+
+    cma_iters: Iterations = 0
+    """Iterations of stage CMA, which trains the attention-related layers; 0: no such stage."""
+
+    te_layers: Literal["all", "projections"] = "all"
+    """Layers of TLA. projections: those inside the ResBlocks alone (release)."""
+
+    cma_layers: Literal["attention", "qkv", "no_context", "feed_forward", "all", "none"] = (
+        "attention"
+    )
+    """Layers of CMA. attention: all attention-related layers (paper). all: every layer of the
+    model, full finetuning. For the others see `questlib.finetuning.stages.CMA_ROLES`."""
+
+    lora_rank: Iterations = 0
+    """Rank of low-rank updates that CMA trains in place of the weights (EfficientDM); 0: none."""
+
+    local_loss: bool = True
+    """Whether the stages have their local losses L_TLA and L_CMA beside the global loss L_G."""
+
+    cma_local_loss: bool = True
+    """Whether stage CMA has its local loss (release: not on LSUN and ImageNet)."""
+
+    normalize_local: bool = False
+    """Whether each layer's local error is divided by its power in full precision."""
+
+    global_weight: Rate = 2.0
+    """Weight of L_G in the total loss L_TLA + L_CMA + 2 L_G."""
+
+    tla_order: Literal["joint", "sequential"] = "joint"
+    """Order of the steps in TLA. joint: all steps in one expectation (paper). sequential: one step
+    after another (release)."""
+
+    lr_weight: Rate = 1e-5
+    """Learning rate of the weights."""
+
+    lr_scale: Rate = 1e-4
+    """Learning rate of the activation scales."""
+
+    lr_scale_tla: Rate | None = None
+    """Learning rate of the activation scales in stage TLA (release: 1e-5); None: `lr_scale`."""
+
+    lr_relative: bool = False
+    """Whether learning rates are fractions of each scale, and of each weight's step."""
+
+    lr_decay: bool = False
+    """Whether learning rates fall along a cosine to zero over each stage (paper: constant)."""
+
+
+class QuantConfig(Settings):
+    """How a model is quantized and finetuned. Frozen; what is unknown or out of range is refused.
+
+    A field of a group is set by its dotted name, or by a keyword that names it alone:
+    ``tla_iters``, ``finetuning.tla_iters`` and ``finetuning=dict(tla_iters=...)`` are the same.
+    ``adaround=True`` is short for ``adaround.enabled``, ``adaround_iters`` for ``adaround.iters``.
+
+    Example:
+        >>> config = QuantConfig.preset("quest", 4, 4, tla_iters=100)
+        >>> config.finetuning.tla_iters
+        100
+
+    Raises:
+        ConfigError: an unknown name, or a value of another type or outside its range.
+    """
 
     preset_name: str = "custom"
-    weight_bits: int = 4  # 2..8, 16 = off
-    act_bits: int = 4  # 2..8, 16 = off
-    softmax_bits: int | None = None  # None: act_bits. Unsigned, zero point 0
-    first_last_act_bits: int | None = None  # conv_in and conv_out inputs; None: act_bits
-    first_last_weight_bits: int | None = None  # conv_in and conv_out weights; None: weight_bits
-    te_act_bits: int | None = None  # inputs of the time-embedding layers; None: act_bits
-    # whose inputs are quantized (Fig. 3): all, attention products too | feed_forward | linear: all other Linears | conv: Conv2d
-    act_layers: str = "all"
-    # ranges (Sec. 3.1)
-    # tensor | channel (free, fake only) | carrier (base * m_k * 2^e: runs in integers; only up to 4 bits, wider codes per tensor)
-    # token (linear layers and 1x1 convolutions: the range of each token as it comes, times static ratios m_k * 2^e; else carrier)
-    act_granularity: str = "tensor"
-    act_range: str = "mse"
-    range_norm: float = 2.0  # the "mse" search minimizes |x_hat - x|^range_norm; above 2 it clips less (paper: 2)
-    act_symmetric: bool = False
-    act_ema: float | None = None  # running min-max over calibration batches (release: 0.95)
-    step_groups: int = 1  # sets of activation scales over the sampler's steps, at most one a step (paper: one)
-    weight_range: str = "mse"
-    split_skip: bool = True  # separate scales for the two halves of a UNet concatenation (Q-Diffusion)
-    calib_batch: int = 64  # samples of each step group used for ranges
-    calib_steps: str = "uniform"  # their steps; normal: more of the late, less noisy ones (PTQ4DM)
-    te_token: bool = False  # the time-embedding layers' inputs, which depend on t alone, have a range for each t (TFMQ-DM)
-    # AdaRound block reconstruction (Q-Diffusion / BRECQ)
-    adaround: bool = False
-    adaround_iters: int = 20000  # per block
-    adaround_lr: float = 1e-3
-    recon_samples: int = 256  # calibration inputs kept for a block
-    act_recon: bool = False  # Q-Diffusion's second stage: activation scales, block by block
-    act_iters: int = 5000
-    act_lr: float = 4e-4
-    temporal_block: bool = False  # AdaRound takes all time-embedding layers as one block, over all steps (TFMQ-DM)
-    noise_correction: bool = False  # of the predicted noise, from its error on the calibration set (PTQ-D)
-    # QuEST finetuning (Sec. 3.3)
-    te: str = "finetune"  # Table 2: ptq (quantized, not finetuned) | fp (left in full precision) | finetune
-    te_layers: str = "all"
-    cma_layers: str = "attention"  # all: every layer, full finetuning
-    lora_rank: int = 0  # above 0 low-rank updates are trained in place of the CMA stage's weights, and merged (EfficientDM)
-    tla_iters: int = 0
-    cma_iters: int = 0
-    local_loss: bool = True  # L_TLA and L_CMA; the release has L_CMA off on LSUN and ImageNet
-    cma_local_loss: bool = True
-    normalize_local: bool = False  # divide each layer's local loss by its full-precision power
-    global_weight: float = 2.0  # total loss: L_TLA + L_CMA + 2 L_G
-    tla_order: str = "joint"  # of TLA. joint: all steps in one expectation (paper); sequential: one step after another (release)
-    lr_weight: float = 1e-5
-    lr_scale: float = 1e-4
-    lr_scale_tla: float | None = None  # None: lr_scale (release: 1e-5)
-    lr_relative: bool = False  # learning rates are fractions of each scale / of each weight's quantization step
-    lr_decay: bool = False  # cosine to zero over each stage (paper: constant)
-    batch_size: int = 32
+    """The preset that this configuration started from."""
+
+    weight_bits: Bits = 4
+    """Bits of the weights: 2 to 8, or 16 for off."""
+
+    act_bits: Bits = 4
+    """Bits of the activations: 2 to 8, or 16 for off."""
+
+    softmax_bits: Bits | None = None
+    """Bits of the softmax output, unsigned with zero point 0; None: `act_bits`."""
+
+    first_last_act_bits: Bits | None = None
+    """Bits of the inputs of conv_in and conv_out; None: `act_bits`."""
+
+    first_last_weight_bits: Bits | None = None
+    """Bits of the weights of conv_in and conv_out; None: `weight_bits`."""
+
+    te_act_bits: Bits | None = None
+    """Bits of the inputs of the time-embedding layers; None: `act_bits`."""
+
+    act_layers: Literal["all", "feed_forward", "linear", "conv"] = "all"
+    """Layers whose inputs are quantized (Fig. 3). all: attention's products too. linear: all linear
+    layers but the feed-forward ones."""
+
+    te: Literal["ptq", "fp", "finetune"] = "finetune"
+    """Time-embedding layers (Table 2). ptq: quantized, not finetuned. fp: in full precision."""
+
+    weight_range: Literal["minmax", "mse"] = "mse"
+    """The search for the range of each output channel's weights."""
+
+    split_skip: bool = True
+    """Whether the two halves of a UNet's concatenations have scales of their own (Q-Diffusion)."""
+
+    noise_correction: bool = False
+    """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
+
+    batch_size: Count = 32
+    """Calls of the UNet in one iteration of AdaRound and of finetuning."""
+
     seed: int = 0
-    # memory
-    forward_batch: int = 64  # at most so many inputs at once go through the UNet where activations are recorded
-    # finetuning: gradient checkpointing, the teacher's targets wait on the CPU, untrained layers keep one weight; same gradients
+    """Seed of everything that is drawn at random."""
+
+    forward_batch: Count = 64
+    """Inputs that go through the UNet at once where activations are recorded."""
+
     save_memory: bool = False
+    """Finetuning in less memory, with the same gradients: gradient checkpointing, targets wait on
+    the CPU, untrained layers keep one copy of their weight."""
 
-    def __post_init__(self) -> None:
-        for name, kinds in KINDS.items():
-            value = getattr(self, name)
-            if type(value) not in kinds:
-                words = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-                raise ConfigError(f"{name}: expected {words}, found {value!r}")
-        for key in ("weight_bits", "act_bits", "softmax_bits", "first_last_act_bits", "first_last_weight_bits", "te_act_bits"):
-            bits = getattr(self, key)
-            if bits is None and key not in ("weight_bits", "act_bits"):
-                continue
-            if not isinstance(bits, int) or not (2 <= bits <= 8 or bits == OFF):
-                raise ConfigError(f"{key}: expected 2..8, or {OFF} for off, found {bits!r}")
-        for key, allowed in CHOICES.items():
-            if getattr(self, key) not in allowed:
-                raise ConfigError(f"{key}: expected one of {', '.join(allowed)}, found {getattr(self, key)!r}")
-        for key in ("step_groups", "calib_batch", "batch_size", "recon_samples", "forward_batch"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}: expected at least 1, found {getattr(self, key)}")
-        for key in ("adaround_iters", "act_iters", "tla_iters", "cma_iters", "lora_rank"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"{key}: expected 0 or more, found {getattr(self, key)}")
-        for key in FLOATS:
-            value, positive, below = getattr(self, key), key == "range_norm", 1 if key == "act_ema" else math.inf
-            if value is not None and not ((value > 0 if positive else value >= 0) and value < below):
-                words = "a positive number" if positive else f"0 or more, below {below}"
-                raise ConfigError(f"{key}: expected {words}, found {value!r}")
+    ranges: RangeConfig = RangeConfig()
+    """How the range of each activation is found."""
+
+    adaround: AdaRoundConfig = AdaRoundConfig()
+    """Learned rounding of weights."""
+
+    act_recon: ActReconConfig = ActReconConfig()
+    """Activation scales, trained block by block."""
+
+    finetuning: FinetuningConfig = FinetuningConfig()
+    """Selective finetuning."""
+
+    def __init__(self, **values: Any) -> None:
+        nested = _nested(values)
+        try:
+            for name, group in GROUPS.items():
+                if isinstance(nested.get(name), dict):
+                    nested[name] = group(**nested[name])
+            super().__init__(**nested)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error)) from error
+
+    @model_validator(mode="after")
+    def _check_together(self) -> QuantConfig:
         if self.noise_correction and self.finetunes:
-            raise ConfigError("noise_correction: expected post-training quantization alone, found finetuning stages beside it")
+            raise ValueError(
+                "noise_correction: expected post-training quantization alone, "
+                "found finetuning stages beside it"
+            )
+        return self
 
     @classmethod
-    def preset(cls, name: str, weight_bits: int = 4, act_bits: int = 4, **overrides) -> QuantConfig:
-        """A row of the tables by name, with overrides by keyword. ConfigError for an unknown preset or key."""
-        if name not in PRESETS:
-            raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
-        values = PRESETS[name] | (PRESETS_A4.get(name, {}) if act_bits <= 4 else {})
-        return cls.from_dict({"preset_name": name, "weight_bits": weight_bits, "act_bits": act_bits} | values | overrides)
+    def preset(
+        cls, name: str, weight_bits: int = 4, act_bits: int = 4, **overrides: Any
+    ) -> QuantConfig:
+        """A row of the tables by name, with overrides by keyword.
+
+        Raises:
+            ConfigError: an unknown preset or name, or a value outside its range.
+        """
+        from questlib.presets import preset_values
+
+        bits = {"weight_bits": weight_bits, "act_bits": act_bits}
+        return cls(preset_name=name, **bits, **preset_values(name, act_bits)).replace(**overrides)
 
     @classmethod
-    def from_dict(cls, values: dict) -> QuantConfig:
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ConfigError(f"unknown key {', '.join(unknown)}; known keys: {', '.join(sorted(known))}")
+    def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
+        """The configuration of `to_dict`, or of a checkpoint of format 1, whose names are flat."""
         return cls(**values)
 
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+    def to_dict(self) -> dict[str, Any]:
+        """All values, groups as nested dicts; JSON holds them exactly."""
+        return self.model_dump()
 
-    def replace(self, **changes) -> QuantConfig:
-        return self.from_dict(self.to_dict() | changes)
+    def replace(self, **changes: Any) -> QuantConfig:
+        """A copy with other values. ConfigError as for a new configuration."""
+        return type(self)(**_merged(self.to_dict(), _nested(changes)))
+
+    def get(self, name: str) -> Any:
+        """The value of a field by its dotted name or keyword. ConfigError for an unknown one."""
+        value: Any = self
+        for part in field_path(name):
+            value = getattr(value, part)
+        return value
+
+    # ---- keys of cached products: what decides each stage's numbers, and nothing else ----
 
     def hash(self) -> str:
-        return _digest(self.to_dict())
-
-    def weight_key(self) -> str:
-        """Hash of what decides the rounded weights alone, so that presets and act bits share one AdaRound run."""
-        keys = (
-            "weight_bits",
-            "first_last_weight_bits",
-            "weight_range",
-            "split_skip",
-            "adaround",
-            "adaround_iters",
-            "adaround_lr",
-            "recon_samples",
-            "batch_size",
-            "seed",
-        )
-        values = {k: getattr(self, k) for k in keys} | {"te_fp": self.te == "fp"}
-        values |= {"temporal_block": True} if self.temporal_block else {}
-        return _digest(values)
+        """Key of everything."""
+        return digest(self.to_dict())
 
     def range_key(self) -> str:
-        """Hash of all but what has no part in the search for activation ranges, so that presets and weight bits share one."""
-        values = {k: v for k, v in self.to_dict().items() if k not in AFTER_RANGES} | {"te": self.te == "fp"}
-        # in the others, 4-bit weights make room for the ratios' 2^e
-        if self.act_granularity in ("tensor", "channel") and not self.te_token:
-            del values["weight_bits"], values["first_last_weight_bits"]
-        return _digest(values)
+        """Key of the activation ranges, which are searched with full-precision weights."""
+        values = {"ranges": self.ranges.model_dump(), "te": self.te == "fp"}
+        names = ["act_bits", "softmax_bits", "first_last_act_bits", "te_act_bits", "act_layers"]
+        names += ["split_skip", "forward_batch", "seed"]
+        if self.ranges.act_granularity in ("carrier", "token") or self.ranges.te_token:
+            # 4-bit weights make room for the ratios' 2^e
+            names += ["weight_bits", "first_last_weight_bits"]
+        return digest(values | {name: getattr(self, name) for name in names})
+
+    def adaround_key(self) -> str:
+        """Key of the rounded weights, on which activation bits have no influence."""
+        values = {"adaround": self.adaround.model_dump(), "te": self.te == "fp"}
+        names = ["weight_bits", "first_last_weight_bits", "weight_range", "split_skip"]
+        names += ["batch_size", "seed"]
+        return digest(values | {name: getattr(self, name) for name in names})
 
     @property
     def finetunes(self) -> bool:
-        tla = self.te == "finetune" and self.tla_iters > 0
-        return tla or self.cma_layers != "none" and self.cma_iters > 0
+        """Whether any stage of finetuning runs."""
+        return self.iterations > 0
+
+    @property
+    def iterations(self) -> int:
+        """Iterations of finetuning, of both stages."""
+        tla = self.finetuning.tla_iters if self.te == "finetune" else 0
+        cma = self.finetuning.cma_iters if self.finetuning.cma_layers != "none" else 0
+        return tla + cma
 
 
-_TYPES = {"int": (int,), "float": (float, int), "bool": (bool,), "str": (str,), "None": (type(None),)}
-FLOATS = [f.name for f in dataclasses.fields(QuantConfig) if "float" in f.type]
-KINDS = {f.name: sum((_TYPES[kind] for kind in f.type.split(" | ")), ()) for f in dataclasses.fields(QuantConfig)}
+# ---- names of fields ----
 
-_Q_DIFFUSION = dict(
-    act_range="mse", adaround=True, act_recon=True, softmax_bits=8, first_last_act_bits=8, te="ptq", cma_layers="none"
-)
-PRESETS: dict[str, dict] = {
-    # naive post-training quantization: the ranges are what was seen
-    "minmax": dict(
-        act_range="minmax", weight_range="minmax", split_skip=False, te="ptq", cma_layers="none", first_last_act_bits=8,
-        softmax_bits=8,
-    ),
-    # Li et al., ICCV 2023: split shortcuts, AdaRound by blocks, then activation scales by blocks; one set over time
-    "q-diffusion": _Q_DIFFUSION,
-    # Shang et al., CVPR 2023: calibration at normally distributed steps, ranges by |error|^2.4, no reconstruction
-    "ptq4dm": dict(
-        act_range="mse", range_norm=2.4, calib_steps="normal", split_skip=False, te="ptq", cma_layers="none", softmax_bits=8,
-        first_last_act_bits=8,
-    ),
-    # He et al., NeurIPS 2023: Q-Diffusion, then the predicted noise is freed of its correlated error and its bias
-    "ptq-d": _Q_DIFFUSION | dict(noise_correction=True),
-    # He et al., ICLR 2024: low-rank updates of all layers, merged before quantization, in units of each layer's step; activation
-    # scales for each step; the model's output alone is compared. Rank and iterations as QuEST's Table 8 and text have them; the
-    # learning rates are ours
-    "efficientdm": dict(
-        act_range="mse", step_groups=1000, te="ptq", cma_layers="all", lora_rank=32, local_loss=False, cma_iters=32000,
-        softmax_bits=8, first_last_act_bits=8, lr_relative=True, lr_decay=True, lr_weight=1e-3, lr_scale=2e-3,
-    ),
-    # Huang et al., CVPR 2024: the time path reconstructed as one block, a range for each t there, all else as Q-Diffusion
-    "tfmq-dm": _Q_DIFFUSION | dict(temporal_block=True, te_token=True),
-    # all weights and activation scales on the global loss, as many iterations as QuEST (Table 8)
-    "full-finetune": dict(
-        act_range="mse", adaround=True, te="ptq", cma_layers="all", local_loss=False, cma_iters=2200, softmax_bits=8,
-        first_last_act_bits=8, lr_weight=1e-5, lr_scale=1e-4,
-    ),
-    # the paper's text: everything at the stated bits, one set of scales, local and global losses, 2.2k iterations
-    "quest-paper": dict(act_range="mse", adaround=True, tla_iters=1100, cma_iters=1100, lr_weight=1e-5, lr_scale=1e-4),
-    # the official release's settings for LSUN-Bedrooms (facts read off it): per step group, TE projections only, qkv only, no
-    # L_CMA, symmetric running min-max at A8, free per-channel scales at A4; for other data sets: reproduce/datasets.py
-    "quest-release": dict(
-        act_range="minmax", act_symmetric=True, act_ema=0.95, step_groups=20, adaround=True, softmax_bits=8,
-        first_last_act_bits=8,
-        te_layers="projections", cma_layers="qkv", cma_local_loss=False, global_weight=1.0, tla_order="sequential",
-        tla_iters=16000, cma_iters=6400, lr_weight=1e-5, lr_scale=1e-4, lr_scale_tla=1e-5,
-    ),
-    # ours: integer-executable granularity, TE layers and all attention layers, step groups, both losses: local errors relative to
-    # each layer's power, L_G ten times as heavy as in the paper (ablation: global-2)
-    "quest": dict(
-        act_range="mse", adaround=True, step_groups=4, softmax_bits=8, first_last_act_bits=8,
-        first_last_weight_bits=8, normalize_local=True, global_weight=20.0,
-        tla_iters=1100, cma_iters=1100, lr_relative=True, lr_decay=True, lr_weight=2e-2, lr_scale=2e-3,
-    ),
-}  # fmt: skip
-PRESETS_A4: dict[str, dict] = {  # what changes at 4-bit activations
-    "quest-release": dict(act_granularity="channel", act_ema=None, act_range="mse"),
-    "quest": dict(act_granularity="carrier"),
+GROUPS: dict[str, type[Settings]] = {
+    "ranges": RangeConfig,
+    "adaround": AdaRoundConfig,
+    "act_recon": ActReconConfig,
+    "finetuning": FinetuningConfig,
 }
+# keywords that are not the field's own name; format 1 of checkpoints has them
+KEYWORDS = {
+    "adaround_iters": "adaround.iters",
+    "adaround_lr": "adaround.lr",
+    "recon_samples": "adaround.samples",
+    "act_iters": "act_recon.iters",
+    "act_lr": "act_recon.lr",
+}
+_OWN_NAMES = {
+    field: f"{group}.{field}"
+    for group, settings in GROUPS.items()
+    for field in settings.model_fields
+    if field not in ("enabled", "iters", "lr", "samples")
+}
+
+
+def field_path(name: str) -> list[str]:
+    """The parts of a field's dotted name, from that name or a keyword. ConfigError if unknown."""
+    path = (KEYWORDS | _OWN_NAMES).get(name, name).split(".")
+    group = GROUPS.get(path[0]) if len(path) == 2 else None
+    known = path[0] in QuantConfig.model_fields if len(path) == 1 else False
+    if not known and (group is None or path[1] not in group.model_fields):
+        names = ", ".join(sorted({*QuantConfig.model_fields, *KEYWORDS, *_OWN_NAMES}))
+        raise ConfigError(f"unknown key {name}; known keys: {names}")
+    return path
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by any name -> by field, each group a `Settings` or a dict of its own fields."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        path = field_path(name)
+        if path[0] in GROUPS and isinstance(value, bool) and len(path) == 1:
+            path = [path[0], "enabled"]
+        if len(path) == 1 and isinstance(value, Mapping):
+            own = {field_path(f"{name}.{field}")[1]: v for field, v in value.items()}
+            found = _merged(found, {name: own})
+        elif len(path) == 1:
+            found[path[0]] = value
+        else:
+            found = _merged(found, {path[0]: {path[1]: value}})
+    return found
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`changes` over `values`, inside the groups too."""
+    merged = dict(values)
+    for name, value in changes.items():
+        own = merged.get(name)
+        merged[name] = own | value if isinstance(own, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _sentence(error: ValidationError) -> str:
+    """One line of the first thing that is wrong."""
+    first = error.errors()[0]
+    words = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
+    if not first["loc"]:
+        return words
+    where = ".".join(str(part) for part in first["loc"] if str(part)[:1].islower())
+    return f"{where}: {words}, found {first['input']!r}"
+
+
+def _described(settings: type[Settings], prefix: str = "") -> Iterator[str]:
+    """A line for each field of a group: name, default, meaning."""
+    for name, field in settings.model_fields.items():
+        if name in GROUPS:
+            yield ""
+            yield f"    {name}: {GROUPS[name].__doc__}"
+            yield from _described(GROUPS[name], f"{name}.")
+        else:
+            words = " ".join((field.description or "").split())
+            yield f"    {prefix}{name} = {field.default!r}: {words}"
+
+
+QuantConfig.__doc__ = "\n".join(
+    [QuantConfig.__doc__ or "", "    Fields:", *_described(QuantConfig)]
+)

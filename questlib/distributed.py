@@ -8,7 +8,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 
-PATIENCE = timedelta(days=2)  # without a common cache each process runs AdaRound: hours, at whose end some are minutes ahead
+PATIENCE = timedelta(
+    days=2
+)  # without a common cache each process runs AdaRound: hours, at whose end some are minutes ahead
 
 
 def processes() -> PartialState:
@@ -36,7 +38,10 @@ def share(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torc
     shapes = [{k: (v.shape, v.dtype) for k, v in tensors.items()} if mine else None]
     broadcast_object_list(shapes, from_process=owner)
     return {
-        k: broadcast((tensors[k].contiguous() if mine else torch.empty(shape, dtype=dtype)).to(device()), owner).cpu()
+        k: broadcast(
+            (tensors[k].contiguous() if mine else torch.empty(shape, dtype=dtype)).to(device()),
+            owner,
+        ).cpu()
         for k, (shape, dtype) in shapes[0].items()
     }
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from questlib.clip_score import CLIP_MODEL, COCO_PROMPTS
 from questlib.config import OFF
-from questlib.models.loading import MINI
+from reproduce.evaluation.clip_score import CLIP_MODEL, COCO_PROMPTS
+from reproduce.models.loading import MINI
 
 EMOJI = "mini-ldm4"  # its folder has the reference statistics of the images that all emoji models were trained on
 MINI_CLIP = f"local-dir:{MINI / 'mini-clip'}"
@@ -32,13 +32,17 @@ class Setting:
     sample_batch: int
     model: str | None = None  # an embedded name; None: a folder or hub id must be given
     reference: str | None = None  # for FID: an embedded name; None: a file or folder must be given
-    captions: str | None = None  # prompts in COCO's annotations format; None: none, or a file must be given
+    captions: str | None = (
+        None  # prompts in COCO's annotations format; None: none, or a file must be given
+    )
     sampler: str = "ddim"
     eta: float = 0.0
     guidance_scale: float = 1.0
     features: str | None = None  # None: the scale's; "none": no features, and no FID
     clip: str = CLIP_MODEL
-    overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # QuantConfig keys, over the scale's
+    overrides: Mapping[str, Any] = field(
+        default_factory=lambda: NOTHING
+    )  # QuantConfig keys, over the scale's
 
     @property
     def takes_features(self) -> bool:
@@ -47,7 +51,9 @@ class Setting:
     @property
     def evaluations(self) -> int:
         """Calls of the UNet for one sample; guidance takes two, PLMS one more step."""
-        return (self.num_inference_steps + (self.sampler == "plms")) * (2 if self.guidance_scale != 1 else 1)
+        return (self.num_inference_steps + (self.sampler == "plms")) * (
+            2 if self.guidance_scale != 1 else 1
+        )
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,13 @@ class Dataset:
     name: str
     title: str
     weights: str  # what `paper` scale needs
-    config: str  # of the paper's model: name of a CompVis config (questlib.models.convert), or a hub id
+    config: str  # of the paper's model: name of a CompVis config (reproduce.models.convert), or a hub id
     settings: Mapping[str, Setting]  # by scale
     has_reference: bool = True  # its table asks for FID
     has_captions: bool = False
-    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)  # a preset's own settings for these data
+    presets: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: NOTHING
+    )  # a preset's own settings for these data
 
     @property
     def model_env(self) -> str:
@@ -73,14 +81,24 @@ class Dataset:
 
     captions_env = "QUEST_COCO"
 
-    def setting(self, scale: str, model: str | None = None, reference: str | None = None, captions: str | None = None) -> Setting:
+    def setting(
+        self,
+        scale: str,
+        model: str | None = None,
+        reference: str | None = None,
+        captions: str | None = None,
+    ) -> Setting:
         """The setting at a scale; what is given wins over the scale's own, and that over the environment."""
         own, env = self.settings[scale], os.environ
         return replace(
             own,
             model=model or own.model or env.get(self.model_env),
-            reference=reference or own.reference or (env.get(self.reference_env) if self.has_reference else None),
-            captions=captions or own.captions or (env.get(self.captions_env) if self.has_captions else None),
+            reference=reference
+            or own.reference
+            or (env.get(self.reference_env) if self.has_reference else None),
+            captions=captions
+            or own.captions
+            or (env.get(self.captions_env) if self.has_captions else None),
         )
 
     def missing(self, setting: Setting) -> str | None:
@@ -94,11 +112,17 @@ class Dataset:
         ):
             needs.append(f"the embedded model {setting.model}, which does not exist yet")
         if self.has_reference and setting.reference is None and setting.takes_features:
-            needs.append(f"FID reference images or statistics (--reference PATH or ${self.reference_env})")
+            needs.append(
+                f"FID reference images or statistics (--reference PATH or ${self.reference_env})"
+            )
         if self.has_captions and setting.captions is None:
-            needs.append(f"COCO captions, captions_val2014.json (--captions FILE or ${self.captions_env})")
+            needs.append(
+                f"COCO captions, captions_val2014.json (--captions FILE or ${self.captions_env})"
+            )
         elif setting.captions == SD_CAPTIONS and not Path(SD_CAPTIONS).is_file():
-            needs.append(f"the captions of {setting.model}, {Path(SD_CAPTIONS).name}, which do not exist yet")
+            needs.append(
+                f"the captions of {setting.model}, {Path(SD_CAPTIONS).name}, which do not exist yet"
+            )
         return f"needs {' and '.join(needs)}" if needs else None
 
 
@@ -108,8 +132,14 @@ SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 
 def _mini(model: str, *, smoke_features: str | None = None, **common: Any) -> dict[str, Setting]:
     """The embedded stand-in at `smoke` and `mini` scale."""
-    common = dict(model=model, reference=EMOJI, num_inference_steps=20, samples_per_seed=1000) | common
-    smoke = common | dict(num_inference_steps=4, samples_per_seed=32) | (dict(features=smoke_features) if smoke_features else {})
+    common = (
+        dict(model=model, reference=EMOJI, num_inference_steps=20, samples_per_seed=1000) | common
+    )
+    smoke = (
+        common
+        | dict(num_inference_steps=4, samples_per_seed=32)
+        | (dict(features=smoke_features) if smoke_features else {})
+    )
     return {
         "smoke": Setting(calib_samples=8, sample_batch=32, **smoke),
         "mini": Setting(calib_samples=64, sample_batch=100, **common),
@@ -144,7 +174,8 @@ DATASETS: dict[str, Dataset] = {
             title="ImageNet 256x256, class-conditional LDM-4",
             weights="the ImageNet LDM-4 weights",
             config="cin256-v2",
-            settings=_mini("mini-cin", guidance_scale=3.0, samples_per_seed=GUIDED) | _paper(20, guidance_scale=3.0),
+            settings=_mini("mini-cin", guidance_scale=3.0, samples_per_seed=GUIDED)
+            | _paper(20, guidance_scale=3.0),
             presets={"quest-release": dict(cma_layers="no_context", tla_iters=24000)},
         ),
         Dataset(
@@ -159,17 +190,36 @@ DATASETS: dict[str, Dataset] = {
             # "off" here.
             presets={
                 "quest-release": dict(
-                    act_range="percentile", act_ema=None, step_groups=25, softmax_bits=OFF, cma_layers="feed_forward",
-                    cma_local_loss=True, global_weight=32.0, tla_iters=5625, cma_iters=8000,
+                    act_range="percentile",
+                    act_ema=None,
+                    step_groups=25,
+                    softmax_bits=OFF,
+                    cma_layers="feed_forward",
+                    cma_local_loss=True,
+                    global_weight=32.0,
+                    tla_iters=5625,
+                    cma_iters=8000,
                 )
             },
             settings=_mini(
-                "mini-sd", samples_per_seed=GUIDED, sampler="plms", num_inference_steps=50, guidance_scale=3.0,
-                captions=SD_CAPTIONS, clip=MINI_CLIP,
+                "mini-sd",
+                samples_per_seed=GUIDED,
+                sampler="plms",
+                num_inference_steps=50,
+                guidance_scale=3.0,
+                captions=SD_CAPTIONS,
+                clip=MINI_CLIP,
             )
             | _paper(
-                50, sampler="plms", guidance_scale=7.5, samples_per_seed=COCO_PROMPTS, calib_samples=128, sample_batch=8,
-                overrides=dict(batch_size=4, forward_batch=8),  # attention maps of 4096 x 4096: more does not fit one GPU
+                50,
+                sampler="plms",
+                guidance_scale=7.5,
+                samples_per_seed=COCO_PROMPTS,
+                calib_samples=128,
+                sample_batch=8,
+                overrides=dict(
+                    batch_size=4, forward_batch=8
+                ),  # attention maps of 4096 x 4096: more does not fit one GPU
             ),
         ),
         # The paper does not say how many steps its CIFAR-10 rows take: 100, as in Q-Diffusion, is this project's choice; at mini
@@ -181,8 +231,14 @@ DATASETS: dict[str, Dataset] = {
             title="CIFAR-10 32x32, pixel-space DDIM",
             weights="a CIFAR-10 diffusion model",
             config="google/ddpm-cifar10-32",
-            settings=_mini("mini-cifar", samples_per_seed=500, reference=None, features="inception", smoke_features="none")
+            settings=_mini(
+                "mini-cifar",
+                samples_per_seed=500,
+                reference=None,
+                features="inception",
+                smoke_features="none",
+            )
             | _paper(100, sample_batch=500),
         ),
     )
-}  # fmt: skip
+}

@@ -21,16 +21,20 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from questlib.models.compvis import config_names, load_config
-from questlib.models.compvis_parts import unet_part
-from questlib.models.loading import MINI
-from questlib.models.pipelines import FixedHeadsUNet2DModel
+from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from reproduce.datasets import DATASETS, Dataset, Setting
+from reproduce.models.compvis import config_names, load_config
+from reproduce.models.compvis_parts import unet_part
+from reproduce.models.loading import MINI
 from reproduce.plan import Plan
-from reproduce.report import sampling_words
-from reproduce.tables import Cell
+from reproduce.reporting.report import sampling_words
+from reproduce.tables.base import Cell
 
-RATE = {"smoke": 0.3e12, "mini": 0.3e12, "paper": 40e12}  # operations a second: two CPU cores; one GPU of A100 class
+RATE = {
+    "smoke": 0.3e12,
+    "mini": 0.3e12,
+    "paper": 40e12,
+}  # operations a second: two CPU cores; one GPU of A100 class
 SIMULATED = 2.0  # time of simulated quantization over full precision
 KEPT = 5.0  # what simulated quantization keeps for the backward pass, over what the plain model keeps (mini-ldm4: 5)
 TRAINED = 0.07  # share of the weights that finetuning trains (the paper: under 7% of LDM-4's)
@@ -43,10 +47,15 @@ Memory: float32 weights three times (teacher, student, its rounded weights), gra
   largest block, and all blocks' inputs)."""  # noqa: E501
 # google/ddpm-cifar10-32, unet/config.json: the DDPM of Ho et al. 2020 (35.7 M weights)
 CIFAR = dict(
-    sample_size=32, block_out_channels=(128, 256, 256, 256), attention_head_dim=None, flip_sin_to_cos=False, freq_shift=1,
-    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"), downsample_padding=0,
+    sample_size=32,
+    block_out_channels=(128, 256, 256, 256),
+    attention_head_dim=None,
+    flip_sin_to_cos=False,
+    freq_shift=1,
+    down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    downsample_padding=0,
     up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-)  # fmt: skip
+)
 CONTEXT_TOKENS = {"sd": 77}  # of a prompt; a class label is one
 UNETS = (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)
 
@@ -73,7 +82,12 @@ class Estimate:
 def unet_of(dataset: Dataset, setting: Setting) -> nn.Module | None:
     """The UNet on the meta device: the folder's, else the original's; None: of an embedded model that does not exist."""
     folder = next(
-        (p for p in (MINI / (setting.model or ""), Path(setting.model or "")) if (p / "unet/config.json").is_file()), None
+        (
+            p
+            for p in (MINI / (setting.model or ""), Path(setting.model or ""))
+            if (p / "unet/config.json").is_file()
+        ),
+        None,
     )
     if folder is not None:
         config = json.loads((folder / "unet/config.json").read_text())
@@ -95,7 +109,9 @@ def measure(unet: nn.Module, context_tokens: int = 1) -> Architecture:
     x = torch.empty(1, config.in_channels, config.sample_size, config.sample_size, device="meta")
     given = {}
     if isinstance(unet, UNet2DConditionModel):
-        given["encoder_hidden_states"] = torch.empty(1, context_tokens, config.cross_attention_dim, device="meta")
+        given["encoder_hidden_states"] = torch.empty(
+            1, context_tokens, config.cross_attention_dim, device="meta"
+        )
     weights = {p.untyped_storage()._cdata for p in unet.parameters()}
 
     def forward() -> None:
@@ -111,8 +127,12 @@ def measure(unet: nn.Module, context_tokens: int = 1) -> Architecture:
     handles = []
     for m in unet.modules():
         if isinstance(m, (ResnetBlock2D, Attention, Transformer2DModel)):
-            handles.append(m.register_forward_pre_hook(lambda m, a: starts.__setitem__(m, len(kept))))
-            handles.append(m.register_forward_hook(lambda m, a, out: blocks.append(size(kept[starts[m] :]))))
+            handles.append(
+                m.register_forward_pre_hook(lambda m, a: starts.__setitem__(m, len(kept)))
+            )
+            handles.append(
+                m.register_forward_hook(lambda m, a, out: blocks.append(size(kept[starts[m] :])))
+            )
     with FlopCounterMode(display=False) as counter:
         forward()
     total = size(kept)
@@ -121,9 +141,12 @@ def measure(unet: nn.Module, context_tokens: int = 1) -> Architecture:
     unet.enable_gradient_checkpointing()
     forward()
     return Architecture(
-        weight_bytes=sum(4 * p.numel() for p in unet.parameters()), operations=counter.get_total_flops(), kept_bytes=total,
-        largest_kept_bytes=max(blocks), boundary_bytes=size(kept),
-    )  # fmt: skip
+        weight_bytes=sum(4 * p.numel() for p in unet.parameters()),
+        operations=counter.get_total_flops(),
+        kept_bytes=total,
+        largest_kept_bytes=max(blocks),
+        boundary_bytes=size(kept),
+    )
 
 
 @cache
@@ -142,39 +165,77 @@ def estimate(cell: Cell, plan: Plan) -> Estimate | None:
     seeds = len(plan.seeds)
     samples = setting.samples_per_seed * seeds
     evaluations = samples * plan.drawing(cell).evaluations
-    passes = {"sample": evaluations * (1.0 if cell.preset is None else SIMULATED)}  # forward passes of one input
+    passes = {
+        "sample": evaluations * (1.0 if cell.preset is None else SIMULATED)
+    }  # forward passes of one input
     memory = model.weight_bytes + setting.sample_batch * model.largest_kept_bytes
     if cell.preset is not None:
         c = plan.config(cell, plan.seeds[0])
         student = 3 * SIMULATED  # forward and backward
         passes["calibrate"] = seeds * setting.calib_samples * setting.evaluations
-        rows = seeds * min(c.batch_size, c.recon_samples)
-        passes["reconstruct"] = student * rows * (c.adaround * c.adaround_iters + c.act_recon * c.act_iters)
-        again = SIMULATED if c.save_memory else 0.0  # gradient checkpointing computes the forward pass again
-        tla, cma = (c.te == "finetune") * c.tla_iters, (c.cma_layers != "none") * c.cma_iters
-        teacher = float(c.local_loss and c.cma_local_loss)
-        passes["finetune"] = seeds * c.batch_size * (tla * (student + again) + cma * (student + again + teacher))
-        kept = model.largest_kept_bytes * KEPT + model.boundary_bytes if c.save_memory else model.kept_bytes * KEPT
+        rows = seeds * min(c.batch_size, c.adaround.samples)
+        passes["reconstruct"] = (
+            student
+            * rows
+            * (c.adaround.enabled * c.adaround.iters + c.act_recon.enabled * c.act_recon.iters)
+        )
+        again = (
+            SIMULATED if c.save_memory else 0.0
+        )  # gradient checkpointing computes the forward pass again
+        tla, cma = (
+            (c.te == "finetune") * c.finetuning.tla_iters,
+            (c.finetuning.cma_layers != "none") * c.finetuning.cma_iters,
+        )
+        teacher = float(c.finetuning.local_loss and c.finetuning.cma_local_loss)
+        passes["finetune"] = (
+            seeds * c.batch_size * (tla * (student + again) + cma * (student + again + teacher))
+        )
+        kept = (
+            model.largest_kept_bytes * KEPT + model.boundary_bytes
+            if c.save_memory
+            else model.kept_bytes * KEPT
+        )
         forward = c.forward_batch * model.largest_kept_bytes
         batch = c.batch_size * (kept if tla + cma else model.largest_kept_bytes * KEPT)
-        share = 1.0 if c.cma_layers == "all" and not c.lora_rank else TRAINED
+        share = 1.0 if c.finetuning.cma_layers == "all" and not c.finetuning.lora_rank else TRAINED
         trained = 3 * share * model.weight_bytes if tla + cma else 0
-        memory = 3 * model.weight_bytes + trained + max(batch, forward, setting.sample_batch * model.largest_kept_bytes)
-    hours = {stage: n * model.operations / RATE[plan.scale.name] / 3600 for stage, n in passes.items()}
+        memory = (
+            3 * model.weight_bytes
+            + trained
+            + max(batch, forward, setting.sample_batch * model.largest_kept_bytes)
+        )
+    hours = {
+        stage: n * model.operations / RATE[plan.scale.name] / 3600 for stage, n in passes.items()
+    }
     return Estimate(samples, evaluations, hours, memory)
 
 
 def command(cell: Cell, plan: Plan) -> str:
     """What to type for this cell alone; what is not given stands as the environment variable that can hold it."""
     dataset, own = DATASETS[cell.dataset], DATASETS[cell.dataset].settings[plan.scale.name]
-    words = ["python", "-m", "reproduce", plan.table.name, "--scale", plan.scale.name, "--cells", cell.id]
+    words = [
+        "python",
+        "-m",
+        "reproduce",
+        plan.table.name,
+        "--scale",
+        plan.scale.name,
+        "--cells",
+        cell.id,
+    ]
     words += ["--seeds", ",".join(map(str, plan.seeds))] if plan.seeds != plan.scale.seeds else []
     words += ["--features", plan.features] if plan.features else []
     words += ["--engine", plan.engine] if plan.engine != "fake" else []
     text = shlex.join(words)
     for option, given, standing, env, used in (
         ("--model", plan.model, own.model, dataset.model_env, True),
-        ("--reference", plan.reference, own.reference, dataset.reference_env, dataset.has_reference),
+        (
+            "--reference",
+            plan.reference,
+            own.reference,
+            dataset.reference_env,
+            dataset.has_reference,
+        ),
         ("--captions", plan.captions, own.captions, dataset.captions_env, dataset.has_captions),
     ):
         if given is not None:
@@ -195,10 +256,17 @@ def lines(cell: Cell, plan: Plan) -> list[str]:
         f"  {command(cell, plan)}",
         f"  {stand_in}{DATASETS[cell.dataset].title}: {how}; {setting.samples_per_seed} samples for each of seeds "
         f"{', '.join(map(str, plan.seeds))}",
-        "  paper: " + (", ".join(f"{k} {'not reported' if v is None else v}" for k, v in cell.paper.items()) or "no such row"),
+        "  paper: "
+        + (
+            ", ".join(f"{k} {'not reported' if v is None else v}" for k, v in cell.paper.items())
+            or "no such row"
+        ),
     ]
     if cell.independent:
-        again = (f"{source} " + ", ".join(f"{k} {v}" for k, v in values.items()) for source, values in cell.independent.items())
+        again = (
+            f"{source} " + ", ".join(f"{k} {v}" for k, v in values.items())
+            for source, values in cell.independent.items()
+        )
         text.append("  independent: " + "; ".join(again))
     if found is None:
         text.append("  estimate: none")
@@ -213,4 +281,6 @@ def lines(cell: Cell, plan: Plan) -> list[str]:
 
 def dry_run(plan: Plan) -> str:
     """Every cell of the plan."""
-    return "\n".join([plan.table.title, ABOUT, ""] + [line for cell in plan.cells for line in lines(cell, plan)])
+    return "\n".join(
+        [plan.table.title, ABOUT, ""] + [line for cell in plan.cells for line in lines(cell, plan)]
+    )

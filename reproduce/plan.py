@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from questlib.config import QuantConfig
-from questlib.errors import ConfigError, check_writable
-from questlib.integer.convert import ENGINES as INTEGER_ENGINES
-from questlib.models.loading import embedded_models
+from questlib.errors import ConfigError
+from questlib.files import check_writable
+from questlib.integer.engines import ENGINES as INTEGER_ENGINES
 from reproduce.datasets import DATASETS, Setting
+from reproduce.models.loading import embedded_models
 from reproduce.scales import Scale, get_scale
 from reproduce.store import check_store
-from reproduce.tables import Cell, Table, get_table
+from reproduce.tables.base import Cell, Table
+from reproduce.tables.registry import get_table
 
 FEATURES = ("mini", "inception")
 ENGINES = ("fake", *INTEGER_ENGINES)  # simulated, or integers
-MAX_SEED = 999  # sampling uses seed + 1000, and questlib.sampling keeps noise distinct below 2000
+MAX_SEED = 999  # sampling uses seed + 1000, and questlib.diffusion.sampling keeps noise distinct below 2000
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,9 @@ class Plan:
 
     def setting(self, cell: Cell) -> Setting:
         """The cell's model, and how it is sampled here."""
-        setting = DATASETS[cell.dataset].setting(self.scale.name, self.model, self.reference, self.captions)
+        setting = DATASETS[cell.dataset].setting(
+            self.scale.name, self.model, self.reference, self.captions
+        )
         features = self.features or setting.features or self.scale.features
         setting = replace(setting, features=features)
         return setting if setting.takes_features else replace(setting, reference=None)
@@ -85,20 +89,39 @@ class Plan:
         save_memory is no part of a method: it alone is switched on.
         """
         setting = self.setting(cell)
-        preset = QuantConfig.preset(cell.preset, cell.weight_bits, cell.act_bits, **self.overrides(cell)).to_dict()
-        wanted = {**self.scale.overrides, **self.scale.preset_overrides.get(cell.preset, {}), **setting.overrides}
+        preset = QuantConfig.preset(
+            cell.preset, cell.weight_bits, cell.act_bits, **self.overrides(cell)
+        ).to_dict()
+        wanted = {
+            **self.scale.overrides,
+            **self.scale.preset_overrides.get(cell.preset, {}),
+            **setting.overrides,
+        }
         on = {key for key in wanted if preset.get(key, "unknown") != 0 or key == "save_memory"}
-        changes = {key: value for key, value in wanted.items() if key in on and key not in cell.overrides}
+        changes = {
+            key: value for key, value in wanted.items() if key in on and key not in cell.overrides
+        }
         groups = min(changes.get("step_groups", preset["step_groups"]), setting.num_inference_steps)
         return QuantConfig.from_dict(preset | changes | {"step_groups": groups, "seed": seed})
 
 
 def make_plan(
-    table: str, *, scale: str = "mini", cells: Sequence[str] | None = None, seeds: Sequence[int] | None = None,
-    features: str | None = None, engine: str | None = None, model: str | None = None, reference: str | None = None,
-    captions: str | None = None, results: str | Path | None = None, work: str | Path | None = None,
-    keep_seeds: bool = False, stored: bool = False, dry: bool = False,
-) -> Plan:  # fmt: skip
+    table: str,
+    *,
+    scale: str = "mini",
+    cells: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    features: str | None = None,
+    engine: str | None = None,
+    model: str | None = None,
+    reference: str | None = None,
+    captions: str | None = None,
+    results: str | Path | None = None,
+    work: str | Path | None = None,
+    keep_seeds: bool = False,
+    stored: bool = False,
+    dry: bool = False,
+) -> Plan:
     """Check every choice; ConfigError names what is known. `results` or `work` None: in a new temporary folder.
 
     stored: rows are shown as `results` has them, so nothing may be chosen that only a run can follow.
@@ -109,22 +132,39 @@ def make_plan(
     if wanted == set():
         raise ConfigError("cells: expected at least one")
     the_seeds = tuple(the_scale.seeds if seeds is None else seeds)
-    if not the_seeds or len(set(the_seeds)) < len(the_seeds) or not all(0 <= s <= MAX_SEED for s in the_seeds):
-        raise ConfigError(f"seeds: expected different numbers in 0..{MAX_SEED}, found {list(the_seeds)}")
+    if (
+        not the_seeds
+        or len(set(the_seeds)) < len(the_seeds)
+        or not all(0 <= s <= MAX_SEED for s in the_seeds)
+    ):
+        raise ConfigError(
+            f"seeds: expected different numbers in 0..{MAX_SEED}, found {list(the_seeds)}"
+        )
     if features not in (None, *FEATURES):
         raise ConfigError(f"features: expected one of {', '.join(FEATURES)}, found {features!r}")
     if engine not in (None, *ENGINES):
         raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, found {engine!r}")
     options = [table, "--scale", scale]
-    chosen = {"cells": cells, "seeds": seeds, "features": features, "engine": engine, "model": model, "reference": reference}
+    chosen = {
+        "cells": cells,
+        "seeds": seeds,
+        "features": features,
+        "engine": engine,
+        "model": model,
+        "reference": reference,
+    }
     chosen |= {"captions": captions}
     for name, value in chosen.items():
         if value is not None:
             options += [f"--{name}", value if isinstance(value, str) else ",".join(map(str, value))]
     options += ["--keep-seeds"] if keep_seeds else []
     if stored:
-        if useless := [o for o in options if o.startswith("--") and o not in ("--scale", "--cells", "--engine")]:
-            raise ConfigError(f"--stored: rows are shown as they are, nothing is run; expected no {', '.join(useless)}")
+        if useless := [
+            o for o in options if o.startswith("--") and o not in ("--scale", "--cells", "--engine")
+        ]:
+            raise ConfigError(
+                f"--stored: rows are shown as they are, nothing is run; expected no {', '.join(useless)}"
+            )
         options.append("--stored")
     temporary = None if (results and work) or dry else Path(tempfile.mkdtemp(prefix="quest-"))
     plan = Plan(
@@ -153,9 +193,13 @@ def make_plan(
     for cell in plan.cells:
         setting = plan.setting(cell)
         if reference and not setting.takes_features:
-            raise ConfigError(f"--reference: {cell.dataset} takes no features at {scale} scale, add --features inception")
+            raise ConfigError(
+                f"--reference: {cell.dataset} takes no features at {scale} scale, add --features inception"
+            )
         if setting.features == "inception" and setting.reference in embedded_models():
-            raise ConfigError(f"features inception: {setting.reference} ships mini features only, give --reference IMAGES_OR_NPZ")
+            raise ConfigError(
+                f"features inception: {setting.reference} ships mini features only, give --reference IMAGES_OR_NPZ"
+            )
         if cell.preset is not None:
             plan.config(cell, plan.seeds[0])  # an unknown key in a scale or a table shows here
     if not dry:

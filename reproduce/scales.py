@@ -21,8 +21,12 @@ class Scale:
     name: str
     features: str  # "mini": the embedded classifier; "inception": FID's Inception-v3
     seeds: tuple[int, ...]
-    overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)  # QuantConfig keys, for all presets
-    preset_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)  # on top, by preset name
+    overrides: Mapping[str, Any] = field(
+        default_factory=lambda: NOTHING
+    )  # QuantConfig keys, for all presets
+    preset_overrides: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=lambda: NOTHING
+    )  # on top, by preset name
     about: str = ""
 
 
@@ -32,7 +36,15 @@ SCALES: dict[str, Scale] = {
         features="mini",
         seeds=(0,),
         overrides=MINI_LAYERS
-        | dict(adaround_iters=3, act_iters=2, tla_iters=2, cma_iters=2, batch_size=4, calib_batch=8, recon_samples=8),
+        | dict(
+            adaround_iters=3,
+            act_iters=2,
+            tla_iters=2,
+            cma_iters=2,
+            batch_size=4,
+            calib_batch=8,
+            recon_samples=8,
+        ),
         about="checks that everything runs; its numbers mean nothing",
     ),
     "mini": Scale(
@@ -42,9 +54,19 @@ SCALES: dict[str, Scale] = {
         # Budgets for two cores: 9 to 320 times fewer iterations than the presets have, by stage. AdaRound and Q-Diffusion, the
         # start of most rows, get higher learning rates for it; finetuning keeps its own (ten times as much broke the W8A8 rows).
         overrides=MINI_LAYERS
-        | dict(adaround_iters=150, adaround_lr=3e-2, act_iters=60, act_lr=4e-3, recon_samples=128, tla_iters=50, cma_iters=120),
+        | dict(
+            adaround_iters=150,
+            adaround_lr=3e-2,
+            act_iters=60,
+            act_lr=4e-3,
+            recon_samples=128,
+            tla_iters=50,
+            cma_iters=120,
+        ),
         # In Table 8 EfficientDM takes 15 times QuEST's iterations (here 3.5 times), full finetuning as many as QuEST
-        preset_overrides=dict(efficientdm=dict(cma_iters=600), **{"full-finetune": dict(cma_iters=170)}),
+        preset_overrides=dict(
+            efficientdm=dict(cma_iters=600), **{"full-finetune": dict(cma_iters=170)}
+        ),
         about="the embedded models in place of the paper's, every method for real",
     ),
     "paper": Scale(

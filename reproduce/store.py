@@ -63,7 +63,9 @@ class Product:
 
     def _make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         tries = self.folder / "tries.json"
-        before = json.loads(tries.read_text()) if tries.is_file() else {"seconds": 0.0, "interrupted": 0}
+        before = (
+            json.loads(tries.read_text()) if tries.is_file() else {"seconds": 0.0, "interrupted": 0}
+        )
         # Written first, so that a try that is killed leaves a mark even though its seconds are lost.
         write_json(tries, before | {"interrupted": before["interrupted"] + 1})
         start = time.perf_counter()
@@ -72,7 +74,11 @@ class Product:
         finally:
             seconds = before["seconds"] + time.perf_counter() - start
             write_json(tries, {"seconds": seconds, "interrupted": before["interrupted"] + 1})
-        info = {"seconds": seconds, "interrupted": before["interrupted"], "provenance": provenance()} | info
+        info = {
+            "seconds": seconds,
+            "interrupted": before["interrupted"],
+            "provenance": provenance(),
+        } | info
         write_json(self.folder / "done.json", info)
         tries.unlink()
         return info

@@ -20,9 +20,14 @@ def record_time(plan: Plan, results: list[dict[str, Any]], seconds: float, fresh
     whole = ran and all(r["status"] == "done" for r in results)
     if not (fresh and alone and whole):
         return
-    target = f"make {plan.table.target}" + ("" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}")
+    target = f"make {plan.table.target}" + (
+        "" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}"
+    )
     target = target if plan.engine == "fake" else plan.command
-    write_json(plan.folder / "run.json", {"command": target, "seconds": round(seconds, 1), "machine": machine()})
+    write_json(
+        plan.folder / "run.json",
+        {"command": target, "seconds": round(seconds, 1), "machine": machine()},
+    )
 
 
 def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
@@ -32,9 +37,14 @@ def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
     Activation scales that were reconstructed after AdaRound are in one number with it; they are told apart by a row of the
     same calibration and weights that has AdaRound alone. Without such a row AdaRound counts again.
     """
-    plans = {key: make_plan(key[0], scale=key[1], dry=True) for key in {(r["table"], r["scale"]) for r in results}}
+    plans = {
+        key: make_plan(key[0], scale=key[1], dry=True)
+        for key in {(r["table"], r["scale"]) for r in results}
+    }
     found: dict[tuple, float] = {}
-    reconstructed: list[tuple] = []  # (seconds, calibration product, AdaRound's key, key of the scales or None)
+    reconstructed: list[
+        tuple
+    ] = []  # (seconds, calibration product, AdaRound's key, key of the scales or None)
 
     def count(key: tuple, seconds: float) -> None:
         found[key] = max(found.get(key, 0.0), seconds)
@@ -44,8 +54,13 @@ def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
         cell = plan.table.cell(r["cell"])
         drawn = (r["sampler"], r["num_inference_steps"], r["eta"], r["guidance_scale"], r["engine"])
         for seed in r["per_seed"]:
-            seconds, start = seed["seconds"], (r["scale"], r["dataset"], r["model"]["sha256"], seed["seed"])
-            own = None if plan.table.shares else seed["config_hash"]  # made again, also where another table has it
+            seconds, start = (
+                seed["seconds"],
+                (r["scale"], r["dataset"], r["model"]["sha256"], seed["seed"]),
+            )
+            own = (
+                None if plan.table.shares else seed["config_hash"]
+            )  # made again, also where another table has it
             samples = (*start, seed["config_hash"], *drawn, own)
             count(("sample", *samples), seconds["sample"])
             count(("evaluate", *samples, r["features"]), seconds["evaluate"])
@@ -54,11 +69,20 @@ def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
             count(("calibrate", *start), seconds["calibrate"])
             config = plan.config(cell, seed["seed"])
             count(("ranges", *start, config.range_key(), own), seconds["ranges"])
-            count(("checkpoint", *start, seed["config_hash"], own), seconds["finetune"] + seconds.get("correction", 0.0))
+            count(
+                ("checkpoint", *start, seed["config_hash"], own),
+                seconds["finetune"] + seconds.get("correction", 0.0),
+            )
             if seconds["reconstruct"]:
-                scales = ("act scales", *start, seed["config_hash"], own) if config.act_recon else None
-                weights = ("adaround", *start, config.weight_key(), own)
-                reconstructed.append((seconds["reconstruct"], seed["products"]["calibrate"], weights, scales))
+                scales = (
+                    ("act scales", *start, seed["config_hash"], own)
+                    if config.act_recon.enabled
+                    else None
+                )
+                weights = ("adaround", *start, config.adaround_key(), own)
+                reconstructed.append(
+                    (seconds["reconstruct"], seed["products"]["calibrate"], weights, scales)
+                )
     alone = {entry[1:3]: entry[0] for entry in reconstructed if entry[3] is None}
     for seconds, calibration, weights, scales in reconstructed:
         if scales is None:

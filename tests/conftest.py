@@ -16,7 +16,9 @@ torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 @pytest.fixture(scope="session")
 def quest_data() -> Path:
     """The folder QUEST_DATA, or shared/data beside the repository; without it the test is skipped."""
-    folder = Path(os.environ.get("QUEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
+    folder = Path(
+        os.environ.get("QUEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
+    )
     if not folder.is_dir():
         pytest.skip(f"the data for checking are not at {folder}; set QUEST_DATA")
     return folder

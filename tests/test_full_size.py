@@ -12,7 +12,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import finetune_memory  # noqa: E402
 import full_size  # noqa: E402
 
-PARAMETERS = {"sd14": 859_520_964, "ldm4-imagenet": 400_920_579}  # the paper's size column: 3278.8 and 1529.4 MiB in float32
+PARAMETERS = {
+    "sd14": 859_520_964,
+    "ldm4-imagenet": 400_920_579,
+}  # the paper's size column: 3278.8 and 1529.4 MiB in float32
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
@@ -25,12 +28,21 @@ def test_sizes_are_the_papers(model):
 def test_memory_counted_on_fake_tensors_is_that_of_real_ones(monkeypatch):
     """A tiny model: the same count with values as without; checkpointing lowers it; it grows with the batch."""
     tiny = dict(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        attention_head_dim=4, cross_attention_dim=12, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     monkeypatch.setitem(finetune_memory.MODELS, "tiny", (tiny, None, (3, 12), 2.0))
-    plain, saving, larger = (finetune_memory.count("tiny", *how) for how in ((4, False), (4, True), (8, True)))
+    plain, saving, larger = (
+        finetune_memory.count("tiny", *how) for how in ((4, False), (4, True), (8, True))
+    )
     assert saving < plain and saving < larger < 2 * saving
 
     def with_values(module, mode, living):

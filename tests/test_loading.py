@@ -1,4 +1,4 @@
-"""questlib.models.loading: the embedded model, folders, hub ids, and what is wrong with them."""
+"""reproduce.models.loading: the embedded model, folders, hub ids, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 
+from questlib.diffusion.digests import model_digest
 from questlib.errors import CheckpointError, ConfigError
-from questlib.models.data import DATASETS
-from questlib.models.loading import MINI, embedded_models, load_pipeline, model_digest
-from questlib.models.presets import PRESETS
+from reproduce.models.loading import MINI, embedded_models, load_pipeline
+from reproduce.models.minis.architectures import PRESETS
+from reproduce.models.minis.data import DATASETS
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,9 @@ def test_the_model_is_good(name):
     if "condition" in quality:
         assert quality["condition"]["samples"] > 0.6
     if "clip" in quality:
-        assert quality["clip"]["top5"] > 10 * 5 / quality["clip"]["captions"]  # ten times what chance finds
+        assert (
+            quality["clip"]["top5"] > 10 * 5 / quality["clip"]["captions"]
+        )  # ten times what chance finds
         assert quality["clip"]["score"] > quality["clip"]["score_of_others"] + 5
 
 

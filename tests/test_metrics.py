@@ -1,4 +1,4 @@
-"""questlib.metrics and questlib.features: against independent float64 computations, and every way to be wrong."""
+"""reproduce.evaluation.metrics and reproduce.evaluation.features: against independent float64 computations, and every way to be wrong."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import torch_fidelity
 from PIL import Image
 from torch.utils.data import Dataset
 
-from questlib import features, metrics
 from questlib.errors import MetricError
-from questlib.features import MiniFeatures, load_classifier
+from reproduce.evaluation import features, metrics
+from reproduce.evaluation.features import MiniFeatures, load_classifier
 
 
 def pictures(n: int, seed: int, size: int = 64) -> torch.Tensor:
     """Smooth coloured blobs, uint8 [n, 3, size, size]."""
     coarse = torch.rand(n, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
-    return (torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+    return (
+        torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(0, 1) * 255
+    ).to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def extractor() -> MiniFeatures:
 
 @pytest.fixture(scope="module")
 def two_sets(extractor) -> tuple[metrics.Statistics, metrics.Statistics]:
-    return metrics.statistics(pictures(300, 1), extractor), metrics.statistics(255 - pictures(280, 2), extractor)
+    return metrics.statistics(pictures(300, 1), extractor), metrics.statistics(
+        255 - pictures(280, 2), extractor
+    )
 
 
 def independent_fid(x: np.ndarray, y: np.ndarray) -> float:
@@ -47,7 +51,9 @@ def independent_kid(x: np.ndarray, y: np.ndarray) -> float:
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return (a @ b.T / a.shape[1] + 1) ** 3
 
-    xx, yy = ((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(x, x), kernel(y, y)))
+    xx, yy = (
+        (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(x, x), kernel(y, y))
+    )
     return float(xx + yy - 2 * kernel(x, y).mean())
 
 
@@ -60,13 +66,20 @@ def test_fid_equals_an_independent_computation(two_sets):
 
 def test_sfid_is_fid_of_the_spatial_features(extractor, two_sets):
     x, y = pictures(300, 1), 255 - pictures(280, 2)
-    spatial = [extractor.classifier.features(i.float() / 127.5 - 1)["spatial"].double().numpy() for i in (x, y)]
+    spatial = [
+        extractor.classifier.features(i.float() / 127.5 - 1)["spatial"].double().numpy()
+        for i in (x, y)
+    ]
     a, b = two_sets
-    assert metrics.frechet(a.spatial_moments, b.spatial_moments) == pytest.approx(independent_fid(*spatial), rel=1e-4)
+    assert metrics.frechet(a.spatial_moments, b.spatial_moments) == pytest.approx(
+        independent_fid(*spatial), rel=1e-4
+    )
 
 
 def test_kid_equals_an_independent_computation(two_sets):
-    a, b = (s.pooled[:280] for s in two_sets)  # equal counts below 1000: every subset is the whole set
+    a, b = (
+        s.pooled[:280] for s in two_sets
+    )  # equal counts below 1000: every subset is the whole set
     assert metrics.kid(a, b) == pytest.approx(independent_kid(a.numpy(), b.numpy()), rel=1e-9)
 
 
@@ -82,12 +95,16 @@ def test_precision_and_recall_equal_an_independent_computation(two_sets):
     a, mixed = a[:150], np.concatenate([b[:75], a[150:225]])  # so that neither is 0 or 1
 
     def covered(points: np.ndarray, by: np.ndarray) -> float:
-        radius = [np.sort(np.linalg.norm(by - x, axis=1))[3] for x in by]  # the 0th is the point itself
+        radius = [
+            np.sort(np.linalg.norm(by - x, axis=1))[3] for x in by
+        ]  # the 0th is the point itself
         return float(np.mean([(np.linalg.norm(by - x, axis=1) <= radius).any() for x in points]))
 
     expected = {"precision": covered(mixed, a), "recall": covered(a, mixed)}
     assert 0 < expected["recall"] < 1 and 0 < expected["precision"] < 1
-    assert metrics.precision_recall(torch.from_numpy(mixed), torch.from_numpy(a)) == pytest.approx(expected)
+    assert metrics.precision_recall(torch.from_numpy(mixed), torch.from_numpy(a)) == pytest.approx(
+        expected
+    )
 
 
 @pytest.mark.parametrize(("count", "parts"), [(60, 1), (5000, 1), (10_000, 2), (12_000, 2)])
@@ -97,15 +114,25 @@ def test_inception_score_equals_an_independent_computation(count, parts):
     for part in np.split(logits.double().numpy(), parts):
         p = np.exp(part) / np.exp(part).sum(1, keepdims=True)
         scores.append(np.exp((p * np.log(p / p.mean(0))).sum(1).mean()))
-    assert metrics.inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-9) and np.mean(scores) > 1.5
+    assert (
+        metrics.inception_score(logits) == pytest.approx(np.mean(scores), rel=1e-9)
+        and np.mean(scores) > 1.5
+    )
 
 
 def test_inception_score_of_evaluate_is_that_of_the_logits(extractor):
     x = pictures(40, 5)
     logits = extractor.classifier.features(x.float() / 127.5 - 1)["logits"]
     result = metrics.evaluate(x, reference=None)
-    assert result["inception_score"] == pytest.approx(metrics.inception_score(logits), rel=1e-6) and result["inception_score"] > 1
-    assert result["fid"] is None and result["kid"] is None and result["note"] == "no reference was given"
+    assert (
+        result["inception_score"] == pytest.approx(metrics.inception_score(logits), rel=1e-6)
+        and result["inception_score"] > 1
+    )
+    assert (
+        result["fid"] is None
+        and result["kid"] is None
+        and result["note"] == "no reference was given"
+    )
 
 
 def test_a_set_with_itself():
@@ -114,7 +141,9 @@ def test_a_set_with_itself():
     assert abs(result["fid"]) < 1e-6 and abs(result["sfid"]) < 1e-5
     assert result["precision"] == result["recall"] == 1.0
     assert result["feature_distance_to_fp"] == 0.0 and math.isfinite(result["psnr_to_fp"])
-    assert result["features"] == "quest-mini" and result["n_samples"] == result["n_reference"] == 300
+    assert (
+        result["features"] == "quest-mini" and result["n_samples"] == result["n_reference"] == 300
+    )
 
 
 def test_registered_with_torch_fidelity():
@@ -130,9 +159,20 @@ def test_registered_with_torch_fidelity():
 
     x, y = pictures(200, 1), 255 - pictures(200, 2)
     theirs = torch_fidelity.calculate_metrics(
-        input1=Pictures(x), input2=Pictures(y), feature_extractor="quest-mini", cuda=False,
-        fid=True, kid=True, prc=True, isc=True, kid_subset_size=200, rng_seed=0, cache=False, save_cpu_ram=True, verbose=False,
-    )  # fmt: skip
+        input1=Pictures(x),
+        input2=Pictures(y),
+        feature_extractor="quest-mini",
+        cuda=False,
+        fid=True,
+        kid=True,
+        prc=True,
+        isc=True,
+        kid_subset_size=200,
+        rng_seed=0,
+        cache=False,
+        save_cpu_ram=True,
+        verbose=False,
+    )
     ours = metrics.evaluate(x, reference=y)
     assert theirs["frechet_inception_distance"] == pytest.approx(ours["fid"], rel=1e-3)
     assert theirs["kernel_inception_distance_mean"] == pytest.approx(ours["kid"], rel=1e-3)
@@ -154,7 +194,9 @@ def test_feature_distance_is_the_mean_l2_distance(extractor):
     x, y = pictures(20, 1), pictures(20, 2)
     a, b = (extractor.classifier.features(i.float() / 127.5 - 1)["pooled"] for i in (x, y))
     expected = (a - b).square().sum(1).sqrt().mean().item()
-    assert metrics.evaluate(x, reference=y, paired=y)["feature_distance_to_fp"] == pytest.approx(expected, rel=1e-5)
+    assert metrics.evaluate(x, reference=y, paired=y)["feature_distance_to_fp"] == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_latent_snr():
@@ -189,7 +231,10 @@ def test_without_features():
     """PSNR needs none; what needs them is None, and a reference is refused rather than ignored."""
     x, y = pictures(16, 1, 32), pictures(16, 2, 32)
     result = metrics.evaluate(x, reference=None, features="none", paired=y)
-    assert result["psnr_to_fp"] == metrics.psnr(x, y) and result["fid"] is result["feature_distance_to_fp"] is None
+    assert (
+        result["psnr_to_fp"] == metrics.psnr(x, y)
+        and result["fid"] is result["feature_distance_to_fp"] is None
+    )
     assert (result["features"], result["note"]) == ("none", "no features were taken")
     with pytest.raises(MetricError, match="nothing to compare with reference mini-ldm4"):
         metrics.evaluate(x, features="none")
@@ -234,8 +279,15 @@ def test_reference_npz(tmp_path, two_sets):
     other = two_sets[1]
     np.savez(path, mu=other.pooled_moments[0], sigma=other.pooled_moments[1])
     result = metrics.evaluate(x, reference=path)
-    assert result["fid"] == pytest.approx(metrics.frechet(two_sets[0].pooled_moments, other.pooled_moments))
-    assert result["sfid"] is None and result["kid"] is None and "sfid" in result["note"] and "kid" in result["note"]
+    assert result["fid"] == pytest.approx(
+        metrics.frechet(two_sets[0].pooled_moments, other.pooled_moments)
+    )
+    assert (
+        result["sfid"] is None
+        and result["kid"] is None
+        and "sfid" in result["note"]
+        and "kid" in result["note"]
+    )
     np.savez(
         path,
         mu=other.pooled_moments[0],

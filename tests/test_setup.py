@@ -15,7 +15,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from reproduce.tables import all_tables
+from reproduce.tables.registry import all_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -56,7 +56,10 @@ def test_conda_environment_installs_the_same():
 
 def test_licence_and_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert PROJECT["license"] == citation["license"] == "Apache-2.0" and citation["version"] == PROJECT["version"]
+    assert (
+        PROJECT["license"] == citation["license"] == "Apache-2.0"
+        and citation["version"] == PROJECT["version"]
+    )
     assert "Apache License" in (ROOT / "LICENSE").read_text()
 
 
@@ -69,12 +72,24 @@ def test_ci_runs_make_test():
 def make(*arguments: str) -> subprocess.CompletedProcess:
     """make, without the variables of a make that runs these tests."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return subprocess.run(
+        ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
 
 
 @pytest.mark.parametrize(
     "target",
-    ["help", "install", "lint", "test", "notebooks", "readme", "site", "reproduce-all", "reproduce-table3"]
+    [
+        "help",
+        "install",
+        "lint",
+        "test",
+        "notebooks",
+        "readme",
+        "site",
+        "reproduce-all",
+        "reproduce-table3",
+    ]
     + [t.target for t in all_tables().values()],
 )
 def test_make_help_lists_the_target(target):
@@ -93,29 +108,49 @@ def test_make_and_the_driver_set_the_same_environment(name):
     code = f"import os, reproduce; print(os.environ[{name!r}])"
     env = {k: v for k, v in os.environ.items() if k != name}
     found = [
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=e, capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=e,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
         for e in (env, env | {name: ""})
     ]
-    assert found == [re.search(rf"^export {name} \?= (.+)$", (ROOT / "Makefile").read_text(), re.M).group(1), ""]
+    assert found == [
+        re.search(rf"^export {name} \?= (.+)$", (ROOT / "Makefile").read_text(), re.M).group(1),
+        "",
+    ]
 
 
 def test_every_table_has_its_target():
     tables = all_tables()
     for name, table in tables.items():
         assert make_plan_of(table.target) == [f"{name} --scale smoke"]
-    assert sorted(make_plan_of("reproduce-all")) == sorted(f"{name} --scale smoke" for name, t in tables.items() if t.in_paper)
-    assert make_plan_of("reproduce-table3") == ["table3 --scale smoke", "table3-churches --scale smoke"]
+    assert sorted(make_plan_of("reproduce-all")) == sorted(
+        f"{name} --scale smoke" for name, t in tables.items() if t.in_paper
+    )
+    assert make_plan_of("reproduce-table3") == [
+        "table3 --scale smoke",
+        "table3-churches --scale smoke",
+    ]
     assert make_plan_of("reproduce-table4") == ["table4 --scale smoke"]
 
 
-@pytest.mark.parametrize(("active", "expected"), [("VIRTUAL_ENV", True), ("CONDA_PREFIX", True), ("base", False), (None, False)])
+@pytest.mark.parametrize(
+    ("active", "expected"),
+    [("VIRTUAL_ENV", True), ("CONDA_PREFIX", True), ("base", False), (None, False)],
+)
 def test_make_uses_the_active_environment(tmp_path, active, expected):
     """An active virtual or conda environment is used; conda's base and an environment that is gone are not."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.symlink_to(os.path.realpath("/bin/true"))
     environment = {
-        k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "MAKEFLAGS")
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "MAKEFLAGS")
     }
     environment |= {
         "VIRTUAL_ENV": {"VIRTUAL_ENV": str(tmp_path)},
@@ -132,4 +167,7 @@ def test_make_uses_the_active_environment(tmp_path, active, expected):
         check=True,
     )
     last = plan.stdout.strip().splitlines()[-1]
-    assert last == f'"{tmp_path if expected else ROOT / ".venv"}/bin/python" -m reproduce table2 --scale mini'
+    assert (
+        last
+        == f'"{tmp_path if expected else ROOT / ".venv"}/bin/python" -m reproduce table2 --scale mini'
+    )

@@ -1,4 +1,4 @@
-"""questlib.models.data, train, export: the archive's checks, resuming, and the whole way from data to a card in miniature."""
+"""reproduce.models.minis.data, train, export: the archive's checks, resuming, and the whole way from data to a card in miniature."""
 
 from __future__ import annotations
 
@@ -14,23 +14,39 @@ import pytest
 import torch
 from PIL import Image
 
-from questlib import features, metrics, reference
-from questlib.clip_score import clip_score, coco_prompts, load_clip
+from questlib.diffusion.digests import model_digest
 from questlib.errors import QuestError
-from questlib.models import card, data, export, text, train
-from questlib.models.loading import MINI, load_pipeline, model_digest
-from questlib.models.presets import PRESETS, Stage
-from questlib.sampling import sample
+from reproduce.evaluation import features, metrics, reference
+from reproduce.evaluation.clip_score import clip_score, coco_prompts, load_clip
+from reproduce.evaluation.drawing import sample
+from reproduce.models.loading import MINI, load_pipeline
+from reproduce.models.minis import card, data, export, text, training
+from reproduce.models.minis.architectures import PRESETS, Stage
 
-MODELS = ("mini-ldm4", "mini-cin", "mini-sd", "mini-ldm8", "mini-cifar")  # mini-sd first trains mini-ldm8's autoencoder
+MODELS = (
+    "mini-ldm4",
+    "mini-cin",
+    "mini-sd",
+    "mini-ldm8",
+    "mini-cifar",
+)  # mini-sd first trains mini-ldm8's autoencoder
 
 
 def toy_data(size: int = 64) -> data.TrainingData:
     g = torch.Generator().manual_seed(0)
-    images = (torch.nn.functional.interpolate(torch.rand(40, 3, 4, 4, generator=g), (size, size)) * 255).to(torch.uint8)
+    images = (
+        torch.nn.functional.interpolate(torch.rand(40, 3, 4, 4, generator=g), (size, size)) * 255
+    ).to(torch.uint8)
     classes = [f"class {i}" for i in range(12)]
     captions = [f"a {'red' if i % 2 else 'blue'} thing, number {i}" for i in range(40)]
-    return data.TrainingData(images, torch.arange(40) % 9, [f"n{i}" for i in range(40)], torch.arange(40) % 12, classes, captions)
+    return data.TrainingData(
+        images,
+        torch.arange(40) % 9,
+        [f"n{i}" for i in range(40)],
+        torch.arange(40) % 12,
+        classes,
+        captions,
+    )
 
 
 @pytest.fixture
@@ -43,8 +59,12 @@ def trained(tmp_path_factory):
     """All models through the command line, two steps a stage: (work, out). CIFAR-10 is measured with the mini features here."""
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "VQ_START", 1)  # so that the codebook's start is among the two steps
-        patch.setattr(train, "fetch", lambda dataset, work: toy_data(32 if dataset == "cifar10" else 64))
+        patch.setattr(
+            training, "VQ_START", 1
+        )  # so that the codebook's start is among the two steps
+        patch.setattr(
+            training, "fetch", lambda dataset, work: toy_data(32 if dataset == "cifar10" else 64)
+        )
         patch.setattr(features, "InceptionFeatures", ToyInception)
         features._load_extractor.cache_clear()
         for name in MODELS:
@@ -52,8 +72,17 @@ def trained(tmp_path_factory):
             few = {**PRESETS[name].sampling, "num_inference_steps": 2}
             patch.setitem(PRESETS, name, replace(PRESETS[name], stages=stages, sampling=few))
         for name in MODELS:
-            args = ["--model", name, "--work", str(folder / "work"), "--out", str(folder / "out"), "--samples", "16"]
-            assert train.main(args) == 0
+            args = [
+                "--model",
+                name,
+                "--work",
+                str(folder / "work"),
+                "--out",
+                str(folder / "out"),
+                "--samples",
+                "16",
+            ]
+            assert training.main(args) == 0
         features._load_extractor.cache_clear()
     return folder / "work", folder / "out"
 
@@ -61,7 +90,9 @@ def trained(tmp_path_factory):
 class ToyInception(features.MiniFeatures):
     SIZE = 32
 
-    def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None) -> None:
+    def __init__(
+        self, name: str, features_list: list[str], feature_extractor_weights_path: str | None = None
+    ) -> None:
         super().__init__(name, ["pooled", "spatial"])
         self.has_classifier = False
 
@@ -71,11 +102,18 @@ def test_exported_model(trained, name):
     work, out = trained
     folder, preset = out / name, PRESETS[name]
     pipe = load_pipeline(folder)
-    given = {"class": {"labels": [11]}, "text": {"prompts": ["a red thing"]}}.get(preset.condition, {})
+    given = {"class": {"labels": [11]}, "text": {"prompts": ["a red thing"]}}.get(
+        preset.condition, {}
+    )
     images = sample(pipe, 2, num_inference_steps=1, progress=False, **given).images
-    assert images.shape[1:] == toy_data(32 if name == "mini-cifar" else 64).images.shape[1:] and images.float().std() > 0
+    assert (
+        images.shape[1:] == toy_data(32 if name == "mini-cifar" else 64).images.shape[1:]
+        and images.float().std() > 0
+    )
     state = torch.load(work / name / "unet.pt", weights_only=True)
-    averaged = state["ema"]["shadow_params"][0]  # of conv_in: parts are stored after one another, the UNet first
+    averaged = state["ema"]["shadow_params"][
+        0
+    ]  # of conv_in: parts are stored after one another, the UNet first
     assert torch.equal(pipe.unet.conv_in.weight, averaged.half().float())
     stages = json.loads((folder / "training.json").read_text())["stages"]
     assert {k: v["steps"] for k, v in stages.items()} == dict.fromkeys(preset.stages, 2)
@@ -84,7 +122,9 @@ def test_exported_model(trained, name):
     assert quality["model_sha256"] == model_digest(pipe) and quality["model_sha256"] in card
     assert f"{quality['samples']['fid']:.3f}" in card and data.DATASETS[preset.data].licence in card
     assert all(preset.stages[stage].title in card for stage in preset.stages)
-    assert (folder / "loss.png").stat().st_size < 100_000 and (folder / "samples.png").stat().st_size < 400_000
+    assert (folder / "loss.png").stat().st_size < 100_000 and (
+        folder / "samples.png"
+    ).stat().st_size < 400_000
     assert (folder / "reference.safetensors").exists() == (name == "mini-ldm4")
 
 
@@ -93,12 +133,16 @@ def test_committed_size(name):
     """At most 6 MB a model: fp16 weights, and 0.3 MB of tokenizer, card and logs."""
     preset, parts = PRESETS[name], [PRESETS[name].unet()]
     if preset.condition:
-        parts += train.context_parts(preset, toy_data(), parts[0].config.cross_attention_dim)[0].values()
+        parts += training.context_parts(preset, toy_data(), parts[0].config.cross_attention_dim)[
+            0
+        ].values()
     source = preset.autoencoder
     if source is not None:
         parts.append((PRESETS[source].autoencoder if isinstance(source, str) else source)())
     size = 2 * sum(p.numel() for part in parts for p in part.parameters())
-    assert size + 0.3e6 < (8e6 if name == "mini-ldm4" else 6e6)  # mini-ldm4 was there before the limit
+    assert size + 0.3e6 < (
+        8e6 if name == "mini-ldm4" else 6e6
+    )  # mini-ldm4 was there before the limit
 
 
 def test_mini_ldm4_is_measured_as_users_do(trained):
@@ -108,7 +152,9 @@ def test_mini_ldm4_is_measured_as_users_do(trained):
     assert pipe.vqvae.config.scaling_factor != 0.18215
     assert quality["halves"]["count"] == [20, 20] and quality["images"] == 40
     images = sample(pipe, 16, num_inference_steps=2, seed=export.SEED, progress=False).images
-    extractor = features.MiniFeatures("quest-mini", ["pooled", "spatial"], str(out / "mini-features"))
+    extractor = features.MiniFeatures(
+        "quest-mini", ["pooled", "spatial"], str(out / "mini-features")
+    )
     stored = reference.load_reference(folder / "reference.safetensors", "mini")
     assert stored.count == 40
     fid = metrics.compare(metrics.statistics(images, extractor), stored)["fid"]
@@ -118,7 +164,9 @@ def test_mini_ldm4_is_measured_as_users_do(trained):
 @pytest.mark.parametrize("name", MODELS)
 def test_card_is_what_the_code_writes(name):
     folder = MINI / name
-    training, quality = (json.loads((folder / f"{k}.json").read_text()) for k in ("training", "quality"))
+    training, quality = (
+        json.loads((folder / f"{k}.json").read_text()) for k in ("training", "quality")
+    )
     logs = {n: card._read_log(folder / "logs" / f"{n}.jsonl") for n in training["stages"]}
     assert card._text(folder, training, quality, logs) == (folder / "README.md").read_text()
 
@@ -128,10 +176,15 @@ def test_autoencoder_of_another_model(trained, emoji):
     work, out = trained
     cin, ldm4 = load_pipeline(out / "mini-cin"), load_pipeline(out / "mini-ldm4")
     assert all(torch.equal(v, ldm4.vqvae.state_dict()[k]) for k, v in cin.vae.state_dict().items())
-    assert cin.vae.config.scaling_factor == pytest.approx(ldm4.vqvae.config.scaling_factor, rel=1e-3)
+    assert cin.vae.config.scaling_factor == pytest.approx(
+        ldm4.vqvae.config.scaling_factor, rel=1e-3
+    )
     sd, ldm8 = load_pipeline(out / "mini-sd"), load_pipeline(out / "mini-ldm8")
     assert all(torch.equal(v, ldm8.vae.state_dict()[k]) for k, v in sd.vae.state_dict().items())
-    assert json.loads((out / "mini-sd" / "training.json").read_text())["stages"].keys() == {"clip", "unet"}
+    assert json.loads((out / "mini-sd" / "training.json").read_text())["stages"].keys() == {
+        "clip",
+        "unet",
+    }
     assert not (work / "mini-sd" / "autoencoder.pt").exists()
 
 
@@ -177,9 +230,15 @@ def test_tokenizer(emoji, tmp_path):
     ids = text.tokens(tokenizer, ["a red thing", "", "never seen \u2603", "a " * 50])
     assert ids.shape == (4, text.LENGTH) and (ids < len(tokenizer)).all()
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    assert ids[0, :5].tolist() == [start, *tokenizer.convert_tokens_to_ids(["a</w>", "red</w>", "thing</w>"]), end]
+    assert ids[0, :5].tolist() == [
+        start,
+        *tokenizer.convert_tokens_to_ids(["a</w>", "red</w>", "thing</w>"]),
+        end,
+    ]
     assert ids[1].tolist() == [start] + [end] * (text.LENGTH - 1) and end == len(tokenizer) - 1
-    assert tokenizer.decode(ids[2], skip_special_tokens=True).strip() == "never seen \u2603"  # by bytes
+    assert (
+        tokenizer.decode(ids[2], skip_special_tokens=True).strip() == "never seen \u2603"
+    )  # by bytes
     tokenizer.save_pretrained(tmp_path)
     again = type(tokenizer).from_pretrained(tmp_path)
     assert torch.equal(ids, text.tokens(again, ["a red thing", "", "never seen \u2603", "a " * 50]))
@@ -191,7 +250,9 @@ def test_equal_captions_are_one_target():
             return *[torch.nn.functional.one_hot(ids[:, 0], 4).float()] * 2, torch.tensor(100.0)
 
     loss = text.clip_loss(Perfect(), torch.zeros(3, 3, 4, 4), torch.tensor([[0], [1], [1]]))
-    assert loss.item() == pytest.approx(2 / 3 * math.log(2), rel=1e-5)  # the two equal ones share their probability
+    assert loss.item() == pytest.approx(
+        2 / 3 * math.log(2), rel=1e-5
+    )  # the two equal ones share their probability
 
 
 class ContextIn(torch.nn.Module):
@@ -209,7 +270,7 @@ def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
     name = {"class": "mini-cin", "text": "mini-sd"}[kind]
     stage = replace(PRESETS[name].stages["unet"], steps=1, batch=2000)
     preset = replace(PRESETS[name], unet=ContextIn, stages={"unet": stage})
-    seen, real = [], train.context_parts
+    seen, real = [], training.context_parts
 
     def spy(*args):
         parts, conditions, null = real(*args)
@@ -217,11 +278,15 @@ def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
             part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
         return parts, conditions, null
 
-    monkeypatch.setattr(train, "context_parts", spy)
+    monkeypatch.setattr(training, "context_parts", spy)
     vae = PRESETS[PRESETS[name].autoencoder].autoencoder()
-    train.train_unet(preset, emoji, vae, tmp_path)
+    training.train_unet(preset, emoji, vae, tmp_path)
     (given,) = seen
-    null = torch.tensor(12) if kind == "class" else text.tokens(text.train_tokenizer(emoji.captions), [""])
+    null = (
+        torch.tensor(12)
+        if kind == "class"
+        else text.tokens(text.train_tokenizer(emoji.captions), [""])
+    )
     share = (given == null).view(2000, -1).all(1).float().mean().item()
     assert 0.08 < share < 0.12
 
@@ -248,13 +313,15 @@ def test_resuming_gives_the_same_weights(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
         work.mkdir(exist_ok=True)
-        return train.run_stage("linear", Stage("a line", steps=600, batch=8, lr=2e-3), model, loss, work, stop)
+        return training.run_stage(
+            "linear", Stage("a line", steps=600, batch=8, lr=2e-3), model, loss, work, stop
+        )
 
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=550)
     assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 500
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0.0)  # now after every step
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # now after every step
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=577)
     assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 577
@@ -285,14 +352,29 @@ def png(size=(64, 64)) -> bytes:
 def test_emoji_are_composited_on_white(tmp_path):
     about = {"category": "Flags", "subcategory": "flag", "name": "A FLAG"}
     entries = [
-        {**about, "image": "a.png", "short_name": "a", "skin_variations": {"1F3FB-1F3FF": {"image": "b.png"}}},
+        {
+            **about,
+            "image": "a.png",
+            "short_name": "a",
+            "skin_variations": {"1F3FB-1F3FF": {"image": "b.png"}},
+        },
         {**about, "category": "Component", "image": "a.png", "short_name": "c"},
         {**about, "category": "Objects", "image": "absent.png", "short_name": "d"},
     ]
     folder = "package/img/google/64/"
-    got = data.load_emoji(archive(tmp_path / "a.tgz", entries, {folder + "a.png": png(), folder + "b.png": png()}))
-    assert got.images.shape == (2, 3, 64, 64) and got.names == ["a", "a"] and got.labels.tolist() == [8, 8]
-    assert got.images[0, :, 2, 3].tolist() == [255, 0, 0] and got.images[0, :, 0, 0].tolist() == [255, 255, 255]
+    got = data.load_emoji(
+        archive(tmp_path / "a.tgz", entries, {folder + "a.png": png(), folder + "b.png": png()})
+    )
+    assert (
+        got.images.shape == (2, 3, 64, 64)
+        and got.names == ["a", "a"]
+        and got.labels.tolist() == [8, 8]
+    )
+    assert got.images[0, :, 2, 3].tolist() == [255, 0, 0] and got.images[0, :, 0, 0].tolist() == [
+        255,
+        255,
+        255,
+    ]
     assert got.captions == ["a flag", "a flag, light skin tone, dark skin tone"]
     with pytest.raises(QuestError, match="expected 64x64"):
         data.load_emoji(archive(tmp_path / "b.tgz", entries[:1], {folder + "a.png": png((32, 32))}))
@@ -300,12 +382,27 @@ def test_emoji_are_composited_on_white(tmp_path):
 
 def test_small_subgroups_are_one_class(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "MIN_CLASS", 2)
-    groups = [("Objects", "tool"), ("Objects", "lock"), ("Flags", "flag"), ("Objects", "tool"), ("Objects", "mail")]
+    groups = [
+        ("Objects", "tool"),
+        ("Objects", "lock"),
+        ("Flags", "flag"),
+        ("Objects", "tool"),
+        ("Objects", "mail"),
+    ]
     entries = [
-        {"category": g, "subcategory": s, "name": s, "short_name": s, "image": "a.png"} for g, s in groups
-    ]  # fmt: skip
-    got = data.load_emoji(archive(tmp_path / "a.tgz", entries, {"package/img/google/64/a.png": png()}))
-    assert got.class_names == ["Flags", "Objects", "tool"] and got.classes.tolist() == [2, 1, 0, 2, 1]
+        {"category": g, "subcategory": s, "name": s, "short_name": s, "image": "a.png"}
+        for g, s in groups
+    ]
+    got = data.load_emoji(
+        archive(tmp_path / "a.tgz", entries, {"package/img/google/64/a.png": png()})
+    )
+    assert got.class_names == ["Flags", "Objects", "tool"] and got.classes.tolist() == [
+        2,
+        1,
+        0,
+        2,
+        1,
+    ]
 
 
 def cifar_archive(path, pixels: np.ndarray, labels: list[int]):
@@ -321,7 +418,9 @@ def cifar_archive(path, pixels: np.ndarray, labels: list[int]):
 def test_cifar_images_in_order(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
     got = data.load_cifar(cifar_archive(tmp_path / "a.tgz", pixels, list(range(10))))
-    assert torch.equal(got.images, torch.from_numpy(pixels).permute(0, 3, 1, 2)) and got.labels.tolist() == list(range(10))
+    assert torch.equal(
+        got.images, torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    ) and got.labels.tolist() == list(range(10))
     with pytest.raises(QuestError, match="CIFAR-10 of shape .* and 9 labels"):
         data.load_cifar(cifar_archive(tmp_path / "b.tgz", pixels, list(range(9))))
 
@@ -350,11 +449,22 @@ def test_npm_fails(tmp_path, monkeypatch):
 
 
 def test_training_without_what_it_is_measured_with(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "fetch", lambda *args: pytest.fail("data was fetched"))
-    assert train.main(["--model", "mini-cin", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
+    monkeypatch.setattr(training, "fetch", lambda *args: pytest.fail("data was fetched"))
+    assert (
+        training.main(["--model", "mini-cin", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
+    )
     assert "reference of mini-ldm4: no file" in capsys.readouterr().err
-    choices = ["--model", "mini-cifar", "--reference", str(tmp_path / "typo"), "--out", str(tmp_path), "--work", str(tmp_path)]
-    assert train.main(choices) == 2
+    choices = [
+        "--model",
+        "mini-cifar",
+        "--reference",
+        str(tmp_path / "typo"),
+        "--out",
+        str(tmp_path),
+        "--work",
+        str(tmp_path),
+    ]
+    assert training.main(choices) == 2
     assert str(tmp_path / "typo") in capsys.readouterr().err
 
 
@@ -365,27 +475,40 @@ def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and "no exported models" in capsys.readouterr().err
 
 
-def test_images_are_written_for_inception_and_errors_are_one_line(emoji, tmp_path, monkeypatch, capsys):
+def test_images_are_written_for_inception_and_errors_are_one_line(
+    emoji, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(data, "fetch", lambda dataset, work: emoji)
     assert data.main(["--out", str(tmp_path / "images"), "--work", str(tmp_path)]) == 0
     files = sorted((tmp_path / "images").glob("*.png"))
     assert len(files) == 40
     with Image.open(files[3]) as image:
-        assert image.size == (64, 64) and image.getpixel((0, 0)) == tuple(emoji.images[3, :, 0, 0].tolist())
+        assert image.size == (64, 64) and image.getpixel((0, 0)) == tuple(
+            emoji.images[3, :, 0, 0].tolist()
+        )
     assert data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "3"]) == 0
     assert len(list((tmp_path / "few").glob("*.png"))) == 3
     capsys.readouterr()
-    assert data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "2"]) == 2  # no mixture of two sets
-    assert "not an empty folder" in capsys.readouterr().err and len(list((tmp_path / "few").glob("*.png"))) == 3
+    assert (
+        data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "2"]) == 2
+    )  # no mixture of two sets
+    assert (
+        "not an empty folder" in capsys.readouterr().err
+        and len(list((tmp_path / "few").glob("*.png"))) == 3
+    )
     capsys.readouterr()
     for count in ("0", "-1"):
-        assert data.main(["--out", str(tmp_path / "none"), "--work", str(tmp_path), "--count", count]) == 2
         assert (
-            capsys.readouterr().err == f"error: --count: expected 1 or more, found {count}\n" and not (tmp_path / "none").exists()
+            data.main(["--out", str(tmp_path / "none"), "--work", str(tmp_path), "--count", count])
+            == 2
+        )
+        assert (
+            capsys.readouterr().err == f"error: --count: expected 1 or more, found {count}\n"
+            and not (tmp_path / "none").exists()
         )
     monkeypatch.undo()
     monkeypatch.setattr(data.shutil, "which", lambda name: None)
-    for module in (data, train):
+    for module in (data, training):
         assert module.main(["--out", str(tmp_path / "x"), "--work", str(tmp_path / "empty")]) == 2
         err = capsys.readouterr().err
         assert "npm not found" in err and err.count("\n") == 1

@@ -9,11 +9,13 @@ from torch import nn
 
 from questlib.errors import EngineError
 from questlib.integer.form import integer_form
-from questlib.layers import QuantLayer
+from questlib.quantization.layers import QuantLayer
 
 
 @torch.no_grad()
-def one_output(layer: QuantLayer, x: torch.Tensor, output: int = 0, position: int = 0) -> tuple[pd.DataFrame, dict[str, float]]:
+def one_output(
+    layer: QuantLayer, x: torch.Tensor, output: int = 0, position: int = 0
+) -> tuple[pd.DataFrame, dict[str, float]]:
     """The terms of output channel `output` at `position` (row of a linear layer, pixel of a convolution's first image).
 
     layer: quantized, one group, input in one part; x as the layer takes it. Returns (one row a term: x, code, zero point,
@@ -23,7 +25,9 @@ def one_output(layer: QuantLayer, x: torch.Tensor, output: int = 0, position: in
     form = integer_form(layer, layer.act.name.removesuffix(".act"))
     grid, part = form.grids[layer.act.steps.current][0], form.parts[0]
     if isinstance(layer, nn.Conv2d):
-        terms = F.unfold(x[:1], layer.kernel_size, layer.dilation, layer.padding, layer.stride)[0, :, position]  # [C * kh * kw]
+        terms = F.unfold(x[:1], layer.kernel_size, layer.dilation, layer.padding, layer.stride)[
+            0, :, position
+        ]  # [C * kh * kw]
         simulated = layer(x[:1])[0, output].flatten()[position]
     else:
         terms = x.reshape(-1, x.shape[-1])[position]
@@ -42,9 +46,21 @@ def one_output(layer: QuantLayer, x: torch.Tensor, output: int = 0, position: in
     w = part.weight[output].flatten().int() + (0 if part.offset is None else part.offset[output])
     total, bias = int((a.long() * w).sum()), 0.0 if form.bias is None else float(form.bias[output])
     table = pd.DataFrame(
-        {"x": terms, "code q": centred - low, "zero point z": -low, "multiplier m": multiplier, "a = (q - z) m": a, "w": w,
-         "a w": a * w}
-    )  # fmt: skip
+        {
+            "x": terms,
+            "code q": centred - low,
+            "zero point z": -low,
+            "multiplier m": multiplier,
+            "a = (q - z) m": a,
+            "w": w,
+            "a w": a * w,
+        }
+    )
     integer = total * grid.base * float(part.scale[output]) + bias
-    sums = {"sum of a w": total, "base": grid.base, "scale": float(part.scale[output]), "bias": bias}
+    sums = {
+        "sum of a w": total,
+        "base": grid.base,
+        "scale": float(part.scale[output]),
+        "bias": bias,
+    }
     return table, sums | {"in integers": integer, "simulated": float(simulated)}

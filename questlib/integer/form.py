@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from questlib.errors import EngineError
-from questlib.integer.reference import split_ratio
-from questlib.layers import QuantLayer
-from questlib.quantizers import ActQuantizer
-from questlib.timesteps import StepGroups
+from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.carrier import split_ratio
+from questlib.quantization.layers import QuantLayer
+from questlib.quantization.step_groups import StepGroups
 
 BYTE = 127
 INT32 = 2**31 - 1
@@ -111,9 +111,13 @@ class IntegerForm:
         """sha256 uint8 [32] of everything that is executed. Engines keep it in their state_dict, in place of weights whose layout
         is theirs alone: it tells models apart."""
         digest = hashlib.sha256()
-        tensors = [v for group in self.grids for grid in group for v in grid] + [v for part in self.parts for v in part]
+        tensors = [v for group in self.grids for grid in group for v in grid] + [
+            v for part in self.parts for v in part
+        ]
         for value in (*tensors, self.bias):
-            digest.update(value.cpu().contiguous().numpy() if torch.is_tensor(value) else repr(value).encode())
+            digest.update(
+                value.cpu().contiguous().numpy() if torch.is_tensor(value) else repr(value).encode()
+            )
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
     @property
@@ -122,26 +126,34 @@ class IntegerForm:
         return f"W{self.weight_bits}A{self.act_bits} {' '.join(k for k, has in kinds if has) or 'tensor'}"
 
 
-def act_grids(act: ActQuantizer, part_index: torch.Tensor, name: str) -> tuple[tuple[tuple[Grid, ...], ...], torch.Tensor]:
+def act_grids(
+    act: ActQuantizer, part_index: torch.Tensor, name: str
+) -> tuple[tuple[tuple[Grid, ...], ...], torch.Tensor]:
     """Grids [step group][part] of an activation quantizer and the shift e [C] to be put on the weights.
 
     part_index int64 [C] says which part each channel is in. EngineError for grids without integer form.
     """
     channels = len(act.index)
     if channels > 2 and act.scale.shape[1] == channels:
-        raise EngineError(f"{name}: free per-channel scales cannot run in integers; use act_granularity 'carrier' or 'tensor'")
+        raise EngineError(
+            f"{name}: free per-channel scales cannot run in integers; use act_granularity 'carrier' or 'tensor'"
+        )
     top, groups = act.ratio.amax(0), []
     shift = torch.zeros(channels, dtype=torch.int64)
     for g in range(act.ratio.shape[0]):
         multiplier, shift = split_ratio(top, act.ratio[g], name)
-        inverse = 1.0 / (act.ratio[g] if act.token else act.scale.detach()[g, act.index] * act.ratio[g])
+        inverse = 1.0 / (
+            act.ratio[g] if act.token else act.scale.detach()[g, act.index] * act.ratio[g]
+        )
         zero = act.zero_point[g].round().to(torch.int32)
         parts = []
         for part in range(int(part_index.max()) + 1):
             own = part_index == part
             bases = act.scale.detach()[g, act.index[own]].unique()
             if len(bases) != 1:
-                raise EngineError(f"{name}: the weights are not split where the activation's scales are: no integer form")
+                raise EngineError(
+                    f"{name}: the weights are not split where the activation's scales are: no integer form"
+                )
             inv, z, m = inverse[own], zero[own], multiplier[own].to(torch.int32)
             if len(inv.unique()) == len(z.unique()) == 1 and int(m.max()) == 1:
                 inv, z, m = inv[:1], z[:1], None
@@ -149,11 +161,20 @@ def act_grids(act: ActQuantizer, part_index: torch.Tensor, name: str) -> tuple[t
             if act.token:
                 z = torch.full_like(z, 128 if act.bits == 8 else 2**act.bits - 1)
                 high = 2**act.bits - 1 - (z if act.bits == 8 else 0)
-                grid = Grid(inv.clone(), -z, torch.zeros_like(z) + high, m, 1.0, Token(bases.clone(), act.bits))
+                grid = Grid(
+                    inv.clone(),
+                    -z,
+                    torch.zeros_like(z) + high,
+                    m,
+                    1.0,
+                    Token(bases.clone(), act.bits),
+                )
             if not (torch.isfinite(inv).all() and (inv > 0).all()):
                 raise EngineError(f"{name}: activation scales must be positive and finite")
             if grid.limit > BYTE and m is not None:
-                raise EngineError(f"{name}: carried activations up to {grid.limit} do not fit a signed byte")
+                raise EngineError(
+                    f"{name}: carried activations up to {grid.limit} do not fit a signed byte"
+                )
             parts.append(grid)
         groups.append(tuple(parts))
     return tuple(groups), shift
@@ -164,12 +185,19 @@ def integer_form(layer: QuantLayer, name: str) -> IntegerForm:
     wq, act, groups = layer.wq, layer.act, getattr(layer, "groups", 1)
     if wq is None or not layer.weights_on or not act.enabled:
         raise EngineError(f"{name}: integer execution needs quantized weights and activations")
-    if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-        raise EngineError(f"{name}: expected zero padding given in pixels, found {layer.padding_mode} {layer.padding!r}")
+    if isinstance(layer, nn.Conv2d) and (
+        layer.padding_mode != "zeros" or isinstance(layer.padding, str)
+    ):
+        raise EngineError(
+            f"{name}: expected zero padding given in pixels, found {layer.padding_mode} {layer.padding!r}"
+        )
     channels = len(act.index)
     part_index = wq.index if groups == 1 else torch.zeros(channels, dtype=torch.int64)
     grids, shift = act_grids(act, part_index, name)
-    codes, zero = wq.codes(layer.weight.detach()).int(), wq.expand(wq.zero_point, layer.weight.ndim).int()
+    codes, zero = (
+        wq.codes(layer.weight.detach()).int(),
+        wq.expand(wq.zero_point, layer.weight.ndim).int(),
+    )
     w = codes - zero  # like layer.weight
     if bool(shift.any()):
         if groups > 1 or wq.bits > 4:
@@ -194,7 +222,9 @@ def integer_form(layer: QuantLayer, name: str) -> IntegerForm:
         # engines without an offset of their own add it by a second sum: bound that too
         bound = max(bound, int(wide.flatten(1).abs().sum(1, dtype=torch.int64).max()) * limit)
         if bound > INT32:
-            raise EngineError(f"{name}: accumulators up to {bound} could overflow int32 (K = {flat.shape[1]})")
+            raise EngineError(
+                f"{name}: accumulators up to {bound} could overflow int32 (K = {flat.shape[1]})"
+            )
         parts.append(Part(start, stop, wide.to(torch.int8), offset, wq.scale[:, p].float().clone()))
     bias = None if layer.bias is None else layer.bias.detach().float().clone()
     return IntegerForm(name, layer, wq.bits, act.bits, tuple(parts), grids, bias)

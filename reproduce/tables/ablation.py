@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from reproduce.tables import Cell, Table
+from reproduce.tables.base import Cell, Table
 
 GROUPS = 4  # step groups of the `quest` preset
 EVERY_STEP = 1000  # step groups: as many as the sampler has steps
 ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("one-group", "quest, one step group", "quest", dict(step_groups=1)),
     ("tensor", "quest, scales per tensor", "quest", dict(act_granularity="tensor")),
-    ("channel", "quest, free scales per channel (no integer form)", "quest", dict(act_granularity="channel")),
+    (
+        "channel",
+        "quest, free scales per channel (no integer form)",
+        "quest",
+        dict(act_granularity="channel"),
+    ),
     ("token", "quest, a grid a token", "quest", dict(act_granularity="token")),
     ("norm4", "quest, ranges by the fourth power of the error", "quest", dict(range_norm=4.0)),
     ("all-steps", "quest, scales for each step", "quest", dict(step_groups=EVERY_STEP)),
@@ -22,7 +27,12 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("long", "quest, 600 iterations of CMA", "quest", dict(cma_iters=600)),
     ("softmax-16", "quest, softmax not quantized", "quest", dict(softmax_bits=16)),
     ("softmax-4", "quest, softmax at 4 bits", "quest", dict(softmax_bits=4)),
-    ("first-last-4", "quest, inputs of the first and last layer at 4 bits", "quest", dict(first_last_act_bits=4)),
+    (
+        "first-last-4",
+        "quest, inputs of the first and last layer at 4 bits",
+        "quest",
+        dict(first_last_act_bits=4),
+    ),
     ("calib-16", "quest, ranges from 16 samples a step group", "quest", dict(calib_batch=16)),
     ("not-finetuned", "quest, not finetuned", "quest", dict(tla_iters=0, cma_iters=0)),
     (
@@ -33,7 +43,12 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ),
     ("nearest", "quest, weights rounded to nearest", "quest", dict(adaround=False)),
     ("q-diffusion", "Q-Diffusion", "q-diffusion", {}),
-    ("q-diffusion-groups", f"Q-Diffusion, {GROUPS} step groups", "q-diffusion", dict(step_groups=GROUPS)),
+    (
+        "q-diffusion-groups",
+        f"Q-Diffusion, {GROUPS} step groups",
+        "q-diffusion",
+        dict(step_groups=GROUPS),
+    ),
     ("minmax", "min-max PTQ", "minmax", {}),
     ("minmax-groups", f"min-max PTQ, {GROUPS} step groups", "minmax", dict(step_groups=GROUPS)),
 )
@@ -54,10 +69,24 @@ ABLATION = Table(
     in_paper=False,
     cells=(
         Cell(id="fp", label="full precision", preset=None, note=NOTE),
-        Cell(id=BASE, label="quest", preset="quest", weight_bits=4, act_bits=4, against="fp", note=NOTE),
+        Cell(
+            id=BASE,
+            label="quest",
+            preset="quest",
+            weight_bits=4,
+            act_bits=4,
+            against="fp",
+            note=NOTE,
+        ),
         *(
             Cell(
-                id=f"w4a4-{name}", label=label, preset=preset, weight_bits=4, act_bits=4, overrides=overrides, against=BASE,
+                id=f"w4a4-{name}",
+                label=label,
+                preset=preset,
+                weight_bits=4,
+                act_bits=4,
+                overrides=overrides,
+                against=BASE,
                 note=NOTE,
             )
             for name, label, preset, overrides in ROWS
@@ -66,10 +95,22 @@ ABLATION = Table(
             cell
             for name, label, how in DRAWN
             for cell in (
-                Cell(id=f"fp-{name}", label=f"full precision, {label}", preset=None, sampling=how, note=NOTE),
                 Cell(
-                    id=f"w4a4-{name}", label=f"quest, drawn by {label}", preset="quest", weight_bits=4, act_bits=4, sampling=how,
-                    against=f"fp-{name}", note=NOTE,
+                    id=f"fp-{name}",
+                    label=f"full precision, {label}",
+                    preset=None,
+                    sampling=how,
+                    note=NOTE,
+                ),
+                Cell(
+                    id=f"w4a4-{name}",
+                    label=f"quest, drawn by {label}",
+                    preset="quest",
+                    weight_bits=4,
+                    act_bits=4,
+                    sampling=how,
+                    against=f"fp-{name}",
+                    note=NOTE,
                 ),
             )
         ),
@@ -77,4 +118,4 @@ ABLATION = Table(
     picture=("fp", BASE, "w4a4-one-group", "w4a4-q-diffusion-groups"),
     note="The paper has no such table; `quest-paper` and `quest-release` at W4A4 stand in Table 3. "
     "Each row differs from `quest`, or from a baseline, by what its name says.",
-)  # fmt: skip
+)

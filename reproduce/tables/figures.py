@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reproduce.tables import Cell, Table
+from reproduce.tables.base import Cell, Table
 from reproduce.tables.methods import full_precision
 
 FIGURE2 = Table(
@@ -13,7 +13,15 @@ FIGURE2 = Table(
     cells=(
         full_precision("bedrooms", None),
         *(
-            Cell(id=f"w4a4-{row}", label=label, preset="quest", weight_bits=4, act_bits=4, overrides=overrides, against=against)
+            Cell(
+                id=f"w4a4-{row}",
+                label=label,
+                preset="quest",
+                weight_bits=4,
+                act_bits=4,
+                overrides=overrides,
+                against=against,
+            )
             for row, label, overrides, against in (
                 ("before", "before finetuning", dict(tla_iters=0, cma_iters=0), "bedrooms-fp"),
                 ("after", "after finetuning", {}, "w4a4-before"),
@@ -23,10 +31,14 @@ FIGURE2 = Table(
     picture=("bedrooms-fp", "w4a4-before", "w4a4-after"),
     note="The paper shows two layers without naming them: their ranges go from [-10, 34] to [-4, 14] and from [-11, 20] to "
     "[-4, 4], their standard deviations from 0.171 to 0.157 and from 0.073 to 0.071. It reports no metric here.",
-)  # fmt: skip
+)
 
 # kinds of layers (QuantConfig.act_layers), and what the paper says of each
-KINDS = {"feed_forward": "feed-forward layers", "linear": "all other linear layers", "conv": "convolutions"}
+KINDS = {
+    "feed_forward": "feed-forward layers",
+    "linear": "all other linear layers",
+    "conv": "convolutions",
+}
 BITS = (8, 6, 4)
 FIGURE3 = Table(
     name="figure3",
@@ -36,8 +48,14 @@ FIGURE3 = Table(
         full_precision("imagenet", None),
         *(
             Cell(
-                id=f"a{bits}-{kind}", label=label, preset="quest-paper", weight_bits=16, act_bits=bits, dataset="imagenet",
-                overrides=dict(act_layers=kind, tla_iters=0, cma_iters=0), against="imagenet-fp",
+                id=f"a{bits}-{kind}",
+                label=label,
+                preset="quest-paper",
+                weight_bits=16,
+                act_bits=bits,
+                dataset="imagenet",
+                overrides=dict(act_layers=kind, tla_iters=0, cma_iters=0),
+                against="imagenet-fp",
             )
             for kind, label in KINDS.items()
             for bits in BITS
@@ -48,4 +66,4 @@ FIGURE3 = Table(
     "many) hardly fail at 4, convolutions (3 times as many) fail only at 4. Here the inputs of one kind of layer are quantized "
     "(one range a tensor, by squared error), all else stays in full precision; class-conditional model, the only one of the LDMs "
     "with feed-forward layers.",
-)  # fmt: skip
+)

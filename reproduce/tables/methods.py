@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reproduce.tables import Cell, Number
+from reproduce.tables.base import Cell, Number
 
 Bits = tuple[int, int]  # weights, activations
 W8A8, W4A8, W4A4 = (8, 8), (4, 8), (4, 4)
@@ -58,18 +58,31 @@ def name(dataset: str, bits: Bits, method: str) -> str:
     return f"{dataset}-w{bits[0]}a{bits[1]}-{method}"
 
 
-def full_precision(dataset: str, paper: Mapping[str, Number] | None, size_mb: float | None = None) -> Cell:
+def full_precision(
+    dataset: str, paper: Mapping[str, Number] | None, size_mb: float | None = None
+) -> Cell:
     """paper None: its table has no such row."""
     return Cell(
-        id=f"{dataset}-{FP}", label="full precision", preset=None, dataset=dataset, paper=paper or {}, paper_size_mb=size_mb,
-        independent=AGAIN.get(dataset, {}).get(FP, {}), note=f"{NOT_IN_PAPER}; shown for reference" if paper is None else "",
-    )  # fmt: skip
+        id=f"{dataset}-{FP}",
+        label="full precision",
+        preset=None,
+        dataset=dataset,
+        paper=paper or {},
+        paper_size_mb=size_mb,
+        independent=AGAIN.get(dataset, {}).get(FP, {}),
+        note=f"{NOT_IN_PAPER}; shown for reference" if paper is None else "",
+    )
 
 
 def rows(
-    dataset: str, bits: Bits, numbers: Mapping[str, Mapping[str, Number] | None], *,
-    sizes: Mapping[str, float] | float | None = None, base: str = "q-diffusion", reference: bool = True,
-) -> tuple[Cell, ...]:  # fmt: skip
+    dataset: str,
+    bits: Bits,
+    numbers: Mapping[str, Mapping[str, Number] | None],
+    *,
+    sizes: Mapping[str, float] | float | None = None,
+    base: str = "q-diffusion",
+    reference: bool = True,
+) -> tuple[Cell, ...]:
     """One row a method at these bits, in the order of `numbers` (None: the paper has no such row); QuEST as its three presets.
 
     QuEST is compared with `base`, the others with full precision, if the table has that row (`reference`).
@@ -78,32 +91,56 @@ def rows(
     cells = []
     for method, paper in numbers.items():
         common: dict[str, Any] = dict(
-            weight_bits=bits[0], act_bits=bits[1], dataset=dataset, paper=paper or {},
-            paper_size_mb=sizes.get(method) if isinstance(sizes, Mapping) else sizes if paper is not None else None,
-        )  # fmt: skip
+            weight_bits=bits[0],
+            act_bits=bits[1],
+            dataset=dataset,
+            paper=paper or {},
+            paper_size_mb=sizes.get(method)
+            if isinstance(sizes, Mapping)
+            else sizes
+            if paper is not None
+            else None,
+        )
         if method == QUEST:
             again = AGAIN.get(dataset, {}).get(bits, {})
             common |= dict(independent=again, against=name(dataset, bits, base), note=ONE_ROW)
-            cells += [Cell(id=name(dataset, bits, p), label=label, preset=p, **common) for p, label in QUEST_PRESETS.items()]
+            cells += [
+                Cell(id=name(dataset, bits, p), label=label, preset=p, **common)
+                for p, label in QUEST_PRESETS.items()
+            ]
         else:
             against = f"{dataset}-{FP}" if reference else None
             note = NOT_IN_PAPER if paper is None else ""
             cells.append(
-                Cell(id=name(dataset, bits, method), label=LABELS[method], preset=method, against=against, note=note, **common)
+                Cell(
+                    id=name(dataset, bits, method),
+                    label=LABELS[method],
+                    preset=method,
+                    against=against,
+                    note=note,
+                    **common,
+                )
             )
     return tuple(cells)
 
 
 def all_rows(
-    dataset: str, paper: Mapping[Bits, Mapping[str, tuple[Number, ...]]], metrics: Sequence[str], *,
-    sizes: Mapping[int, Mapping[str, float] | float] | None = None, extra: Sequence[str] = (), **choices: Any,
-) -> tuple[Cell, ...]:  # fmt: skip
+    dataset: str,
+    paper: Mapping[Bits, Mapping[str, tuple[Number, ...]]],
+    metrics: Sequence[str],
+    *,
+    sizes: Mapping[int, Mapping[str, float] | float] | None = None,
+    extra: Sequence[str] = (),
+    **choices: Any,
+) -> tuple[Cell, ...]:
     """`rows` at all bit-widths of a table: paper[bits][method] holds the number of each of `metrics`.
 
     sizes: by weight bits. extra: methods that the paper does not have, first.
     """
     cells: tuple[Cell, ...] = ()
     for bits, numbers in paper.items():
-        named = dict.fromkeys(extra) | {m: dict(zip(metrics, values, strict=True)) for m, values in numbers.items()}
+        named = dict.fromkeys(extra) | {
+            m: dict(zip(metrics, values, strict=True)) for m, values in numbers.items()
+        }
         cells += rows(dataset, bits, named, sizes=sizes and sizes[bits[0]], **choices)
     return cells

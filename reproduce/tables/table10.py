@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from reproduce.tables import FAILED, UNKNOWN, Number, Table
+from reproduce.tables.base import FAILED, UNKNOWN, Number, Table
 from reproduce.tables.methods import QUEST, SOURCES, W4A4, W8A8, Bits, all_rows
 
 PAPER: dict[Bits, dict[str, tuple[Number, Number]]] = {
-    W8A8: {"q-diffusion": (8.19, 2.25), "ptq-d": (9.89, 2.25), "efficientdm": (FAILED, FAILED), QUEST: (6.86, 2.27)},
-    W4A4: {"q-diffusion": (FAILED, FAILED), "ptq-d": (FAILED, FAILED), "efficientdm": (15.15, 2.27), QUEST: (UNKNOWN, UNKNOWN)},
+    W8A8: {
+        "q-diffusion": (8.19, 2.25),
+        "ptq-d": (9.89, 2.25),
+        "efficientdm": (FAILED, FAILED),
+        QUEST: (6.86, 2.27),
+    },
+    W4A4: {
+        "q-diffusion": (FAILED, FAILED),
+        "ptq-d": (FAILED, FAILED),
+        "efficientdm": (15.15, 2.27),
+        QUEST: (UNKNOWN, UNKNOWN),
+    },
 }
 
 TABLE10 = Table(
@@ -18,4 +28,4 @@ TABLE10 = Table(
     picture=("bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
     note=f"N/A: generation failed. The paper's W4A4 numbers of QuEST are not available to this project. {SOURCES}",
     claim="sfid",
-)  # fmt: skip
+)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reproduce.tables import FAILED, Number, Table
+from reproduce.tables.base import FAILED, Number, Table
 from reproduce.tables.methods import QUEST, W4A4, W8A8, Bits, all_rows, full_precision
 
 PAPER: dict[Bits, dict[str, tuple[Number]]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reproduce.tables import Cell, Table
+from reproduce.tables.base import Cell, Table
 
 # What each setting asks of preset "quest": Table 2 is about TE layers, so CMA is off in all three.
 SETTINGS = {
@@ -17,7 +17,14 @@ PAPER = {  # FID, sFID
 
 
 def _cells() -> tuple[Cell, ...]:
-    cells = [Cell(id="fp", label="full precision", preset=None, note="the paper has no such row in Table 2; shown for reference")]
+    cells = [
+        Cell(
+            id="fp",
+            label="full precision",
+            preset=None,
+            note="the paper has no such row in Table 2; shown for reference",
+        )
+    ]
     for (weight_bits, act_bits), numbers in PAPER.items():
         bits = f"w{weight_bits}a{act_bits}"
         for setting, (label, overrides) in SETTINGS.items():

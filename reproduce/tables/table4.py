@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from reproduce.tables import FAILED, Number, Table
-from reproduce.tables.methods import QUEST, SOURCES, W4A4, W4A8, W8A8, Bits, all_rows, full_precision
+from reproduce.tables.base import FAILED, Number, Table
+from reproduce.tables.methods import (
+    QUEST,
+    SOURCES,
+    W4A4,
+    W4A8,
+    W8A8,
+    Bits,
+    all_rows,
+    full_precision,
+)
 
 METRICS = ("fid", "sfid", "inception_score")
 PAPER: dict[Bits, dict[str, tuple[Number, Number, Number]]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reproduce.tables import FAILED, Number, Table
+from reproduce.tables.base import FAILED, Number, Table
 from reproduce.tables.methods import QUEST, W4A4, W4A8, W8A8, Bits, all_rows, full_precision
 
 PAPER: dict[Bits, dict[str, tuple[Number]]] = {
@@ -21,6 +21,6 @@ TABLE5 = Table(
         *all_rows("sd", PAPER, ["clip_score"], sizes=SIZES_MB),
     ),
     picture=("sd-fp", "sd-w4a4-q-diffusion", "sd-w4a4-quest"),
-    note="The paper: CLIP ViT-B/16 score x100; N/A: generation failed. Prompts: one caption an image, see questlib.clip_score.",
+    note="The paper: CLIP ViT-B/16 score x100; N/A: generation failed. Prompts: one caption an image, see reproduce.evaluation.clip_score.",
     claim="clip_score",
 )

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from reproduce.tables import Cell, Table
+from reproduce.tables.base import Cell, Table
 from reproduce.tables.methods import full_precision
 
 SIZE_MB = 148.4
 # id, label, preset, what the row switches off; the paper's GPU hours, memory MB, FID; the row that it is compared with
 ROWS: tuple[tuple[str, str, str, dict[str, Any], tuple[float, float, float], str], ...] = (
     ("ptq", "PTQ (Q-Diffusion)", "q-diffusion", {}, (23.08, 10334, 5.37), "bedrooms-fp"),
-    ("baseline", "baseline: direct quantization + AdaRound", "quest", dict(tla_iters=0, cma_iters=0), (11.52, 9822, 6.95), "ptq"),
+    (
+        "baseline",
+        "baseline: direct quantization + AdaRound",
+        "quest",
+        dict(tla_iters=0, cma_iters=0),
+        (11.52, 9822, 6.95),
+        "ptq",
+    ),
     ("tla", "+ TLA", "quest", dict(cma_iters=0), (13.13, 11862, 4.41), "baseline"),
     ("tla-cma", "+ TLA + CMA", "quest", {}, (15.25, 12178, 3.26), "tla"),
 )
@@ -24,8 +31,14 @@ TABLE6 = Table(
         full_precision("bedrooms", {"fid": 2.95}, 1045.6),
         *(
             Cell(
-                id=f"w4a8-{row}", label=label, preset=preset, weight_bits=4, act_bits=8, overrides=overrides,
-                paper={"hours": hours, "memory_mb": memory, "fid": fid}, paper_size_mb=SIZE_MB,
+                id=f"w4a8-{row}",
+                label=label,
+                preset=preset,
+                weight_bits=4,
+                act_bits=8,
+                overrides=overrides,
+                paper={"hours": hours, "memory_mb": memory, "fid": fid},
+                paper_size_mb=SIZE_MB,
                 against=against if against == "bedrooms-fp" else f"w4a8-{against}",
             )
             for row, label, preset, overrides, (hours, memory, fid), against in ROWS
@@ -35,4 +48,4 @@ TABLE6 = Table(
     shares=False,
     note="The paper: 5,120 calibration samples; hours and memory of its own GPU. "
     "Ours: hours from calibration to the end of finetuning.",
-)  # fmt: skip
+)

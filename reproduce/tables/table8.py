@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from reproduce.tables import Cell, Table
+from reproduce.tables.base import Cell, Table
 from reproduce.tables.methods import W4A4, W4A8, full_precision
 
 # preset: label, then the paper's hours, memory MB, iterations (of both bit-widths), and FID
@@ -20,9 +20,20 @@ TABLE8 = Table(
         full_precision("bedrooms", None),
         *(
             Cell(
-                id=f"w{bits[0]}a{bits[1]}-{preset}", label=label, preset=preset, weight_bits=bits[0], act_bits=bits[1],
-                paper={"hours": hours, "memory_mb": memory, "iterations": iterations, "fid": fids[bits]},
-                against=f"w{bits[0]}a{bits[1]}-full-finetune" if preset == "quest" else "bedrooms-fp",
+                id=f"w{bits[0]}a{bits[1]}-{preset}",
+                label=label,
+                preset=preset,
+                weight_bits=bits[0],
+                act_bits=bits[1],
+                paper={
+                    "hours": hours,
+                    "memory_mb": memory,
+                    "iterations": iterations,
+                    "fid": fids[bits],
+                },
+                against=f"w{bits[0]}a{bits[1]}-full-finetune"
+                if preset == "quest"
+                else "bedrooms-fp",
             )
             for bits in (W4A8, W4A4)
             for preset, (label, (hours, memory, iterations), fids) in ROWS.items()
@@ -33,4 +44,4 @@ TABLE8 = Table(
     note="The paper: LDM-4 (Bedrooms by its numbers) on one A6000; QuEST's FIDs here differ from its Table 3 (3.26 and 5.64), "
     "which has a larger training budget. Ours: hours of all stages, calibration and AdaRound too. The paper's text: LoRA "
     "(QALoRA, rank 32) in place of the original weights costs 5.62 FID on ImageNet.",
-)  # fmt: skip
+)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from reproduce.tables import Table
+from reproduce.tables.base import Table
 from reproduce.tables.methods import QUEST, SOURCES, W4A8, W8A8, all_rows
 
 PAPER = {  # FID
-    "bedrooms": {W8A8: {"tfmq-dm": (3.14,), QUEST: (3.03,)}, W4A8: {"tfmq-dm": (3.68,), QUEST: (3.26,)}},
-    "imagenet": {W8A8: {"tfmq-dm": (10.79,), QUEST: (10.43,)}, W4A8: {"tfmq-dm": (10.29,), QUEST: (8.48,)}},
+    "bedrooms": {
+        W8A8: {"tfmq-dm": (3.14,), QUEST: (3.03,)},
+        W4A8: {"tfmq-dm": (3.68,), QUEST: (3.26,)},
+    },
+    "imagenet": {
+        W8A8: {"tfmq-dm": (10.79,), QUEST: (10.43,)},
+        W4A8: {"tfmq-dm": (10.29,), QUEST: (8.48,)},
+    },
 }
 
 TABLE9 = Table(

@@ -24,12 +24,25 @@ def named(**modules: nn.Module) -> nn.Module:
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, emb: int, scale_shift: bool = False, resample: str | None = None) -> None:
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        emb: int,
+        scale_shift: bool = False,
+        resample: str | None = None,
+    ) -> None:
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
-        self.in_layers = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb, 2 * c_out if scale_shift else c_out))
-        self.out_layers = nn.Sequential(group_norm(c_out), nn.SiLU(), nn.Dropout(0), nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(
+            group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb, 2 * c_out if scale_shift else c_out)
+        )
+        self.out_layers = nn.Sequential(
+            group_norm(c_out), nn.SiLU(), nn.Dropout(0), nn.Conv2d(c_out, c_out, 3, padding=1)
+        )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: None) -> torch.Tensor:
@@ -51,7 +64,10 @@ class Resample(nn.Module):
     def __init__(self, channels: int, up: bool) -> None:
         super().__init__()
         self.up = up
-        self.add_module("conv" if up else "op", nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1))
+        self.add_module(
+            "conv" if up else "op",
+            nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1),
+        )
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: None) -> torch.Tensor:
         return self.conv(F.interpolate(x, scale_factor=2)) if self.up else self.op(x)
@@ -66,11 +82,18 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads, self.norm = heads, group_norm(channels)
-        self.qkv, self.proj_out = nn.Conv1d(channels, 3 * channels, 1), nn.Conv1d(channels, channels, 1)
+        self.qkv, self.proj_out = (
+            nn.Conv1d(channels, 3 * channels, 1),
+            nn.Conv1d(channels, channels, 1),
+        )
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: None) -> torch.Tensor:
         b, c, h, w = x.shape
-        qkv = self.qkv(self.norm(x.flatten(2))).reshape(b, self.heads, 3, c // self.heads, h * w).transpose(-1, -2)
+        qkv = (
+            self.qkv(self.norm(x.flatten(2)))
+            .reshape(b, self.heads, 3, c // self.heads, h * w)
+            .transpose(-1, -2)
+        )
         out = softmax_attention(*qkv.unbind(2)).transpose(-1, -2).reshape(b, c, h * w)
         return x + self.proj_out(out).view_as(x)
 
@@ -80,12 +103,16 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k, self.to_v = nn.Linear(context, width, bias=False), nn.Linear(context, width, bias=False)
+        self.to_k, self.to_v = (
+            nn.Linear(context, width, bias=False),
+            nn.Linear(context, width, bias=False),
+        )
         self.to_out = nn.Sequential(nn.Linear(width, width), nn.Dropout(0))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
         q, k, v = (
-            t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), self.to_k(context), self.to_v(context))
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
         return self.to_out(softmax_attention(q, k, v).transpose(1, 2).flatten(2))
 
@@ -93,8 +120,15 @@ class CrossAttention(nn.Module):
 class TransformerBlock(nn.Module):
     def __init__(self, width: int, context: int, heads: int) -> None:
         super().__init__()
-        self.attn1, self.attn2 = CrossAttention(width, width, heads), CrossAttention(width, context, heads)
-        self.ff = named(net=nn.Sequential(named(proj=nn.Linear(width, 8 * width)), nn.Dropout(0), nn.Linear(4 * width, width)))
+        self.attn1, self.attn2 = (
+            CrossAttention(width, width, heads),
+            CrossAttention(width, context, heads),
+        )
+        self.ff = named(
+            net=nn.Sequential(
+                named(proj=nn.Linear(width, 8 * width)), nn.Dropout(0), nn.Linear(4 * width, width)
+            )
+        )
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
 
     def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -109,7 +143,10 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, context: int, heads: int) -> None:
         super().__init__()
         self.norm = group_norm(channels, 1e-6)
-        self.proj_in, self.proj_out = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 1)
+        self.proj_in, self.proj_out = (
+            nn.Conv2d(channels, channels, 1),
+            nn.Conv2d(channels, channels, 1),
+        )
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context, heads)])
 
     def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
@@ -119,7 +156,9 @@ class SpatialTransformer(nn.Module):
 
 
 class Steps(nn.ModuleList):
-    def forward(self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, emb: torch.Tensor, context: torch.Tensor | None
+    ) -> torch.Tensor:
         for layer in self:
             x = layer(x) if isinstance(layer, nn.Conv2d) else layer(x, emb, context)
         return x
@@ -136,13 +175,24 @@ class UNet(nn.Module):
 
         def attention(channels: int) -> nn.Module:
             heads = p["num_heads"] if "num_heads" in p else channels // p["num_head_channels"]
-            return SpatialTransformer(channels, context, heads) if context else AttentionBlock(channels, heads)
+            return (
+                SpatialTransformer(channels, context, heads)
+                if context
+                else AttentionBlock(channels, heads)
+            )
 
         def resample(channels: int, way: str) -> nn.Module:
-            return ResBlock(channels, channels, emb, ss, way) if updown else Resample(channels, way == "up")
+            return (
+                ResBlock(channels, channels, emb, ss, way)
+                if updown
+                else Resample(channels, way == "up")
+            )
 
         self.time_embed = nn.Sequential(nn.Linear(c, emb), nn.SiLU(), nn.Linear(emb, emb))
-        self.input_blocks, skips = nn.ModuleList([Steps([nn.Conv2d(p["in_channels"], c, 3, padding=1)])]), [c]
+        self.input_blocks, skips = (
+            nn.ModuleList([Steps([nn.Conv2d(p["in_channels"], c, 3, padding=1)])]),
+            [c],
+        )
         for level, factor in enumerate(factors):
             for _ in range(p["num_res_blocks"]):
                 steps = Steps([ResBlock(c, factor * self.width, emb, ss)])
@@ -165,9 +215,13 @@ class UNet(nn.Module):
                 if level and i == p["num_res_blocks"]:
                     steps.append(resample(c, "up"))
                 self.output_blocks.append(steps)
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(), nn.Conv2d(c, p["out_channels"], 3, padding=1))
+        self.out = nn.Sequential(
+            group_norm(c), nn.SiLU(), nn.Conv2d(c, p["out_channels"], 3, padding=1)
+        )
 
-    def forward(self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, t: torch.Tensor, context: torch.Tensor | None = None
+    ) -> torch.Tensor:
         half = self.width // 2
         angles = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half) / half)
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1))
@@ -211,35 +265,53 @@ class Autoencoder(nn.Module):
     def __init__(self, p: dict) -> None:
         super().__init__()
         d = p["ddconfig"]
-        widths, layers, z = [d["ch"] * m for m in d["ch_mult"]], d["num_res_blocks"], d["z_channels"]
+        widths, layers, z = (
+            [d["ch"] * m for m in d["ch_mult"]],
+            d["num_res_blocks"],
+            d["z_channels"],
+        )
         top, self.kl = widths[-1], d["double_z"]
 
         def middle() -> nn.Module:
-            return named(block_1=VaeResBlock(top, top), attn_1=VaeAttention(top), block_2=VaeResBlock(top, top))
+            return named(
+                block_1=VaeResBlock(top, top),
+                attn_1=VaeAttention(top),
+                block_2=VaeResBlock(top, top),
+            )
 
         down, c = nn.ModuleList(), d["ch"]
         for level, width in enumerate(widths):
-            blocks = nn.ModuleList([VaeResBlock(c if j == 0 else width, width) for j in range(layers)])
+            blocks = nn.ModuleList(
+                [VaeResBlock(c if j == 0 else width, width) for j in range(layers)]
+            )
             down.append(named(block=blocks))
             c = width
             if level < len(widths) - 1:
                 down[-1].add_module("downsample", named(conv=nn.Conv2d(c, c, 3, stride=2)))
         out = 2 * z if self.kl else z
         self.encoder = named(
-            conv_in=nn.Conv2d(d["in_channels"], d["ch"], 3, padding=1), down=down, mid=middle(),
-            norm_out=group_norm(top, 1e-6), conv_out=nn.Conv2d(top, out, 3, padding=1),
-        )  # fmt: skip
+            conv_in=nn.Conv2d(d["in_channels"], d["ch"], 3, padding=1),
+            down=down,
+            mid=middle(),
+            norm_out=group_norm(top, 1e-6),
+            conv_out=nn.Conv2d(top, out, 3, padding=1),
+        )
         up, c = [], top
         for level, width in reversed(list(enumerate(widths))):
-            blocks = nn.ModuleList([VaeResBlock(c if j == 0 else width, width) for j in range(layers + 1)])
+            blocks = nn.ModuleList(
+                [VaeResBlock(c if j == 0 else width, width) for j in range(layers + 1)]
+            )
             up.insert(0, named(block=blocks))
             c = width
             if level:
                 up[0].add_module("upsample", named(conv=nn.Conv2d(c, c, 3, padding=1)))
         self.decoder = named(
-            conv_in=nn.Conv2d(z, top, 3, padding=1), mid=middle(), up=nn.ModuleList(up),
-            norm_out=group_norm(c, 1e-6), conv_out=nn.Conv2d(c, d["out_ch"], 3, padding=1),
-        )  # fmt: skip
+            conv_in=nn.Conv2d(z, top, 3, padding=1),
+            mid=middle(),
+            up=nn.ModuleList(up),
+            norm_out=group_norm(c, 1e-6),
+            conv_out=nn.Conv2d(c, d["out_ch"], 3, padding=1),
+        )
         self.quant_conv = nn.Conv2d(out, 2 * p["embed_dim"] if self.kl else p["embed_dim"], 1)
         self.post_quant_conv = nn.Conv2d(p["embed_dim"], z, 1)
         if not self.kl:
@@ -274,7 +346,9 @@ class Autoencoder(nn.Module):
         return d.conv_out(F.silu(d.norm_out(x)))
 
 
-def clip_state(width: int, layers: int, inner: int, vocabulary: int = 49408) -> dict[str, torch.Tensor]:
+def clip_state(
+    width: int, layers: int, inner: int, vocabulary: int = 49408
+) -> dict[str, torch.Tensor]:
     """A CLIP text transformer under the names it has in Stable Diffusion's checkpoint."""
     p = "cond_stage_model.transformer.text_model."
     shapes = {
@@ -287,7 +361,13 @@ def clip_state(width: int, layers: int, inner: int, vocabulary: int = 49408) -> 
         layer = f"{p}encoder.layers.{i}"
         linear = {f"self_attn.{n}_proj": (width, width) for n in ("q", "k", "v", "out")}
         linear |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
-        shapes |= {f"{layer}.{n}.weight": s for n, s in linear.items()} | {f"{layer}.{n}.bias": s[:1] for n, s in linear.items()}
-        shapes |= {f"{layer}.layer_norm{n}.{q}": (width,) for n in (1, 2) for q in ("weight", "bias")}
+        shapes |= {f"{layer}.{n}.weight": s for n, s in linear.items()} | {
+            f"{layer}.{n}.bias": s[:1] for n, s in linear.items()
+        }
+        shapes |= {
+            f"{layer}.layer_norm{n}.{q}": (width,) for n in (1, 2) for q in ("weight", "bias")
+        }
     state = {k: 0.1 * torch.randn(s) for k, s in shapes.items()}
-    return state | {f"{p}embeddings.position_ids": torch.arange(77)[None]}  # written by transformers of that time
+    return state | {
+        f"{p}embeddings.position_ids": torch.arange(77)[None]
+    }  # written by transformers of that time

@@ -1,4 +1,4 @@
-"""questlib.models.compvis: converted checkpoints compute what the originals do, and what is wrong with a file is said."""
+"""reproduce.models.compvis: converted checkpoints compute what the originals do, and what is wrong with a file is said."""
 
 from __future__ import annotations
 
@@ -14,17 +14,32 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from ldm_reference import clip_state
 from open_clip import tokenize
 from safetensors.torch import load_file
 
+from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError
-from questlib.models.__main__ import main
-from questlib.models.compvis import clip_tokenizer, config_names, convert, convert_state, load_config, read_state_dict, save
-from questlib.models.compvis_parts import condition_part
-from questlib.models.loading import load_pipeline
-from questlib.models.pipelines import ClassConditionalPipeline, FixedHeadsUNet2DModel, LatentDiffusionPipeline
+from reproduce.models.__main__ import main
+from reproduce.models.compvis import (
+    clip_tokenizer,
+    config_names,
+    convert,
+    convert_state,
+    load_config,
+    read_state_dict,
+    save,
+)
+from reproduce.models.compvis_parts import condition_part
+from reproduce.models.loading import load_pipeline
+from reproduce.models.pipelines import ClassConditionalPipeline, LatentDiffusionPipeline
 
 KINDS = ("beds", "churches", "cin", "sd")
 CLASSES = {
@@ -34,7 +49,12 @@ CLASSES = {
     "sd": (StableDiffusionPipeline, UNet2DConditionModel, AutoencoderKL),
 }
 ORIGINALS = ("lsun_beds256", "lsun_churches256", "cin256-v2", "sd-v1-4")
-MIB = {"lsun_beds256": 1045.4, "lsun_churches256": 1125.2, "cin256-v2": 1529.4, "sd-v1-4": 3278.8}  # data/README.md
+MIB = {
+    "lsun_beds256": 1045.4,
+    "lsun_churches256": 1125.2,
+    "cin256-v2": 1529.4,
+    "sd-v1-4": 3278.8,
+}  # data/README.md
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -43,7 +63,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def encode(vae, image: torch.Tensor) -> torch.Tensor:
     out = vae.encode(image)
-    return (out.latents if isinstance(vae, VQModel) else out.latent_dist.mode()) * vae.config.scaling_factor
+    return (
+        out.latents if isinstance(vae, VQModel) else out.latent_dist.mode()
+    ) * vae.config.scaling_factor
 
 
 def unet_output(pipe, x, t, context):
@@ -60,7 +82,9 @@ def test_a_converted_model_computes_what_the_original_does(checkpoints, kind, tm
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, pipe.unet.config.in_channels, 8, 8, generator=generator)
     t = torch.tensor([981, 21])
-    context = torch.randn(2, 5, made.params["unet_config"]["params"].get("context_dim", 0) or 1, generator=generator)
+    context = torch.randn(
+        2, 5, made.params["unet_config"]["params"].get("context_dim", 0) or 1, generator=generator
+    )
     context = context if kind in ("cin", "sd") else None
     assert relative(unet_output(pipe, x, t, context), made.unet(x, t, context)) < 1e-4
     image = torch.rand(1, 3, 32, 32, generator=generator) * 2 - 1
@@ -77,7 +101,10 @@ def test_raw_weights_on_request_and_where_there_are_no_others(checkpoints):
     assert relative(raw, beds.raw(x, t)) < 1e-4 < relative(raw, beds.unet(x, t))
     cin = checkpoints["cin"]
     context = torch.ones(1, 1, 24)
-    assert relative(convert(cin.ckpt, cin.config).unet(x, t, context).sample, cin.unet(x, t, context)) < 1e-4
+    assert (
+        relative(convert(cin.ckpt, cin.config).unet(x, t, context).sample, cin.unet(x, t, context))
+        < 1e-4
+    )
 
 
 @torch.no_grad()
@@ -87,23 +114,43 @@ def test_class_embedder_and_text_encoder(checkpoints):
     table = checkpoints["cin"].state["cond_stage_model.embedding.weight"]
     assert torch.equal(cin.class_embedder(torch.tensor([3, 10])), table[[3, 10]][:, None])
     sd = convert(checkpoints["sd"].ckpt, checkpoints["sd"].config)
-    assert sd.text_encoder.config.num_hidden_layers == 2 and sd.text_encoder.config.hidden_act == "quick_gelu"
+    assert (
+        sd.text_encoder.config.num_hidden_layers == 2
+        and sd.text_encoder.config.hidden_act == "quick_gelu"
+    )
     own = {k.removeprefix("text_model."): v for k, v in sd.text_encoder.state_dict().items()}
-    theirs = {k.partition("text_model.")[2]: v for k, v in checkpoints["sd"].state.items() if "text_model." in k}
+    theirs = {
+        k.partition("text_model.")[2]: v
+        for k, v in checkpoints["sd"].state.items()
+        if "text_model." in k
+    }
     theirs.pop("embeddings.position_ids")
     assert own.keys() == theirs.keys() and all(torch.equal(own[k], theirs[k]) for k in own)
-    image = sd("a red circle", num_inference_steps=2, guidance_scale=7.5, height=32, width=32, output_type="np",
-               generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    image = sd(
+        "a red circle",
+        num_inference_steps=2,
+        guidance_scale=7.5,
+        height=32,
+        width=32,
+        output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images
     assert image.shape == (1, 32, 32, 3) and np.isfinite(image).all()
 
 
 def test_tokenizer_is_that_of_clip():
     texts = ["A photo of a cat, isn't it?", "  naïve café № 42!! ", "日本 🙂 a1b2", "the " * 90]
-    ours = clip_tokenizer()(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    ours = clip_tokenizer()(
+        texts, padding="max_length", truncation=True, return_tensors="pt"
+    ).input_ids
     theirs = tokenize(texts)  # pads with zeros; Stable Diffusion with the end token
     end = theirs.argmax(1)
     for own, reference, n in zip(ours, theirs, end, strict=True):
-        assert own.shape == (77,) and torch.equal(own[: n + 1], reference[: n + 1]) and (own[n:] == 49407).all()
+        assert (
+            own.shape == (77,)
+            and torch.equal(own[: n + 1], reference[: n + 1])
+            and (own[n:] == 49407).all()
+        )
 
 
 @pytest.mark.parametrize("name", ORIGINALS)
@@ -112,8 +159,19 @@ def test_goldens_of_the_original_implementation(quest_data, name):
     folder = quest_data / "compvis"
     pipe = convert(folder / f"{name}-tiny.ckpt", folder / f"{name}-tiny.yaml")
     golden = load_file(folder / f"{name}-tiny-golden.safetensors")
-    assert relative(unet_output(pipe, golden["x"], golden["timesteps"], golden.get("context")), golden["eps"]) < 1e-5
-    assert relative(pipe.vae.decode(golden["z"] / pipe.vae.config.scaling_factor).sample, golden["decoded"]) < 1e-5
+    assert (
+        relative(
+            unet_output(pipe, golden["x"], golden["timesteps"], golden.get("context")),
+            golden["eps"],
+        )
+        < 1e-5
+    )
+    assert (
+        relative(
+            pipe.vae.decode(golden["z"] / pipe.vae.config.scaling_factor).sample, golden["decoded"]
+        )
+        < 1e-5
+    )
     assert relative(encode(pipe.vae, golden["image"]), golden["encoded"]) < 1e-5
     if "class_labels" in golden:
         assert torch.equal(pipe.class_embedder(golden["class_labels"]), golden["context"])
@@ -132,14 +190,23 @@ def test_full_size_manifests_map_key_by_key(quest_data, name, ema):
         state |= {"model_ema." + k.removeprefix("model.").replace(".", ""): state[k] for k in unet}
     params = load_config(name)
     no_effect = {"image_size", "legacy"}
-    assert params["unet_config"]["params"] == {k: v for k, v in manifest["unet_config"].items() if k not in no_effect}
-    assert (params["linear_start"], params["linear_end"]) == (manifest["linear_start"], manifest["linear_end"])
+    assert params["unet_config"]["params"] == {
+        k: v for k, v in manifest["unet_config"].items() if k not in no_effect
+    }
+    assert (params["linear_start"], params["linear_end"]) == (
+        manifest["linear_start"],
+        manifest["linear_end"],
+    )
     if name == "sd-v1-4":
-        params["cond_stage_config"] = "__is_unconditional__"  # the manifest stops before the text encoder
+        params["cond_stage_config"] = (
+            "__is_unconditional__"  # the manifest stops before the text encoder
+        )
     if params.get("scale_by_std"):
         state["scale_factor"] = torch.tensor(0.2)  # and lists no buffers
     pipe = convert_state(state, params, ema=ema)
-    assert 4 * sum(p.numel() for p in pipe.unet.parameters()) / 2**20 == pytest.approx(MIB[name], abs=0.1)
+    assert 4 * sum(p.numel() for p in pipe.unet.parameters()) / 2**20 == pytest.approx(
+        MIB[name], abs=0.1
+    )
     if manifest["classes"]:
         assert list(pipe.class_embedder.embedding.weight.shape) == manifest["classes"]
 
@@ -149,7 +216,10 @@ def test_full_size_text_encoder():
     with torch.device("meta"):
         state = clip_state(768, 12, 3072)
     part = condition_part({"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}, state)
-    assert sum(p.numel() for p in part.model.parameters()) == 123_060_480 and part.model.config.num_attention_heads == 12
+    assert (
+        sum(p.numel() for p in part.model.parameters()) == 123_060_480
+        and part.model.config.num_attention_heads == 12
+    )
     keys = {f"{part.prefix}{s.key}" for s in part.sources.values()}
     assert keys == set(state) - {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
 
@@ -160,21 +230,51 @@ def test_command_line(checkpoints, tmp_path, capsys):
     without = copy.deepcopy(made.params) | {"cond_stage_config": "__is_unconditional__"}
     config = tmp_path / "no_text.yaml"
     config.write_text(yaml.safe_dump({"model": {"params": without}}))
-    assert main(["convert", str(made.ckpt), "--config", str(made.config), "--out", str(out), "--sha256", digest.upper()]) == 0
+    assert (
+        main(
+            [
+                "convert",
+                str(made.ckpt),
+                "--config",
+                str(made.config),
+                "--out",
+                str(out),
+                "--sha256",
+                digest.upper(),
+            ]
+        )
+        == 0
+    )
     assert "StableDiffusionPipeline" in capsys.readouterr().out
-    assert main(["convert", str(made.ckpt), "--config", str(config), "--out", str(tmp_path / "b")]) == 2
+    assert (
+        main(["convert", str(made.ckpt), "--config", str(config), "--out", str(tmp_path / "b")])
+        == 2
+    )
     assert "unexpected: cond_stage_model.transformer" in capsys.readouterr().err
-    assert main(["convert", str(made.ckpt), "--config", str(made.config), "--out", str(out)]) == 2  # not overwritten
+    assert (
+        main(["convert", str(made.ckpt), "--config", str(made.config), "--out", str(out)]) == 2
+    )  # not overwritten
     assert "not an empty folder" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="questlib.models convert"):
+    with pytest.raises(ConfigError, match="reproduce.models convert"):
         load_pipeline(made.ckpt)
 
 
 def test_no_text_encoder_is_said_and_the_folder_loads(checkpoints, tmp_path, capsys):
     made, out, ckpt = checkpoints["sd"], tmp_path / "out", tmp_path / "no_text.ckpt"
-    torch.save({"state_dict": {k: v for k, v in made.state.items() if not k.startswith("cond_stage_model.")}}, ckpt)
+    torch.save(
+        {
+            "state_dict": {
+                k: v for k, v in made.state.items() if not k.startswith("cond_stage_model.")
+            }
+        },
+        ckpt,
+    )
     config = tmp_path / "no_text.yaml"
-    config.write_text(yaml.safe_dump({"model": {"params": made.params | {"cond_stage_config": "__is_unconditional__"}}}))
+    config.write_text(
+        yaml.safe_dump(
+            {"model": {"params": made.params | {"cond_stage_config": "__is_unconditional__"}}}
+        )
+    )
     assert main(["convert", str(ckpt), "--config", str(config), "--out", str(out)]) == 0
     assert "no text encoder" in capsys.readouterr().out
     assert load_pipeline(out).text_encoder is None
@@ -196,7 +296,11 @@ class Code:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_named_and_never_executed(tmp_path, zipped):
     marker, path = tmp_path / "executed", tmp_path / "evil.ckpt"
-    torch.save({"state_dict": {"a": torch.ones(1)}, "x": Code(marker)}, path, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"a": torch.ones(1)}, "x": Code(marker)},
+        path,
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(CheckpointError, match=r"posix\.mkdir"):
         read_state_dict(path)
     assert not marker.exists()
@@ -251,7 +355,9 @@ def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
         del state[key]
     state["model_ema.diffusion_modelinput_blocks00weight"] = torch.zeros(32, 4, 3, 3)
     state["model_ema.diffusion_modelmiddle_block1qkvbias"] = torch.zeros(96)
-    state["first_stage_model.encoder.mid.attn_1.q.weight"] = torch.zeros(32, 32, 3, 3)  # no 1x1 convolution
+    state["first_stage_model.encoder.mid.attn_1.q.weight"] = torch.zeros(
+        32, 32, 3, 3
+    )  # no 1x1 convolution
     state["first_stage_model.encoder.extra"] = state["model_ema.extra"] = torch.zeros(1)
     with pytest.raises(CheckpointError) as error:
         convert_state(state, made.params)
@@ -259,14 +365,19 @@ def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
     assert f"missing: {', '.join(gone)};" in text
     assert "input_blocks00weight [32, 4, 3, 3] (expected [32, 3, 3, 3])" in text
     assert "attn_1.q.weight [32, 32, 3, 3] (expected [32, 32])" in text
-    assert text.count("middle_block1qkvbias [96] (expected [288])") == 1  # though q, k and v need it
+    assert (
+        text.count("middle_block1qkvbias [96] (expected [288])") == 1
+    )  # though q, k and v need it
     assert text.endswith("unexpected: first_stage_model.encoder.extra, model_ema.extra")
     with pytest.raises(CheckpointError, match=r"^unexpected: model\.diffusion_model\.extra$"):
-        convert_state(made.state | {"model.diffusion_model.extra": torch.zeros(1)}, made.params, ema=False)
+        convert_state(
+            made.state | {"model.diffusion_model.extra": torch.zeros(1)}, made.params, ema=False
+        )
 
 
 @pytest.mark.parametrize(
-    "ckpt, config", [("beds", "churches"), ("churches", "beds"), ("beds", "cin"), ("cin", "sd"), ("sd", "cin")]
+    "ckpt, config",
+    [("beds", "churches"), ("churches", "beds"), ("beds", "cin"), ("cin", "sd"), ("sd", "cin")],
 )
 def test_config_of_another_model(checkpoints, ckpt, config):
     with pytest.raises(CheckpointError, match="with config"):
@@ -284,7 +395,9 @@ def test_other_betas_than_those_of_the_training(checkpoints):
 def test_wrong_kind_of_latents(checkpoints):
     made = checkpoints["beds"]
     params = copy.deepcopy(made.params)
-    del params["first_stage_config"]["params"]["n_embed"]  # then the checkpoint says how many codes there are
+    del params["first_stage_config"]["params"][
+        "n_embed"
+    ]  # then the checkpoint says how many codes there are
     assert convert_state(made.state, params).vae.config.num_vq_embeddings == 16
     state = {k: v for k, v in made.state.items() if "quantize" not in k}
     with pytest.raises(ConfigError, match="n_embed"):
@@ -297,13 +410,22 @@ def test_measured_scale_factor_must_be_there(checkpoints):
         convert_state({k: v for k, v in made.state.items() if k != "scale_factor"}, made.params)
 
 
-@pytest.mark.parametrize("change, match", [
-    ({"unet_config": {"params": {}}}, "channel_mult"),
-    ({"parameterization": "v"}, "parameterization eps"),
-    ({"cond_stage_config": {"target": "x.ClassEmbedder", "params": {"embed_dim": 8}}}, "no use_spatial_transformer"),
-    ({"beta_schedule": "cosine"}, "beta_schedule linear"),
-    ({"cond_stage_config": {"target": "ldm.modules.encoders.modules.BERTEmbedder"}}, "BERTEmbedder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"unet_config": {"params": {}}}, "channel_mult"),
+        ({"parameterization": "v"}, "parameterization eps"),
+        (
+            {"cond_stage_config": {"target": "x.ClassEmbedder", "params": {"embed_dim": 8}}},
+            "no use_spatial_transformer",
+        ),
+        ({"beta_schedule": "cosine"}, "beta_schedule linear"),
+        (
+            {"cond_stage_config": {"target": "ldm.modules.encoders.modules.BERTEmbedder"}},
+            "BERTEmbedder",
+        ),
+    ],
+)
 def test_configs_that_are_not_supported(checkpoints, change, match):
     with pytest.raises(ConfigError, match=match):
         convert_state(checkpoints["beds"].state, checkpoints["beds"].params | change)
@@ -320,7 +442,9 @@ def test_unknown_network_options_are_refused(checkpoints):
         convert_state(checkpoints["beds"].state, params)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "model: {}", "model: {params: {unet_config: 1}}", "a: [", "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "model: {}", "model: {params: {unet_config: 1}}", "a: [", "\x00"]
+)
 def test_files_that_are_no_config(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)

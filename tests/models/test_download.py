@@ -1,4 +1,4 @@
-"""questlib.models.download: resumed, checked, atomic; served by this machine alone."""
+"""reproduce.models.download: resumed, checked, atomic; served by this machine alone."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from questlib.errors import CheckpointError, ConfigError, QuestError
-from questlib.models import download as module
-from questlib.models.__main__ import main
-from questlib.models.compvis import config_names
-from questlib.models.download import SOURCES, Source, download, fetch
+from reproduce.models import download as module
+from reproduce.models.__main__ import main
+from reproduce.models.compvis import config_names
+from reproduce.models.download import SOURCES, Source, download, fetch
 
 CONTENT = bytes(range(256)) * 400
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -99,11 +99,15 @@ def test_archives_are_unpacked(server, tmp_path, monkeypatch, capsys):
     with zipfile.ZipFile(archive, "w") as zipped:
         zipped.writestr("model.ckpt", CONTENT)
     server.files["/beds.zip"] = archive.read_bytes()
-    monkeypatch.setitem(module.SOURCES, "lsun_beds256", Source(f"{server.url}/beds.zip", member="model.ckpt"))
+    monkeypatch.setitem(
+        module.SOURCES, "lsun_beds256", Source(f"{server.url}/beds.zip", member="model.ckpt")
+    )
     assert main(["download", "lsun_beds256", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "lsun_beds256.ckpt").read_bytes() == CONTENT
-    assert "questlib.models convert" in capsys.readouterr().out
-    monkeypatch.setitem(module.SOURCES, "lsun_beds256", Source(f"{server.url}/beds.zip", member="other.ckpt"))
+    assert "reproduce.models convert" in capsys.readouterr().out
+    monkeypatch.setitem(
+        module.SOURCES, "lsun_beds256", Source(f"{server.url}/beds.zip", member="other.ckpt")
+    )
     with pytest.raises(QuestError, match="other.ckpt"):
         download("lsun_beds256", tmp_path / "out2")
 

@@ -1,4 +1,4 @@
-"""questlib.models.samplers: the trajectories of the original DDIMSampler and PLMSSampler, and DPM-Solver++'s own equations."""
+"""questlib.diffusion.schedulers: the trajectories of the original DDIMSampler and PLMSSampler, and DPM-Solver++'s own equations."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from questlib.diffusion.schedulers import SAMPLERS, make_scheduler
 from questlib.errors import ConfigError
-from questlib.models.compvis import convert
-from questlib.models.loading import load_pipeline
-from questlib.models.samplers import SAMPLERS, make_scheduler
+from reproduce.models.compvis import convert
+from reproduce.models.loading import load_pipeline
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-ALPHA_BAR = torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0)
+ALPHA_BAR = torch.cumprod(
+    1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2, 0
+)
 SHAPE = (2, 3, 4, 4)
 
 
@@ -105,7 +107,9 @@ def test_plms_equals_the_equations(steps):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
     scheduler = make_scheduler(BETAS, "plms")
     ours = trajectory(scheduler, x, steps)
-    assert [int(t) for t in scheduler.timesteps.unique(sorted=True)] == sorted(times(steps)) and len(ours) == steps + 1
+    assert [int(t) for t in scheduler.timesteps.unique(sorted=True)] == sorted(
+        times(steps)
+    ) and len(ours) == steps + 1
     found = errors(ours[1:], original_plms(x.double(), steps))
     assert found[0] < 1e-5 and found[-1] < 1e-4
 
@@ -133,7 +137,10 @@ def test_noise_schedule_is_taken_from_a_pipeline_a_scheduler_or_a_config():
     for source in (pipe, pipe.scheduler, pipe.scheduler.config):
         for sampler in SAMPLERS:
             scheduler = make_scheduler(source, sampler)
-            assert torch.equal(scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod) and scheduler is not pipe.scheduler
+            assert (
+                torch.equal(scheduler.alphas_cumprod, pipe.scheduler.alphas_cumprod)
+                and scheduler is not pipe.scheduler
+            )
     with pytest.raises(ConfigError, match="ddim, plms, dpm-solver"):
         make_scheduler(pipe, "euler")
     with pytest.raises(ConfigError, match="beta_start"):
@@ -162,12 +169,18 @@ def test_goldens_of_the_original_samplers(quest_data, name):
     if "class_labels" in golden:
         how |= {"class_labels": golden["class_labels"], "guidance_scale": about["guidance_scale"]}
     elif "context" in golden:
-        how |= {"prompt_embeds": golden["context"], "negative_prompt_embeds": golden["null_context"],
-                "guidance_scale": about["guidance_scale"]}  # fmt: skip
+        how |= {
+            "prompt_embeds": golden["context"],
+            "negative_prompt_embeds": golden["null_context"],
+            "guidance_scale": about["guidance_scale"],
+        }
     else:
         how["batch_size"] = len(golden["x_T"])
     x_0 = pipe(**how).images
-    assert sorted(set(pipe.scheduler.timesteps.tolist()), reverse=True) == golden["sampler_timesteps"].tolist()
+    assert (
+        sorted(set(pipe.scheduler.timesteps.tolist()), reverse=True)
+        == golden["sampler_timesteps"].tolist()
+    )
     trace = trace[len(trace) - about["steps"] :]  # PLMS: without the probe at the start
     found = errors(trace, list(golden["x_trajectory"][1:]))
     assert found[0] < 1e-5 and max(found) < 1e-4 and errors([x_0], [golden["x_0"]])[0] < 1e-4

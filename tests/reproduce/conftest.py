@@ -12,9 +12,9 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from questlib import features
-from questlib.models.classifier import GroupClassifier
 from reproduce import datasets, pipeline, plan
+from reproduce.evaluation import features
+from reproduce.models.classifier import GroupClassifier
 
 
 @pytest.fixture(scope="session")
@@ -23,21 +23,37 @@ def tiny(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("tiny")
     vae = VQModel(
-        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=3, num_vq_embeddings=16, norm_num_groups=4, sample_size=64,
-    )  # fmt: skip
+        block_out_channels=(8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+        sample_size=64,
+    )
     unet = UNet2DModel(
-        sample_size=16, in_channels=3, out_channels=3, block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=4,
-        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
-    LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(root / "model")
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    LDMPipeline(vqvae=vae, unet=unet, scheduler=DDIMScheduler(clip_sample=False)).save_pretrained(
+        root / "model"
+    )
     (root / "classifier").mkdir()
     classifier = GroupClassifier(9, 16)
     save_file(classifier.state_dict(), root / "classifier" / "classifier.safetensors")
     (root / "classifier" / "config.json").write_text(json.dumps({"num_classes": 9, "width": 16}))
     (root / "reference").mkdir()
     for i in range(20):
-        Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()).save(root / "reference" / f"{i}.png")
+        Image.fromarray(torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8).numpy()).save(
+            root / "reference" / f"{i}.png"
+        )
     return root
 
 
@@ -48,14 +64,20 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
     features._load_extractor.cache_clear()
     pipeline.load.cache_clear()
     setting = datasets.Setting(
-        model=str(tiny / "model"), reference=str(tiny / "reference"), samples_per_seed=16, num_inference_steps=2, sample_batch=8,
+        model=str(tiny / "model"),
+        reference=str(tiny / "reference"),
+        samples_per_seed=16,
+        num_inference_steps=2,
+        sample_batch=8,
         calib_samples=4,
-    )  # fmt: skip
+    )
     bedrooms = dataclasses.replace(datasets.DATASETS["bedrooms"], settings={"smoke": setting})
     monkeypatch.setitem(datasets.DATASETS, "bedrooms", bedrooms)
 
     def make(table: str = "table3", **choices):
-        return plan.make_plan(table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices)
+        return plan.make_plan(
+            table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices
+        )
 
     yield make
     features._load_extractor.cache_clear()

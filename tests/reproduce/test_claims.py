@@ -6,11 +6,11 @@ import copy
 
 import pytest
 
-from reproduce.claims import CLAIMS, judge
 from reproduce.plan import make_plan
-from reproduce.report import PAIRED, load_results
-from reproduce.tables import all_tables, get_table
-from reproduce.verdict import HIGHER_IS_BETTER, paper_order
+from reproduce.reporting.claims import CLAIMS, judge
+from reproduce.reporting.report import PAIRED, load_results
+from reproduce.tables.registry import all_tables, get_table
+from reproduce.verdicts import HIGHER_IS_BETTER, paper_order
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: f"{c.table}: {c.text}")
@@ -22,7 +22,9 @@ def test_rows_exist(claim):
     assert claim.where.startswith(("Table", "Fig."))
 
 
-@pytest.mark.parametrize("claim", [c for c in CLAIMS if " beats " in c.text and " at " in c.text], ids=lambda c: c.text)
+@pytest.mark.parametrize(
+    "claim", [c for c in CLAIMS if " beats " in c.text and " at " in c.text], ids=lambda c: c.text
+)
 def test_the_paper_does_claim_it(claim):
     """By its own numbers, in every metric and at every bit-width named."""
     table = get_table(claim.table)
@@ -44,7 +46,9 @@ def test_costs_are_compared_as_they_are(tmp_path):
         }
     word, words = judge(claim, {claim.table: results})
     assert word == "holds in part"
-    assert words.startswith("W4A8 seconds to quantize 3 against 4: less; W4A8 memory, MB 5 against 5: not less; W4A4")
+    assert words.startswith(
+        "W4A8 seconds to quantize 3 against 4: less; W4A8 memory, MB 5 against 5: not less; W4A4"
+    )
 
 
 def results_of(claim, tmp_path, values):
@@ -52,7 +56,9 @@ def results_of(claim, tmp_path, values):
     results = load_results(make_plan(claim.table, scale="mini", results=tmp_path, work=tmp_path))
     for r in results:
         for seed, _ in enumerate(next(iter(values.get(r["cell"], {"": []}).values()))):
-            r["per_seed"].append({"seed": seed, "metrics": {m: v[seed] for m, v in values[r["cell"]].items()}})
+            r["per_seed"].append(
+                {"seed": seed, "metrics": {m: v[seed] for m, v in values[r["cell"]].items()}}
+            )
         for metric, v in values.get(r["cell"], {}).items():
             r["status"] = "done"
             r["metrics"][metric]["value"] = sum(v) / len(v)
@@ -61,7 +67,11 @@ def results_of(claim, tmp_path, values):
 
 @pytest.mark.parametrize(
     ("fid", "distance", "word"),
-    [([1.0, 1.1], [1.0, 1.1], "holds"), ([1.0, 1.1], [3.0, 3.1], "holds in part"), ([3.0, 1.0], [3.0, 3.1], "does not hold")],
+    [
+        ([1.0, 1.1], [1.0, 1.1], "holds"),
+        ([1.0, 1.1], [3.0, 3.1], "holds in part"),
+        ([3.0, 1.0], [3.0, 3.1], "does not hold"),
+    ],
 )
 def test_verdicts(tmp_path, fid, distance, word):
     claim = CLAIMS[0]
@@ -84,9 +94,14 @@ def test_seeds_that_one_row_lacks_are_left_out(tmp_path):
 
 
 def test_without_results_nothing_is_said(tmp_path):
-    results = {t: load_results(make_plan(t, scale="mini", results=tmp_path, work=tmp_path)) for t in all_tables()}
+    results = {
+        t: load_results(make_plan(t, scale="mini", results=tmp_path, work=tmp_path))
+        for t in all_tables()
+    }
     assert {judge(claim, results)[0] for claim in CLAIMS} == {"not run"}
     claim = CLAIMS[0]
     ((mine, base),) = claim.pairs
-    half = results_of(claim, tmp_path, {mine: {"fid": [1.0]}, base: {"fid": [2.0]}})  # a metric is missing
+    half = results_of(
+        claim, tmp_path, {mine: {"fid": [1.0]}, base: {"fid": [2.0]}}
+    )  # a metric is missing
     assert judge(claim, half) == ("not run", "distance to FP not measured")

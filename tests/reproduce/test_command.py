@@ -15,20 +15,35 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "reproduce", *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", "reproduce", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["table99"], "table: expected one of table2, table3, table3-churches, table4"),
-        (["table9", "--model", "x"], "these cells are of bedrooms, imagenet: choose some (--cells)"),
-        (["table4", "--captions", "x", "--dry-run"], "no use for prompts, these cells are of imagenet"),
+        (
+            ["table9", "--model", "x"],
+            "these cells are of bedrooms, imagenet: choose some (--cells)",
+        ),
+        (
+            ["table4", "--captions", "x", "--dry-run"],
+            "no use for prompts, these cells are of imagenet",
+        ),
         (["table4", "--dry-run", "--scale", "huge"], "found 'huge'"),
         (["table4", "--dry-run", "--cells", "imagenet-w9a9"], "found 'imagenet-w9a9'"),
         (["table2", "--scale", "huge"], "scale: expected one of smoke, mini, paper, found 'huge'"),
         (["table2", "--cells", "fp,nothing"], "found 'nothing'"),
-        (["table2", "--seeds", "one"], "seeds: expected whole numbers separated by commas, found 'one'"),
+        (
+            ["table2", "--seeds", "one"],
+            "seeds: expected whole numbers separated by commas, found 'one'",
+        ),
         (["table2", "--results", "file/below"], "cannot be written"),
         (["table2", "--work", "file"], "cannot be written"),
         (["table2", "--model", "./no/such/folder"], "unknown model './no/such/folder'"),
@@ -80,7 +95,10 @@ def test_work_folder_of_another_version_is_refused(tmp_path, monkeypatch, capsys
 def test_bad_input_in_a_process(tmp_path):
     done = reproduce("table2", "--scale", "huge", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "python -m reproduce: scale: expected one of smoke, mini, paper, found 'huge'\n"
+    assert (
+        done.stderr
+        == "python -m reproduce: scale: expected one of smoke, mini, paper, found 'huge'\n"
+    )
 
 
 def test_paper_scale_without_weights(tmp_path):
@@ -90,10 +108,14 @@ def test_paper_scale_without_weights(tmp_path):
     table = json.loads(done.stdout)
     assert table["table"] == "table3" and len(table["results"]) == 25
     for result in table["results"]:
-        assert result["status"] == "not run" and result["reason"].startswith("needs the LSUN-Bedrooms LDM-4 weights")
+        assert result["status"] == "not run" and result["reason"].startswith(
+            "needs the LSUN-Bedrooms LDM-4 weights"
+        )
         assert all(entry["value"] is None for entry in result["metrics"].values())
     folder = tmp_path / "results" / "paper" / "table3"
-    assert {"table.md", "table.html", "table03_bedrooms.ipynb", "table03_bedrooms.html"} <= {f.name for f in folder.iterdir()}
+    assert {"table.md", "table.html", "table03_bedrooms.ipynb", "table03_bedrooms.html"} <= {
+        f.name for f in folder.iterdir()
+    }
     text = (folder / "table.md").read_text()
     assert text.count("not run") >= 25 and "needs the LSUN-Bedrooms" in text
     assert str(tmp_path) not in (folder / "table03_bedrooms.ipynb").read_text()
@@ -107,11 +129,22 @@ def test_rows_of_a_guided_model_without_weights(tmp_path, monkeypatch, capsys):
     reasons = {r["reason"].split(" (")[0] for r in table["results"]}
     assert reasons == {"needs the ImageNet LDM-4 weights"} and len(table["results"]) == 19
     row = table["results"][3]
-    assert (row["dataset"], row["sampler"], row["num_inference_steps"], row["guidance_scale"]) == ("imagenet", "ddim", 20, 3.0)
+    assert (row["dataset"], row["sampler"], row["num_inference_steps"], row["guidance_scale"]) == (
+        "imagenet",
+        "ddim",
+        20,
+        3.0,
+    )
     assert row["metrics"]["inception_score"] == {
-        "value": None, "std": None, "paper": 362.34, "independent": {}, "verdict": "not run"
-    }  # fmt: skip
+        "value": None,
+        "std": None,
+        "paper": 362.34,
+        "independent": {},
+        "verdict": "not run",
+    }
     folder = tmp_path / "results" / "paper" / "table4"
-    assert {"table.md", "table.html", "table04_imagenet.ipynb"} <= {f.name for f in folder.iterdir()}
+    assert {"table.md", "table.html", "table04_imagenet.ipynb"} <= {
+        f.name for f in folder.iterdir()
+    }
     text = (folder / "table.md").read_text()
     assert "| IS paper |" in text and "| 362.34 |" in text

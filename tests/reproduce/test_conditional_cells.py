@@ -22,15 +22,16 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from questlib import features, metrics, sampling
 from questlib.__main__ import main
-from questlib.clip_score import clip_score, coco_prompts, load_clip
 from questlib.errors import MetricError
-from questlib.models.compvis import clip_tokenizer
-from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder
-from questlib.shards import read_samples
-from reproduce import datasets, pipeline, plan, report, run
-from reproduce.tables import get_table
+from reproduce import datasets, notebooks, pipeline, plan
+from reproduce.evaluation import drawing, features, metrics
+from reproduce.evaluation.clip_score import clip_score, coco_prompts, load_clip
+from reproduce.evaluation.samples import read_samples
+from reproduce.models.compvis import clip_tokenizer
+from reproduce.models.pipelines import ClassConditionalPipeline, ClassEmbedder
+from reproduce.reporting import report
+from reproduce.tables.registry import get_table
 
 CLIP = {
     "embed_dim": 16,
@@ -41,10 +42,17 @@ CLIP = {
 
 def unet(channels: int, size: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(16, 16), layers_per_block=1,
-        norm_num_groups=4, attention_head_dim=2, cross_attention_dim=16,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
 
 
 @pytest.fixture
@@ -56,28 +64,54 @@ def conditional(tiny, tmp_path, monkeypatch):
     reference = str(tiny / "reference")
 
     def setting(name: str, **choices) -> None:
-        small = dict(samples_per_seed=16, num_inference_steps=2, sample_batch=8, calib_samples=4, reference=reference)
-        new = dataclasses.replace(datasets.DATASETS[name], settings={"smoke": datasets.Setting(**(small | choices))})
+        small = dict(
+            samples_per_seed=16,
+            num_inference_steps=2,
+            sample_batch=8,
+            calib_samples=4,
+            reference=reference,
+        )
+        new = dataclasses.replace(
+            datasets.DATASETS[name], settings={"smoke": datasets.Setting(**(small | choices))}
+        )
         monkeypatch.setitem(datasets.DATASETS, name, new)
 
     def imagenet() -> None:
         vae = VQModel(
-            block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=3, num_vq_embeddings=16, norm_num_groups=4, sample_size=64,
-        )  # fmt: skip
+            block_out_channels=(8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            latent_channels=3,
+            num_vq_embeddings=16,
+            norm_num_groups=4,
+            sample_size=64,
+        )
         pipe = ClassConditionalPipeline(
-            vae, unet(3, 16), DDIMScheduler(clip_sample=False), ClassEmbedder(num_classes=5, embed_dim=16)
+            vae,
+            unet(3, 16),
+            DDIMScheduler(clip_sample=False),
+            ClassEmbedder(num_classes=5, embed_dim=16),
         )
         pipe.save_pretrained(tmp_path / "cin")
         setting("imagenet", model=str(tmp_path / "cin"), guidance_scale=3.0)
 
     def sd() -> None:
         vae = AutoencoderKL(
-            block_out_channels=(8, 8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4, norm_num_groups=4, sample_size=64,
-        )  # fmt: skip
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=64,
+        )
         text = CLIPTextModel(
-            CLIPTextConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=49408)
+            CLIPTextConfig(
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                vocab_size=49408,
+            )
         )
         pipe = StableDiffusionPipeline(
             vae,
@@ -91,19 +125,29 @@ def conditional(tiny, tmp_path, monkeypatch):
         )
         pipe.save_pretrained(tmp_path / "sd")
         (tmp_path / "clip").mkdir()
-        save_file(open_clip.model.CLIP(**CLIP).state_dict(), tmp_path / "clip" / "open_clip_model.safetensors")
+        save_file(
+            open_clip.model.CLIP(**CLIP).state_dict(),
+            tmp_path / "clip" / "open_clip_model.safetensors",
+        )
         about = {"model_cfg": CLIP, "preprocess_cfg": {"size": 32}}
         (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about))
         entries = [{"id": i, "image_id": i, "caption": f"a picture of {i} cats"} for i in range(30)]
         (tmp_path / "captions.json").write_text(json.dumps({"annotations": entries}))
         setting(
-            "sd", model=str(tmp_path / "sd"), sampler="plms", guidance_scale=7.5, reference=None,
-            captions=str(tmp_path / "captions.json"), clip=f"local-dir:{tmp_path / 'clip'}",
-        )  # fmt: skip
+            "sd",
+            model=str(tmp_path / "sd"),
+            sampler="plms",
+            guidance_scale=7.5,
+            reference=None,
+            captions=str(tmp_path / "captions.json"),
+            clip=f"local-dir:{tmp_path / 'clip'}",
+        )
 
     def make(table: str, **choices) -> plan.Plan:
         {"table4": imagenet, "table5": sd}[table]()
-        return plan.make_plan(table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices)
+        return plan.make_plan(
+            table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices
+        )
 
     yield make
     features._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
@@ -111,29 +155,40 @@ def conditional(tiny, tmp_path, monkeypatch):
 
 def test_class_conditional_cell(conditional, monkeypatch):
     seen = []
-    real = sampling.sample
+    real = drawing.sample
 
     def sample(*args, **kwargs):
         seen.append((kwargs["guidance_scale"], kwargs["sampler"]))
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(sampling, "sample", sample)
+    monkeypatch.setattr(drawing, "sample", sample)
     made = conditional("table4", cells=["imagenet-w4a4-quest"])
-    run.preflight(made)
+    notebooks.preflight(made)
     result = pipeline.run_cell(made.cells[0], made)
     assert result["status"] == "done", result["reason"]
-    assert set(seen) == {(3.0, "ddim")} and (result["guidance_scale"], result["dataset"]) == (3.0, "imagenet")
+    assert set(seen) == {(3.0, "ddim")} and (result["guidance_scale"], result["dataset"]) == (
+        3.0,
+        "imagenet",
+    )
     score = result["metrics"]["inception_score"]
-    assert score["value"] >= 1 and score["paper"] == 202.45 and score["independent"] == {"survey": 197.02}
+    assert (
+        score["value"] >= 1
+        and score["paper"] == 202.45
+        and score["independent"] == {"survey": 197.02}
+    )
     assert result["metrics"]["clip_score"]["value"] is None
     text = report.terminal(made, report.finish(made))
-    assert "DDIM 2 steps, eta 0, guidance 3, 16 samples" in text and " IS " in text and "CLIP" not in text
+    assert (
+        "DDIM 2 steps, eta 0, guidance 3, 16 samples" in text
+        and " IS " in text
+        and "CLIP" not in text
+    )
 
 
 def test_prompt_conditional_cell(conditional):
     """The i-th sample has the i-th prompt, in drawing and in scoring; seeds have prompts of their own."""
     made = conditional("table5", cells=["sd-fp", "sd-w8a8-q-diffusion"], seeds=[0, 1])
-    run.preflight(made)
+    notebooks.preflight(made)
     full = pipeline.run_cell(made.cells[0], made)
     quantized = pipeline.run_cell(made.cells[1], dataclasses.replace(made, seeds=(0,)))
     assert full["status"] == quantized["status"] == "done", (full["reason"], quantized["reason"])
@@ -160,7 +215,7 @@ def test_bad_captions_are_found_before_the_work(conditional, tmp_path):
     made = conditional("table5", cells=["sd-fp"])
     (tmp_path / "captions.json").write_text("{}")
     with pytest.raises(Exception, match="expected a list `annotations`"):
-        run.preflight(made)
+        notebooks.preflight(made)
 
 
 def test_prompts_are_as_many_as_samples_of_the_paper():
@@ -172,42 +227,93 @@ def test_pixel_cell(tiny, tmp_path, monkeypatch):
     """Table 11 without an autoencoder, from a reference taken once; the features of full precision are too, for all rows."""
     torch.manual_seed(0)
     net = UNet2DModel(
-        sample_size=32, in_channels=3, out_channels=3, block_out_channels=(16, 16), layers_per_block=1, norm_num_groups=4,
-        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
     DDIMPipeline(net, DDIMScheduler()).save_pretrained(tmp_path / "cifar")
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
     monkeypatch.setattr(features.MiniFeatures, "SIZE", 32)
-    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), pipeline.FULL_FEATURES.clear()
+    (
+        features._load_extractor.cache_clear(),
+        pipeline.load.cache_clear(),
+        pipeline.FULL_FEATURES.clear(),
+    )
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
-    assert main(["reference", str(tmp_path / "images.npz"), str(tmp_path / "r.safetensors"), "--features", "mini"]) == 0
+    assert (
+        main(
+            [
+                "reference",
+                str(tmp_path / "images.npz"),
+                str(tmp_path / "r.safetensors"),
+                "--features",
+                "mini",
+            ]
+        )
+        == 0
+    )
     setting = dataclasses.replace(
-        datasets.DATASETS["cifar10"].settings["smoke"], model=str(tmp_path / "cifar"), reference=str(tmp_path / "r.safetensors"),
-        samples_per_seed=16, num_inference_steps=2, features="mini",
-    )  # fmt: skip
+        datasets.DATASETS["cifar10"].settings["smoke"],
+        model=str(tmp_path / "cifar"),
+        reference=str(tmp_path / "r.safetensors"),
+        samples_per_seed=16,
+        num_inference_steps=2,
+        features="mini",
+    )
     cifar = dataclasses.replace(datasets.DATASETS["cifar10"], settings={"smoke": setting})
     monkeypatch.setitem(datasets.DATASETS, "cifar10", cifar)
     taken, real = [], metrics.features_of
-    monkeypatch.setattr(metrics, "features_of", lambda *args: taken.append(len(args[0])) or real(*args))
+    monkeypatch.setattr(
+        metrics, "features_of", lambda *args: taken.append(len(args[0])) or real(*args)
+    )
     made = plan.make_plan(
-        "table11", scale="smoke", results=tmp_path / "results", work=tmp_path / "work",
+        "table11",
+        scale="smoke",
+        results=tmp_path / "results",
+        work=tmp_path / "work",
         cells=["cifar10-fp", "cifar10-w8a8-q-diffusion", "cifar10-w4a4-quest"],
-    )  # fmt: skip
-    run.preflight(made)
+    )
+    notebooks.preflight(made)
     results = [pipeline.run_cell(cell, made) for cell in made.cells]
     assert [r["status"] for r in results] == ["done"] * 3, [r["reason"] for r in results]
     assert taken == [16]
-    again = dataclasses.replace(made, seeds=(1, 2))  # cell by cell, and in each seed by seed: still once a seed
-    assert [pipeline.run_cell(cell, again)["status"] for cell in made.cells] == ["done"] * 3 and taken == [16] * 3
+    again = dataclasses.replace(
+        made, seeds=(1, 2)
+    )  # cell by cell, and in each seed by seed: still once a seed
+    assert [pipeline.run_cell(cell, again)["status"] for cell in made.cells] == [
+        "done"
+    ] * 3 and taken == [16] * 3
     assert results[0]["metrics"]["fid"]["value"] > 0 and results[0]["reference"] == "r.safetensors"
     one = pipeline.SeedRun(made.cells[2], made, 0)
-    full, ours = (torch.cat([s.images for s in read_samples(p.folder / "shards")]) for p in (one.fp_samples, one.samples))
+    full, ours = (
+        torch.cat([s.images for s in read_samples(p.folder / "shards")])
+        for p in (one.fp_samples, one.samples)
+    )
     alone = metrics.evaluate(ours, reference=images, paired=full)  # nothing of it kept
-    for name in ("fid", "sfid", "kid", "feature_distance_to_fp"):  # the kept features are rounded to fp16
-        assert results[2]["metrics"][name]["value"] == pytest.approx(alone[name], rel=2e-3, abs=1e-4), name
-    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), pipeline.FULL_FEATURES.clear()
+    for name in (
+        "fid",
+        "sfid",
+        "kid",
+        "feature_distance_to_fp",
+    ):  # the kept features are rounded to fp16
+        assert results[2]["metrics"][name]["value"] == pytest.approx(
+            alone[name], rel=2e-3, abs=1e-4
+        ), name
+    (
+        features._load_extractor.cache_clear(),
+        pipeline.load.cache_clear(),
+        pipeline.FULL_FEATURES.clear(),
+    )
     other = dataclasses.replace(setting, features="inception")
-    monkeypatch.setitem(datasets.DATASETS, "cifar10", dataclasses.replace(cifar, settings={"smoke": other}))
+    monkeypatch.setitem(
+        datasets.DATASETS, "cifar10", dataclasses.replace(cifar, settings={"smoke": other})
+    )
     with pytest.raises(MetricError, match="holds mini features, not inception"):
-        run.preflight(made)
+        notebooks.preflight(made)

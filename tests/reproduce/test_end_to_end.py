@@ -8,12 +8,25 @@ import sys
 
 import pytest
 
-CELLS = {"table2": "w4a8-te-finetune", "table3": "bedrooms-fp,bedrooms-w4a4-q-diffusion,bedrooms-w4a4-quest"}
+CELLS = {
+    "table2": "w4a8-te-finetune",
+    "table3": "bedrooms-fp,bedrooms-w4a4-q-diffusion,bedrooms-w4a4-quest",
+}
 
 
 @pytest.mark.parametrize("table", CELLS)
 def test_smoke(table, tmp_path):
-    command = [sys.executable, "-m", "reproduce", table, "--scale", "smoke", "--cells", CELLS[table], "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "reproduce",
+        table,
+        "--scale",
+        "smoke",
+        "--cells",
+        CELLS[table],
+        "--json",
+    ]
     runs = []
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
@@ -47,7 +60,9 @@ def test_engine(tmp_path):
         ]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        result = json.loads((tmp_path / "results" / "smoke" / folder / f"{CELLS['table2']}.json").read_text())
+        result = json.loads(
+            (tmp_path / "results" / "smoke" / folder / f"{CELLS['table2']}.json").read_text()
+        )
         assert result["engine"] == engine and result["status"] == "done"
         fid[engine] = result["metrics"]["fid"]["value"]
     assert (

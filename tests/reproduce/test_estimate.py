@@ -12,7 +12,7 @@ from reproduce.__main__ import main
 from reproduce.datasets import DATASETS
 from reproduce.plan import make_plan
 from reproduce.scales import SCALES
-from reproduce.tables import all_tables
+from reproduce.tables.registry import all_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,9 +49,15 @@ def test_operations_are_counted():
 
     with torch.device("meta"):
         unet = UNet2DModel(
-            sample_size=8, in_channels=3, out_channels=3, block_out_channels=(32,), layers_per_block=1,
-            down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
-        )  # fmt: skip
+            sample_size=8,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(32,),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D",),
+            up_block_types=("UpBlock2D",),
+            add_attention=False,
+        )
     expected = 0
     for layer in unet.modules():
         if isinstance(layer, torch.nn.Conv2d):
@@ -65,14 +71,19 @@ def test_operations_are_counted():
 def test_dry_run_of_the_paper(table, tmp_path, monkeypatch, capsys):
     """Every cell with its command, its numbers and what it lacks; nothing is written, nothing is loaded."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("questlib.models.loading.load_pipeline", lambda *a: pytest.fail("a pipeline was loaded"))
+    monkeypatch.setattr(
+        "reproduce.models.loading.load_pipeline", lambda *a: pytest.fail("a pipeline was loaded")
+    )
     assert main([table, "--scale", "paper", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
     for cell in all_tables()[table].cells:
         dataset = DATASETS[cell.dataset]
         part = text[text.index(f"\n{cell.id}: ") :].split("\n  not run: ")[0]
-        assert f'python -m reproduce {table} --scale paper --cells {cell.id} --model "${dataset.model_env}"' in part
+        assert (
+            f'python -m reproduce {table} --scale paper --cells {cell.id} --model "${dataset.model_env}"'
+            in part
+        )
         assert ('--captions "$QUEST_COCO"' in part) == dataset.has_captions
         assert (f'--reference "${dataset.reference_env}"' in part) == dataset.has_reference
         assert all(f"{k} {v}" in part for k, v in cell.paper.items() if v is not None)
@@ -84,7 +95,9 @@ def test_dry_run_of_the_paper(table, tmp_path, monkeypatch, capsys):
 def test_dry_run_of_embedded_models(scale, capsys):
     assert main(["table3", "--scale", scale, "--dry-run"]) == 0
     text = capsys.readouterr().out
-    assert "mini-ldm4 for LSUN-Bedrooms" in text and "--model" not in text and "GPU hours" not in text
+    assert (
+        "mini-ldm4 for LSUN-Bedrooms" in text and "--model" not in text and "GPU hours" not in text
+    )
     assert "not run: " not in text and "estimate: none" not in text
 
 
@@ -96,17 +109,35 @@ def no_architecture_kept():
     estimate._architecture.cache_clear()
 
 
-def test_dry_run_names_an_embedded_model_that_does_not_exist(no_architecture_kept, tmp_path, monkeypatch, capsys):
+def test_dry_run_names_an_embedded_model_that_does_not_exist(
+    no_architecture_kept, tmp_path, monkeypatch, capsys
+):
     for module in ("datasets", "estimate"):
         monkeypatch.setattr(f"reproduce.{module}.MINI", tmp_path)
     assert main(["table4", "--scale", "mini", "--dry-run", "--cells", "imagenet-fp"]) == 0
     text = capsys.readouterr().out
-    assert "estimate: none" in text and "not run: needs the embedded model mini-cin, which does not exist yet" in text
+    assert (
+        "estimate: none" in text
+        and "not run: needs the embedded model mini-cin, which does not exist yet" in text
+    )
 
 
 def test_what_is_given_stands_in_the_command(capsys):
-    choices = ["--model", "my model", "--reference", "r.npz", "--seeds", "3,4", "--engine", "cpu", "--features", "inception"]
-    assert main(["table3", "--scale", "paper", "--dry-run", "--cells", "bedrooms-fp", *choices]) == 0
+    choices = [
+        "--model",
+        "my model",
+        "--reference",
+        "r.npz",
+        "--seeds",
+        "3,4",
+        "--engine",
+        "cpu",
+        "--features",
+        "inception",
+    ]
+    assert (
+        main(["table3", "--scale", "paper", "--dry-run", "--cells", "bedrooms-fp", *choices]) == 0
+    )
     text = capsys.readouterr().out
     assert (
         "python -m reproduce table3 --scale paper --cells bedrooms-fp --seeds 3,4 --features inception --engine cpu "
@@ -117,14 +148,25 @@ def test_what_is_given_stands_in_the_command(capsys):
 
 def test_evaluations_of_a_sample():
     found = {name: d.settings["paper"].evaluations for name, d in DATASETS.items()}
-    assert found == {"bedrooms": 200, "churches": 500, "imagenet": 2 * 20, "sd": 2 * 51, "cifar10": 100}
+    assert found == {
+        "bedrooms": 200,
+        "churches": 500,
+        "imagenet": 2 * 20,
+        "sd": 2 * 51,
+        "cifar10": 100,
+    }
 
 
 def test_hours_follow_from_counts_and_the_stated_rate():
     plan = make_plan("table3", scale="paper", dry=True)
-    full, quest = (estimate.estimate(plan.table.cell(f"bedrooms-{c}"), plan) for c in ("fp", "w4a8-quest-paper"))
+    full, quest = (
+        estimate.estimate(plan.table.cell(f"bedrooms-{c}"), plan)
+        for c in ("fp", "w4a8-quest-paper")
+    )
     operations = estimate._architecture("bedrooms", "paper", None).operations
-    assert full.hours == {"sample": pytest.approx(50_000 * 200 * operations / estimate.RATE["paper"] / 3600)}
+    assert full.hours == {
+        "sample": pytest.approx(50_000 * 200 * operations / estimate.RATE["paper"] / 3600)
+    }
     assert quest.hours["sample"] == pytest.approx(estimate.SIMULATED * full.hours["sample"])
     adaround = 20_000 * 32 * 3 * estimate.SIMULATED * operations / estimate.RATE["paper"] / 3600
     assert quest.hours["reconstruct"] == pytest.approx(adaround)
@@ -151,15 +193,22 @@ def test_estimates_are_near_what_was_measured_at_mini_scale(table, cell):
     found = estimate.estimate(plan.table.cell(cell), plan)
     for stage in ("sample", "reconstruct", "finetune"):
         seconds = measured["seconds"][stage] * len(plan.seeds)
-        assert seconds / 3 <= found.hours[stage] * 3600 <= seconds * 3 or seconds == found.hours[stage] == 0
+        assert (
+            seconds / 3 <= found.hours[stage] * 3600 <= seconds * 3
+            or seconds == found.hours[stage] == 0
+        )
     assert measured["peak_bytes"] / 3 - 1e8 <= found.memory_bytes <= measured["peak_bytes"] * 3
 
 
 def test_full_finetuning_takes_gradients_and_moments_of_all_weights():
     plan = make_plan("table8", scale="paper", dry=True)
-    full, quest = (estimate.estimate(plan.table.cell(f"w4a8-{m}"), plan) for m in ("full-finetune", "quest"))
+    full, quest = (
+        estimate.estimate(plan.table.cell(f"w4a8-{m}"), plan) for m in ("full-finetune", "quest")
+    )
     weights = estimate._architecture("bedrooms", "paper", None).weight_bytes
-    assert full.memory_bytes - quest.memory_bytes == pytest.approx(3 * (1 - estimate.TRAINED) * weights)
+    assert full.memory_bytes - quest.memory_bytes == pytest.approx(
+        3 * (1 - estimate.TRAINED) * weights
+    )
 
 
 def test_scales_all_have_a_rate():

@@ -11,11 +11,11 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from reproduce import report
+from reproduce.notebooks import NOTEBOOKS
 from reproduce.plan import make_plan
 from reproduce.provenance import ROOT
-from reproduce.run import NOTEBOOKS
-from reproduce.tables import all_tables
+from reproduce.reporting import report
+from reproduce.tables.registry import all_tables
 
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 LINES_OF_A_FUNCTION = 4
@@ -35,11 +35,17 @@ def code(path: Path) -> list[nbformat.NotebookNode]:
 def test_opens_with_a_question_and_has_parameters(path):
     cells = read(path).cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
-    assert "?" in cells[0].source and re.search(r"second|minute", cells[0].source), "no question, or no runtime"
+    assert "?" in cells[0].source and re.search(r"second|minute", cells[0].source), (
+        "no question, or no runtime"
+    )
     (parameters,) = (c for c in cells if "parameters" in c.metadata.get("tags", []))
-    assert parameters is code(path)[0] or parameters.source == code(path)[0].source, "parameters come first"
+    assert parameters is code(path)[0] or parameters.source == code(path)[0].source, (
+        "parameters come first"
+    )
     tree = ast.parse(parameters.source)
-    assert all(isinstance(node, ast.Assign) for node in tree.body), "a parameters cell holds assignments alone"
+    assert all(isinstance(node, ast.Assign) for node in tree.body), (
+        "a parameters cell holds assignments alone"
+    )
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
@@ -47,16 +53,22 @@ def test_holds_no_logic(path):
     for cell in code(path):
         tree = ast.parse(cell.source)
         for node in ast.walk(tree):
-            assert not isinstance(node, ast.ClassDef | ast.Try | ast.While | ast.AsyncFunctionDef), cell.source
+            assert not isinstance(
+                node, ast.ClassDef | ast.Try | ast.While | ast.AsyncFunctionDef
+            ), cell.source
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < LINES_OF_A_FUNCTION, f"{node.name} belongs in the library"
+                assert node.end_lineno - node.lineno < LINES_OF_A_FUNCTION, (
+                    f"{node.name} belongs in the library"
+                )
         assert len(cell.source.splitlines()) <= LINES_OF_A_CELL
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_outputs_come_from_a_clean_commit_named_in_it(path):
     cells = code(path)
-    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "not executed once, from top to bottom"
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), (
+        "not executed once, from top to bottom"
+    )
     outputs = [o for c in cells for o in c.outputs]
     assert not [o for o in outputs if o.output_type == "error"]
     text = "".join("".join(o.get("text", "")) for o in outputs)
@@ -85,8 +97,12 @@ def test_next_links_lead_through_all_notebooks_once():
 def test_links_between_notebooks_and_to_files_lead_somewhere():
     for path in PATHS:
         for cell in read(path).cells:
-            for target in re.findall(r"\]\(([^)#\s]+)\)", cell.source if cell.cell_type == "markdown" else ""):
-                assert target.startswith("https://") or (NOTEBOOKS / target).exists(), f"{path.name}: {target}"
+            for target in re.findall(
+                r"\]\(([^)#\s]+)\)", cell.source if cell.cell_type == "markdown" else ""
+            ):
+                assert target.startswith("https://") or (NOTEBOOKS / target).exists(), (
+                    f"{path.name}: {target}"
+                )
 
 
 @pytest.mark.parametrize("table", all_tables().values(), ids=lambda t: t.name)
@@ -106,8 +122,15 @@ def test_the_committed_run_is_of_this_notebook_and_shows_the_committed_rows(tabl
     """`python -m reproduce TABLE --stored` brings it up to date."""
     made = read(ROOT / "results" / "mini" / table.name / table.notebook)
     cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in read(NOTEBOOKS / table.notebook).cells]
-    shown = "".join("".join(o.get("data", {}).get("text/html", "")) for c in cells if c.cell_type == "code" for o in c.outputs)
+    assert [(c.cell_type, c.source) for c in cells] == [
+        (c.cell_type, c.source) for c in read(NOTEBOOKS / table.notebook).cells
+    ]
+    shown = "".join(
+        "".join(o.get("data", {}).get("text/html", ""))
+        for c in cells
+        if c.cell_type == "code"
+        for o in c.outputs
+    )
     _, results = report.committed(table.name, ROOT / "results")
     for data in (report.frame(results), report.side_by_side(results)):
         missing = {

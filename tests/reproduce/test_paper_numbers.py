@@ -7,20 +7,29 @@ from pathlib import Path
 
 import pytest
 
-from reproduce.tables import COSTS, FAILED, UNKNOWN, all_tables, get_table
+from reproduce.tables.base import COSTS, FAILED, UNKNOWN
+from reproduce.tables.registry import all_tables, get_table
 
 TEXT = (Path(__file__).parent / "paper_tables.md").read_text()
 BITS = ("W8A8", "W4A8", "W4A4")
 METHODS = {
-    "PTQ4DM": "ptq4dm", "Q-Diffusion": "q-diffusion", "PTQ-D": "ptq-d", "EfficientDM": "efficientdm", "TFMQ-DM": "tfmq-dm",
+    "PTQ4DM": "ptq4dm",
+    "Q-Diffusion": "q-diffusion",
+    "PTQ-D": "ptq-d",
+    "EfficientDM": "efficientdm",
+    "TFMQ-DM": "tfmq-dm",
     "QuEST": "quest",
-}  # fmt: skip
+}
 NUMBER = r"N/A|\d+\.\d+"
 
 
 def value(text: str):
     text = text.strip()
-    return text if text == FAILED else float(text.replace("k", "")) * (1000 if text.endswith("k") else 1)
+    return (
+        text
+        if text == FAILED
+        else float(text.replace("k", "")) * (1000 if text.endswith("k") else 1)
+    )
 
 
 def section(heading: str) -> str:
@@ -31,7 +40,11 @@ def section(heading: str) -> str:
 
 def grid(text: str) -> list[list[str]]:
     """The rows of a markdown table without the rule; an empty first cell repeats the one above."""
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    rows = [
+        [c.strip() for c in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
     rows = [r for r in rows if not set("".join(r)) <= set("-")]
     for above, row in zip(rows, rows[1:], strict=False):
         row[0] = row[0] or above[0]
@@ -49,19 +62,34 @@ def quest_family(numbers: dict) -> dict:
 
 def cells(table: str, dataset: str | None = None, keys: tuple[str, ...] = ()) -> dict:
     """{(bits, preset): numbers} of the cells that stand for a row of the paper."""
-    found = [c for c in get_table(table).cells if dataset in (None, c.dataset) and not c.note.startswith("the paper has no such")]
-    return {(c.bits, c.preset): {k: v for k, v in c.paper.items() if not keys or k in keys} for c in found}
+    found = [
+        c
+        for c in get_table(table).cells
+        if dataset in (None, c.dataset) and not c.note.startswith("the paper has no such")
+    ]
+    return {
+        (c.bits, c.preset): {k: v for k, v in c.paper.items() if not keys or k in keys}
+        for c in found
+    }
 
 
 def test_table_2():
     expected = {}
-    for setting, row in zip(("ptq", "fp", "finetune"), grid(section("## Table 2"))[1:], strict=True):
+    for setting, row in zip(
+        ("ptq", "fp", "finetune"), grid(section("## Table 2"))[1:], strict=True
+    ):
         for bits, pair in zip(("w8a8", "w4a8"), row[1:], strict=True):
-            expected[f"{bits}-te-{setting}"] = dict(zip(("fid", "sfid"), map(value, pair.split("/")), strict=True))
-    assert {c.id: dict(c.paper) for c in get_table("table2").cells if c.preset} == expected and len(expected) == 6
+            expected[f"{bits}-te-{setting}"] = dict(
+                zip(("fid", "sfid"), map(value, pair.split("/")), strict=True)
+            )
+    assert {c.id: dict(c.paper) for c in get_table("table2").cells if c.preset} == expected and len(
+        expected
+    ) == 6
 
 
-@pytest.mark.parametrize(("table", "dataset", "start"), [("table3", "bedrooms", 0), ("table3-churches", "churches", 5)])
+@pytest.mark.parametrize(
+    ("table", "dataset", "start"), [("table3", "bedrooms", 0), ("table3-churches", "churches", 5)]
+)
 def test_table_3(table, dataset, start):
     head, *rows = grid(section("## Table 3"))[start : start + 5]
     expected = {("32/32", None): {"fid": value(rows[0][1])}}
@@ -71,7 +99,9 @@ def test_table_3(table, dataset, start):
             numbers[row[0], METHODS[method.strip("*")]] = {"fid": value(number)}
     assert cells(table) == expected | quest_family(numbers) and len(numbers) == 15
     line = next(x for x in TEXT.splitlines() if x.startswith(f"{dataset.capitalize()}, LDM"))
-    sizes = dict(zip((32, 8, 4), map(float, re.findall(r"(?:FP|W8|W4) (\d+\.\d)", line)), strict=True))
+    sizes = dict(
+        zip((32, 8, 4), map(float, re.findall(r"(?:FP|W8|W4) (\d+\.\d)", line)), strict=True)
+    )
     for cell in get_table(table).cells:
         assert cell.paper_size_mb == (sizes[cell.weight_bits] if cell.preset != "minmax" else None)
 
@@ -81,10 +111,14 @@ def test_table_4():
     for bits, methods, size, *values in grid(section("## Table 4"))[1:]:
         for method in methods.split(", "):
             key = (bits, None if method == "FP" else METHODS[method.strip("*")])
-            numbers[key] = dict(zip(("fid", "sfid", "inception_score"), map(value, values), strict=True))
+            numbers[key] = dict(
+                zip(("fid", "sfid", "inception_score"), map(value, values), strict=True)
+            )
             sizes[key] = {"size": float(size)}
     assert cells("table4") == quest_family(numbers) and len(numbers) == 13
-    assert {(c.bits, c.preset): {"size": c.paper_size_mb} for c in get_table("table4").cells} == quest_family(sizes)
+    assert {
+        (c.bits, c.preset): {"size": c.paper_size_mb} for c in get_table("table4").cells
+    } == quest_family(sizes)
 
 
 def test_table_5():
@@ -94,7 +128,9 @@ def test_table_5():
         if first.startswith("FP"):
             numbers[bits, None] = {"clip_score": value(first.removeprefix("FP"))}
         else:
-            numbers[bits, "q-diffusion"], numbers[bits, "quest"] = ({"clip_score": value(v)} for v in (first, second))
+            numbers[bits, "q-diffusion"], numbers[bits, "quest"] = (
+                {"clip_score": value(v)} for v in (first, second)
+            )
     assert cells("table5") == quest_family(numbers) and len(numbers) == 7
     assert all(c.paper_size_mb == sizes[c.bits] for c in get_table("table5").cells)
 
@@ -110,7 +146,8 @@ def test_table_6():
 
 def test_table_7():
     local, both = (
-        list(map(value, pair)) for pair in re.findall(r"(?:FID )?([\d.]+), (?:sFID )?([\d.]+)[;.]", section("## Table 7"))
+        list(map(value, pair))
+        for pair in re.findall(r"(?:FID )?([\d.]+), (?:sFID )?([\d.]+)[;.]", section("## Table 7"))
     )
     numbers = {c.id: list(c.paper.values()) for c in get_table("table7").cells if c.preset}
     assert numbers["w4a4-tla-local"] == local and numbers["w4a4-tla"] == both
@@ -125,7 +162,10 @@ def test_table_8():
     for method, hours, memory, iterations, *fids in grid(section("## Table 8"))[1:]:
         preset = METHODS.get(method, "full-finetune")
         costs = {"hours": value(hours), "memory_mb": value(memory), "iterations": value(iterations)}
-        expected |= {(bits, preset): costs | {"fid": value(fid)} for bits, fid in zip(("W4A8", "W4A4"), fids, strict=True)}
+        expected |= {
+            (bits, preset): costs | {"fid": value(fid)}
+            for bits, fid in zip(("W4A8", "W4A4"), fids, strict=True)
+        }
     assert cells("table8") == expected and len(expected) == 6
 
 
@@ -143,10 +183,15 @@ def test_table_10():
     wide, narrow = re.search(r"Table 10.*?: W8A8 (.*)\. W4A4: (.*)", TEXT).groups()
     pair = rf"(Q-Diffusion|PTQD|EfficientDM|QuEST) (N/A|{NUMBER})(?: / ({NUMBER}))?"
     expected = {}
-    for bits, text in (("W8A8", wide), ("W4A4", narrow.replace("Q-Diffusion, PTQD", "Q-Diffusion N/A, PTQD"))):
+    for bits, text in (
+        ("W8A8", wide),
+        ("W4A4", narrow.replace("Q-Diffusion, PTQD", "Q-Diffusion N/A, PTQD")),
+    ):
         for method, sfid, score in re.findall(pair, text):
             values = (value(sfid), value(score or sfid))
-            expected[bits, METHODS[method.replace("PTQD", "PTQ-D")]] = dict(zip(("sfid", "inception_score"), values, strict=True))
+            expected[bits, METHODS[method.replace("PTQD", "PTQ-D")]] = dict(
+                zip(("sfid", "inception_score"), values, strict=True)
+            )
     assert len(expected) == 7 and "QuEST: not available here" in narrow
     expected["W4A4", "quest"] = {"sfid": UNKNOWN, "inception_score": UNKNOWN}
     assert cells("table10") == quest_family(expected)
@@ -167,13 +212,19 @@ def test_independent_numbers():
     expected: dict[tuple[str, str], dict] = {}
     for name, *values in grid(section("## Independent"))[1:]:
         dataset, metrics = name.split(" ", 1)
-        keys = [{"FID": "fid", "sFID": "sfid", "IS": "inception_score"}[m] for m in metrics.split(" / ")]
+        keys = [
+            {"FID": "fid", "sFID": "sfid", "IS": "inception_score"}[m] for m in metrics.split(" / ")
+        ]
         for bits, numbers in zip(BITS, values, strict=True):
             survey = dict(zip(keys, map(value, numbers.split("/")), strict=True))
             expected[dataset.lower(), bits] = {"survey": survey}
-    for dataset, numbers in re.findall(r"(Bedrooms|Churches|ImageNet) ((?:[\d.]+ / )+[\d.]+)", section("Its FP rows")):
+    for dataset, numbers in re.findall(
+        r"(Bedrooms|Churches|ImageNet) ((?:[\d.]+ / )+[\d.]+)", section("Its FP rows")
+    ):
         keys = ("fid", "sfid") if dataset != "ImageNet" else ("inception_score", "fid", "sfid")
-        expected[dataset.lower(), "32/32"] = {"survey": dict(zip(keys, map(value, numbers.rstrip(".").split("/")), strict=True))}
+        expected[dataset.lower(), "32/32"] = {
+            "survey": dict(zip(keys, map(value, numbers.rstrip(".").split("/")), strict=True))
+        }
     user = TEXT[TEXT.index("A user of") :]
     for bits, fid in re.findall(r"(FP|W\dA\d) (\d+\.\d+)", user):
         expected["bedrooms", bits.replace("FP", "32/32")]["QuEST issue 20"] = {"fid": float(fid)}
@@ -190,10 +241,13 @@ def test_independent_numbers():
 
 
 def test_every_row_has_a_preset_and_known_columns():
-    from questlib.config import PRESETS
+    from questlib.presets import PRESETS
 
     presets = {c.preset for t in all_tables().values() for c in t.cells} - {None}
     assert presets == set(PRESETS)
     for table in all_tables().values():
         for cell in table.cells:
-            assert all(k in COSTS or k in ("fid", "sfid", "inception_score", "clip_score") for k in cell.paper)
+            assert all(
+                k in COSTS or k in ("fid", "sfid", "inception_score", "clip_score")
+                for k in cell.paper
+            )

@@ -16,11 +16,12 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import questlib
-from questlib import metrics, sampling
 from questlib.errors import ConfigError, QuestError
-from reproduce import pipeline, report, store
+from reproduce import pipeline, store
+from reproduce.evaluation import drawing, metrics
 from reproduce.pipeline import METRICS, SeedRun, run_cell
 from reproduce.provenance import provenance, row_processors
+from reproduce.reporting import report
 from reproduce.store import STORE_FORMAT, Store, check_store
 
 CELL = "bedrooms-w4a4-quest"
@@ -42,7 +43,7 @@ def calls(monkeypatch) -> Counter:
 
     for name in ("calibrate", "quantize", "finetune", "save_pretrained"):
         count(questlib, name)
-    count(sampling, "denoise")
+    count(drawing, "denoise")
     count(metrics, "evaluate")
     return counted
 
@@ -60,20 +61,39 @@ def test_result_has_the_agreed_layout(tiny_plan):
         assert set(entry) == {"value", "std", "paper", "independent", "verdict"}
     fid = result["metrics"]["fid"]
     values = [s["metrics"]["fid"] for s in result["per_seed"]]
-    assert fid["value"] == pytest.approx(sum(values) / 2) and fid["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    assert fid["value"] == pytest.approx(sum(values) / 2) and fid["std"] == pytest.approx(
+        abs(values[0] - values[1]) / 2**0.5
+    )
     assert fid["paper"] == 5.64 and fid["independent"]["survey"] == 8.92
     checkpoint = next(plan.work.glob("checkpoint/*/unet/model.safetensors"))
     assert result["size_bytes"] == checkpoint.stat().st_size
     assert result["peak_bytes"] >= 0
-    assert set(result["seconds"]) == {"calibrate", "ranges", "reconstruct", "finetune", "sample", "evaluate"}
-    assert set(result["provenance"]) == {"commit", "dirty", "versions", "machine", "config_hash", "calibration_hash", "command"}
+    assert set(result["seconds"]) == {
+        "calibrate",
+        "ranges",
+        "reconstruct",
+        "finetune",
+        "sample",
+        "evaluate",
+    }
+    assert set(result["provenance"]) == {
+        "commit",
+        "dirty",
+        "versions",
+        "machine",
+        "config_hash",
+        "calibration_hash",
+        "command",
+    }
     assert len(result["model"]["sha256"]) == 64
     assert str(plan.work) not in json.dumps(result)  # no machine's paths
 
 
 def test_seeds_differ_and_full_precision_samples_are_shared(tiny_plan, calls):
     plan = tiny_plan(seeds=[0, 1])
-    full, minmax = (run_cell(plan.table.cell(c), plan) for c in ("bedrooms-fp", "bedrooms-w8a8-minmax"))
+    full, minmax = (
+        run_cell(plan.table.cell(c), plan) for c in ("bedrooms-fp", "bedrooms-w8a8-minmax")
+    )
     assert full["per_seed"][0]["metrics"]["fid"] != full["per_seed"][1]["metrics"]["fid"]
     assert minmax["per_seed"][0]["calibration_hash"] != minmax["per_seed"][1]["calibration_hash"]
     assert full["metrics"]["psnr_to_fp"]["value"] is None  # nothing to compare with but itself
@@ -93,18 +113,23 @@ def test_second_run_makes_nothing(tiny_plan, calls):
 
 @pytest.mark.parametrize(
     ("stop_in", "done"),
-    [("evaluate", {"calibrate": 1, "quantize": 1, "finetune": 1, "denoise": 4}), ("denoise", {"calibrate": 1, "quantize": 1})],
+    [
+        ("evaluate", {"calibrate": 1, "quantize": 1, "finetune": 1, "denoise": 4}),
+        ("denoise", {"calibrate": 1, "quantize": 1}),
+    ],
 )
 def test_stopped_run_goes_on(tiny_plan, calls, monkeypatch, stop_in, done):
     plan = tiny_plan()
     cell = plan.table.cell(CELL)
-    owner = {"evaluate": metrics, "denoise": sampling}[stop_in]
+    owner = {"evaluate": metrics, "denoise": drawing}[stop_in]
     counting = getattr(owner, stop_in)
     passed = Counter()
 
     def stop(*args, **kwargs):
         passed["calls"] += 1
-        if stop_in == "denoise" and passed["calls"] < 4:  # the second batch of the quantized model's samples is the fourth
+        if (
+            stop_in == "denoise" and passed["calls"] < 4
+        ):  # the second batch of the quantized model's samples is the fourth
             return counting(*args, **kwargs)
         raise KeyboardInterrupt
 
@@ -137,7 +162,9 @@ def test_stopped_and_unstopped_runs_agree(tiny_plan, monkeypatch, tmp_path):
     assert stopped["metrics"] == straight["metrics"]
 
 
-@pytest.mark.parametrize("error", [QuestError("finetune: loss is nan"), torch.OutOfMemoryError("finetune: loss is nan")])
+@pytest.mark.parametrize(
+    "error", [QuestError("finetune: loss is nan"), torch.OutOfMemoryError("finetune: loss is nan")]
+)
 def test_failed_cell_says_why_and_the_table_goes_on(tiny_plan, monkeypatch, error):
     plan = tiny_plan(cells=["bedrooms-w8a8-minmax", "bedrooms-fp"])
 
@@ -147,7 +174,10 @@ def test_failed_cell_says_why_and_the_table_goes_on(tiny_plan, monkeypatch, erro
     monkeypatch.setattr(questlib, "quantize", fail)
     results = [run_cell(cell, plan) for cell in plan.cells]
     assert [r["status"] for r in results] == ["done", "failed"]
-    assert results[1]["reason"] == "finetune: loss is nan" and results[1]["metrics"]["fid"]["value"] is None
+    assert (
+        results[1]["reason"] == "finetune: loss is nan"
+        and results[1]["metrics"]["fid"]["value"] is None
+    )
     text = report.terminal(plan, report.finish(plan))
     assert "failed (bedrooms-w8a8-minmax): finetune: loss is nan" in text
     assert "bedrooms-w8a8-q-diffusion" in text and ": not run yet" in text
@@ -158,15 +188,19 @@ def test_measured_model_is_the_one_on_disk(tiny_plan, monkeypatch):
     plan = tiny_plan()
     loaded = []
     real = questlib.from_pretrained
-    monkeypatch.setattr(questlib, "from_pretrained", lambda path, engine: loaded.append(real(path, engine)) or loaded[-1])
+    monkeypatch.setattr(
+        questlib,
+        "from_pretrained",
+        lambda path, engine: loaded.append(real(path, engine)) or loaded[-1],
+    )
     used = []
-    real_sample = sampling.sample
+    real_sample = drawing.sample
 
     def sample(*args, **kwargs):
         used.append(kwargs["unet"])
         return real_sample(*args, **kwargs)
 
-    monkeypatch.setattr(sampling, "sample", sample)
+    monkeypatch.setattr(drawing, "sample", sample)
     run_cell(plan.table.cell("bedrooms-w8a8-minmax"), plan)
     assert used[-1] is loaded[0]
 
@@ -216,7 +250,9 @@ def test_samples_that_another_process_makes_meanwhile(tiny_plan):
             time.sleep(0.5)
             assert not waiting.done()
             made = []
-            first.fp_samples._make(lambda folder: made.append(first.draw_into(folder, first.pipe.unet)) or {})
+            first.fp_samples._make(
+                lambda folder: made.append(first.draw_into(folder, first.pipe.unet)) or {}
+            )
         assert torch.equal(waiting.result().images, made[0].images)
 
 
@@ -236,7 +272,10 @@ def test_result_that_is_there_is_not_overwritten_by_a_failure(tiny_plan, monkeyp
 def test_numbers_that_are_read_again_keep_where_they_came_from(tiny_plan, monkeypatch):
     plan = tiny_plan(cells=[CELL])
     first = run_cell(plan.cells[0], plan)
-    elsewhere = provenance() | {"commit": "later", "machine": provenance()["machine"] | {"cpu": "another"}}
+    elsewhere = provenance() | {
+        "commit": "later",
+        "machine": provenance()["machine"] | {"cpu": "another"},
+    }
     monkeypatch.setattr(store, "provenance", lambda: elsewhere)
     monkeypatch.setattr(pipeline, "provenance", lambda: elsewhere)
     again = run_cell(plan.cells[0], plan)
@@ -244,22 +283,27 @@ def test_numbers_that_are_read_again_keep_where_they_came_from(tiny_plan, monkey
     for name in ("evaluate", "sample"):
         shutil.rmtree(plan.work / name)
     mixed = run_cell(plan.cells[0], plan)
-    assert mixed["provenance"]["commit"] == "later" and [p["commit"] for p in mixed["provenance"]["others"]] == [
-        first["provenance"]["commit"]
-    ]
+    assert mixed["provenance"]["commit"] == "later" and [
+        p["commit"] for p in mixed["provenance"]["others"]
+    ] == [first["provenance"]["commit"]]
     both = sorted(["another", first["provenance"]["machine"]["cpu"]])
     assert row_processors(mixed) == mixed["per_seed"][0]["processors"] == both
 
 
 @pytest.mark.parametrize("part", ["vae", "scheduler", "metric network"])
-def test_another_part_of_the_pipeline_is_another_product(tiny_plan, tiny, tmp_path, monkeypatch, part):
+def test_another_part_of_the_pipeline_is_another_product(
+    tiny_plan, tiny, tmp_path, monkeypatch, part
+):
     """Only the UNet stays the same: nothing that was made with the other part is read."""
     before = SeedRun(*(plan := tiny_plan(cells=[CELL])).cells, plan, 0)
     folder = tmp_path / "other"
     shutil.copytree(tiny / "model", folder)
     if part == "vae":
         weights = load_file(folder / "vqvae" / "diffusion_pytorch_model.safetensors")
-        save_file({k: v * 0.5 for k, v in weights.items()}, folder / "vqvae" / "diffusion_pytorch_model.safetensors")
+        save_file(
+            {k: v * 0.5 for k, v in weights.items()},
+            folder / "vqvae" / "diffusion_pytorch_model.safetensors",
+        )
     elif part == "scheduler":
         path = folder / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"beta_end": 0.01}))
@@ -292,6 +336,11 @@ def test_two_processes_make_a_product_once(tmp_path):
         "    return {'value': 7}\n"
         "print(Store(Path(sys.argv[1])).product('stage', {'a': 1}).make(build)['value'])\n"
     )
-    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
     assert [run.communicate()[0].strip() for run in runs] == ["7"] * 3
     assert next(tmp_path.glob("stage/*/builds")).read_text() == "x"

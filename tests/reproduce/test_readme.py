@@ -10,26 +10,43 @@ from pathlib import Path
 import pytest
 
 from questlib.errors import QuestError
-from reproduce.readme import BLOCKS, _goes, render, update
+from reproduce.reporting.readme import BLOCKS, _goes, render, update
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_readme_is_up_to_date_with_the_results(tmp_path):
     """Of what git has staged: a user's own run, which replaces results, does not make this fail. Without git: of the files."""
-    inside = subprocess.run(["git", "ls-files", "--error-unmatch", "README.md"], cwd=ROOT, capture_output=True, check=False)
+    inside = subprocess.run(
+        ["git", "ls-files", "--error-unmatch", "README.md"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+    )
     if inside.returncode == 0:
         prefix = f"--prefix={tmp_path}/"
         names = subprocess.run(
-            ["git", "ls-files", "README.md", "results", "benchmarks"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "ls-files", "README.md", "results", "benchmarks"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        subprocess.run(["git", "checkout-index", prefix, "--stdin"], cwd=ROOT, input=names.stdout, text=True, check=True)
+        subprocess.run(
+            ["git", "checkout-index", prefix, "--stdin"],
+            cwd=ROOT,
+            input=names.stdout,
+            text=True,
+            check=True,
+        )
     else:
         shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
         for folder in ("results", "benchmarks"):
             shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
     text = (tmp_path / "README.md").read_text()
-    assert text == render(text, tmp_path / "results"), "README.md is older than results/: run `make readme`"
+    assert text == render(text, tmp_path / "results"), (
+        "README.md is older than results/: run `make readme`"
+    )
 
 
 @pytest.fixture
@@ -62,7 +79,9 @@ def test_reproduce_all_is_timed_over_all_its_goes(tmp_path, reproduce_all):
     log.write_text("600 stopped\n" + log.read_text())
     make(), make()
     assert [line.split()[1] for line in log.read_text().splitlines()] == ["stopped", "2", "0", "0"]
-    (tmp_path / "README.md").write_text("\n".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->" for n in BLOCKS))
+    (tmp_path / "README.md").write_text(
+        "\n".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->" for n in BLOCKS)
+    )
     assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
     assert "| 10.0 min in 3 goes |" in (tmp_path / "README.md").read_text()
     found = log.read_text()
@@ -76,8 +95,12 @@ def test_reproduce_all_is_timed_over_all_its_goes(tmp_path, reproduce_all):
     assert log.read_text() == "warm\n0 0\n" and _goes(log, []) is None
 
 
-@pytest.mark.parametrize(("before", "after"), [("600 stopped\n", "600 stopped\n0 0\n"), (None, "warm\n0 0\n")])
-def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(reproduce_all, before, after):
+@pytest.mark.parametrize(
+    ("before", "after"), [("600 stopped\n", "600 stopped\n0 0\n"), (None, "warm\n0 0\n")]
+)
+def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(
+    reproduce_all, before, after
+):
     """Another clone goes on with the rows, and the times, that are committed."""
     log, make = reproduce_all
     if before is not None:
@@ -87,9 +110,15 @@ def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(rep
 
 
 def test_blocks_are_replaced_and_the_rest_stays(tmp_path):
-    text = "before\n" + "".join(f"<!-- generated: {n} -->\nold\n<!-- end: {n} -->\nbetween {n}\n" for n in BLOCKS)
+    text = "before\n" + "".join(
+        f"<!-- generated: {n} -->\nold\n<!-- end: {n} -->\nbetween {n}\n" for n in BLOCKS
+    )
     new = render(text, tmp_path)
-    assert new.startswith("before\n") and "old" not in new and all(f"between {n}\n" in new for n in BLOCKS)
+    assert (
+        new.startswith("before\n")
+        and "old" not in new
+        and all(f"between {n}\n" in new for n in BLOCKS)
+    )
     assert render(new, tmp_path) == new
     assert "not measured yet" in new and "not run" in new  # no results: said, not left empty
 

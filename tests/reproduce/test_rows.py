@@ -7,7 +7,7 @@ import json
 import pytest
 
 from questlib.errors import ConfigError
-from reproduce import run
+from reproduce import notebooks
 from reproduce.pipeline import run_cell
 from reproduce.store import write_json
 
@@ -30,7 +30,9 @@ def test_a_seed_is_added_to_those_of_an_earlier_run(tiny_plan, tmp_path, cell):
         first, second = tiny_plan(seeds=seeds), tiny_plan(seeds=added, keep_seeds=True)
         run_cell(first.table.cell(cell), first)
         result = run_cell(second.table.cell(cell), second)
-        assert result == expected | {"provenance": result["provenance"]} and result["n_samples"] == 32
+        assert (
+            result == expected | {"provenance": result["provenance"]} and result["n_samples"] == 32
+        )
         assert result["provenance"]["command"].endswith(f"--seeds {added[0]} --keep-seeds")
         # the picture is the first seed's, whichever came first
         assert (second.folder / f"{cell}.png").read_bytes() == preview
@@ -58,7 +60,9 @@ def test_a_seed_that_is_asked_for_is_made_again_and_others_are_dropped_unless_ke
     kept = run_cell(cell, tiny_plan(seeds=[1], keep_seeds=True))
     assert kept["seeds"] == [0, 1] and kept["per_seed"][0]["metrics"]["fid"] == 1000.0
     assert kept["per_seed"][1]["metrics"]["fid"] < 1000.0
-    assert kept["metrics"]["fid"]["value"] == pytest.approx(sum(s["metrics"]["fid"] for s in kept["per_seed"]) / 2)
+    assert kept["metrics"]["fid"]["value"] == pytest.approx(
+        sum(s["metrics"]["fid"] for s in kept["per_seed"]) / 2
+    )
     assert run_cell(cell, one)["seeds"] == [1]
 
 
@@ -69,7 +73,9 @@ def test_the_row_says_who_made_which(tiny_plan):
     elsewhere = made | {"commit": "f" * 40, "machine": made["machine"] | {"cpu": "another"}}
     third = {name: made[name] for name in ("versions", "machine", "dirty")} | {"commit": "e" * 40}
     seeds = json.loads((first.folder / f"{CELL}.json").read_text())["per_seed"]
-    assert seeds[0].pop("processors") == [made["machine"]["cpu"]]  # an older result does not say it seed by seed
+    assert seeds[0].pop("processors") == [
+        made["machine"]["cpu"]
+    ]  # an older result does not say it seed by seed
     edit(first, CELL, provenance=elsewhere | {"others": [third]}, per_seed=seeds)
     result = run_cell(cell, second)
     provenance = result["provenance"]
@@ -101,6 +107,6 @@ def test_what_does_not_belong_in_one_row_is_refused_before_the_work(tiny_plan, c
     stored = edit(first, CELL, **changes)
     second = tiny_plan(seeds=[1], cells=[CELL], keep_seeds=True)
     with pytest.raises(ConfigError, match=f"{CELL}.json: {says}"):
-        run.preflight(second)
+        notebooks.preflight(second)
     assert run_cell(second.table.cell(CELL), second)["status"] == "failed"
     assert edit(first, CELL) == stored  # the earlier result is kept

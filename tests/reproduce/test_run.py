@@ -12,15 +12,16 @@ from PIL import Image
 
 from questlib.errors import ConfigError, MetricError
 from questlib.versions import STAGE_VERSIONS
-from reproduce import pipeline, report, run
+from reproduce import notebooks, pipeline
+from reproduce.reporting import report
 from reproduce.store import write_json
 
 CELLS = ["bedrooms-fp", "bedrooms-w4a4-quest"]
 
 
 def test_a_good_reference_passes(tiny_plan, tiny):
-    run.preflight(tiny_plan(cells=CELLS))
-    run.preflight(tiny_plan(cells=CELLS, reference=str(tiny / "reference")))
+    notebooks.preflight(tiny_plan(cells=CELLS))
+    notebooks.preflight(tiny_plan(cells=CELLS, reference=str(tiny / "reference")))
 
 
 @pytest.mark.parametrize("kind", ["size", "few", "damaged", "absent"])
@@ -36,16 +37,22 @@ def test_a_wrong_reference_is_found_before_the_work(tiny_plan, tiny, tmp_path, k
     elif kind == "damaged":
         reference = tmp_path / "reference.npz"
         reference.write_text("not an npz")
-    says = {"size": "images are 64x64, the reference is 32x32", "few": "3 images are too few", "damaged": "damaged|not an"}
-    with pytest.raises(MetricError, match=says.get(kind, "not an embedded model, a file or a folder")):
-        run.preflight(tiny_plan(cells=CELLS, reference=str(reference)))
+    says = {
+        "size": "images are 64x64, the reference is 32x32",
+        "few": "3 images are too few",
+        "damaged": "damaged|not an",
+    }
+    with pytest.raises(
+        MetricError, match=says.get(kind, "not an embedded model, a file or a folder")
+    ):
+        notebooks.preflight(tiny_plan(cells=CELLS, reference=str(reference)))
     assert not (tmp_path / "work").exists() or not any((tmp_path / "work").iterdir())
 
 
 def test_mini_features_are_of_small_images(tiny_plan, monkeypatch):
-    monkeypatch.setattr("questlib.sampling.image_size", lambda pipe: (256, 256))
+    monkeypatch.setattr("questlib.diffusion.sampling.image_size", lambda pipe: (256, 256))
     with pytest.raises(ConfigError, match="features mini: images of 64x64 only, .* draws 256x256"):
-        run.preflight(tiny_plan(cells=CELLS))
+        notebooks.preflight(tiny_plan(cells=CELLS))
 
 
 def test_paths_mean_the_same_in_the_notebook(tiny_plan, tiny, tmp_path, monkeypatch):
@@ -53,13 +60,18 @@ def test_paths_mean_the_same_in_the_notebook(tiny_plan, tiny, tmp_path, monkeypa
     shutil.copytree(tiny / "reference", tmp_path / "here" / "images")
     monkeypatch.chdir(tmp_path / "here")
     plan = tiny_plan(cells=CELLS, reference="images")
-    run.preflight(plan)
+    notebooks.preflight(plan)
     parameters = nbformat.v4.new_code_cell("REFERENCE = None", metadata={"tags": ["parameters"]})
-    asks = nbformat.v4.new_code_cell("from pathlib import Path\nprint(REFERENCE, len(list(Path(REFERENCE).iterdir())))")
+    asks = nbformat.v4.new_code_cell(
+        "from pathlib import Path\nprint(REFERENCE, len(list(Path(REFERENCE).iterdir())))"
+    )
     kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=[parameters, asks], metadata=kernel), tmp_path / plan.table.notebook)
-    monkeypatch.setattr(run, "NOTEBOOKS", tmp_path)
-    run.execute(plan)
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[parameters, asks], metadata=kernel),
+        tmp_path / plan.table.notebook,
+    )
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", tmp_path)
+    notebooks.execute(plan)
     made = nbformat.read(plan.folder / plan.table.notebook, as_version=4)
     assert made.cells[-1].outputs[0].text == "images 20\n"
 
@@ -72,8 +84,8 @@ def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
     result["metrics"]["fid"] |= {"value": 123.25, "std": None}
     write_json(path, result)
     monkeypatch.setattr(pipeline, "SeedRun", lambda *args: pytest.fail("a row was run"))
-    run.preflight(shown)
-    results = run.run(shown)
+    notebooks.preflight(shown)
+    results = notebooks.run(shown)
     assert [r["status"] for r in results if r["cell"] in CELLS] == ["done", "not run"]
     assert report.frame(results)["FID"][0] == "123.25"
     notebook = (shown.folder / shown.table.notebook).read_text()
@@ -84,11 +96,11 @@ def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
 def test_only_rows_that_are_not_what_a_run_would_make_now_are_run(tiny_plan, monkeypatch):
     """Whether their products are still there or not: a clone has results alone."""
     plan = tiny_plan(cells=CELLS)
-    assert run.unfinished(plan).cells == plan.cells
+    assert notebooks.unfinished(plan).cells == plan.cells
     result = pipeline.run_cell(plan.cells[1], plan)
     pipeline.run_cell(plan.cells[0], plan)
     shutil.rmtree(plan.work)
-    assert run.unfinished(plan) == dataclasses.replace(plan, stored=True)
+    assert notebooks.unfinished(plan) == dataclasses.replace(plan, stored=True)
     path = plan.row_file(CELLS[1])
     seed = result["per_seed"][0]
     for change in (
@@ -100,27 +112,37 @@ def test_only_rows_that_are_not_what_a_run_would_make_now_are_run(tiny_plan, mon
         {"per_seed": []},
     ):
         write_json(path, result | change)
-        assert [c.id for c in run.unfinished(plan).cells] == CELLS[1:], change
-    another = [seed | {"seed": 7}, seed | {"products": seed["products"] | {"evaluate": "0"}}]  # of another clone's files
+        assert [c.id for c in notebooks.unfinished(plan).cells] == CELLS[1:], change
+    another = [
+        seed | {"seed": 7},
+        seed | {"products": seed["products"] | {"evaluate": "0"}},
+    ]  # of another clone's files
     write_json(path, result | {"per_seed": another})
-    assert run.unfinished(plan).stored
+    assert notebooks.unfinished(plan).stored
     monkeypatch.setitem(STAGE_VERSIONS, "sample", 2)
-    assert run.unfinished(plan).cells == plan.cells
+    assert notebooks.unfinished(plan).cells == plan.cells
 
 
 def test_rows_whose_checkpoints_a_notebook_opens_are_always_run(tiny_plan):
     plan = tiny_plan("figure2")
     for cell in plan.cells:
         pipeline.run_cell(cell, plan)
-    assert run.unfinished(plan) == plan
+    assert notebooks.unfinished(plan) == plan
 
 
-@pytest.mark.parametrize("choices", [{"stored": True}, {"seeds": [3]}, {"keep_seeds": True}, {"features": "mini"}])
+@pytest.mark.parametrize(
+    "choices", [{"stored": True}, {"seeds": [3]}, {"keep_seeds": True}, {"features": "mini"}]
+)
 def test_what_is_unfinished_is_asked_of_the_rows_that_the_scale_has(tiny_plan, choices):
-    with pytest.raises(ConfigError, match="--unfinished: expected no choices but of scale, cells and engine, found python"):
-        run.unfinished(tiny_plan(cells=CELLS, **choices))
+    with pytest.raises(
+        ConfigError,
+        match="--unfinished: expected no choices but of scale, cells and engine, found python",
+    ):
+        notebooks.unfinished(tiny_plan(cells=CELLS, **choices))
 
 
 def test_a_notebook_that_opens_checkpoints_is_not_shown_from_rows_alone(tiny_plan):
-    with pytest.raises(ConfigError, match="opens the rows' checkpoints, run them: make reproduce-figure2"):
-        run.preflight(tiny_plan("figure2", stored=True))
+    with pytest.raises(
+        ConfigError, match="opens the rows' checkpoints, run them: make reproduce-figure2"
+    ):
+        notebooks.preflight(tiny_plan("figure2", stored=True))

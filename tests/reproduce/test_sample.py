@@ -14,10 +14,10 @@ import torch
 
 from questlib import calibrate, quantize, save_pretrained
 from questlib.config import QuantConfig
-from questlib.models.loading import load_pipeline
-from questlib.sampling import sample
-from questlib.shards import read_run, read_samples
 from reproduce.__main__ import main
+from reproduce.evaluation.drawing import sample
+from reproduce.evaluation.samples import read_run, read_samples
+from reproduce.models.loading import load_pipeline
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -27,14 +27,41 @@ def command(tiny, out, *more: str) -> list[str]:
 
 
 def test_command_draws_what_the_library_draws(tiny, tmp_path, capsys):
-    asked = ["--num-samples", "5", "--batch-size", "2", "--eta", "1", "--seed", "7", "--sampler", "ddim"]
+    asked = [
+        "--num-samples",
+        "5",
+        "--batch-size",
+        "2",
+        "--eta",
+        "1",
+        "--seed",
+        "7",
+        "--sampler",
+        "ddim",
+    ]
     assert main(command(tiny, tmp_path / "out", *asked)) == 0
     assert "5 samples" in capsys.readouterr().out
     pipe = load_pipeline(tiny / "model")
-    expected = sample(pipe, 5, num_inference_steps=2, eta=1.0, seed=7, batch_size=2, sampler="ddim", progress=False)
-    assert torch.equal(torch.cat([s.images for s in read_samples(tmp_path / "out")]), expected.images)
+    expected = sample(
+        pipe,
+        5,
+        num_inference_steps=2,
+        eta=1.0,
+        seed=7,
+        batch_size=2,
+        sampler="ddim",
+        progress=False,
+    )
+    assert torch.equal(
+        torch.cat([s.images for s in read_samples(tmp_path / "out")]), expected.images
+    )
     run = read_run(tmp_path / "out")
-    assert (run["num_samples"], run["eta"], run["sampler"], run["guidance_scale"]) == (5, 1.0, "DDIMScheduler", 1.0)
+    assert (run["num_samples"], run["eta"], run["sampler"], run["guidance_scale"]) == (
+        5,
+        1.0,
+        "DDIMScheduler",
+        1.0,
+    )
 
 
 def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
@@ -52,9 +79,15 @@ def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
     ("more", "says"),
     [
         (["--num-samples", "0"], "must be >= 1, found 0, 32, 2"),
-        (["--num-samples", "1", "--guidance-scale", "3"], "guidance_scale: LDMPipeline is unconditional"),
+        (
+            ["--num-samples", "1", "--guidance-scale", "3"],
+            "guidance_scale: LDMPipeline is unconditional",
+        ),
         (["--num-samples", "1", "--labels", "a"], "--labels: expected whole numbers"),
-        (["--num-samples", "1", "--prompts", "nowhere.txt"], "--prompts: nowhere.txt cannot be read"),
+        (
+            ["--num-samples", "1", "--prompts", "nowhere.txt"],
+            "--prompts: nowhere.txt cannot be read",
+        ),
         (["--num-samples", "1", "--sampler", "plms", "--eta", "1"], "eta: PNDMScheduler has none"),
         (["--num-samples", "1", "--engine", "cpu"], "--engine cpu is of a quantized UNet"),
     ],
@@ -83,9 +116,19 @@ def launch(tiny: Path, out: Path, count: int) -> subprocess.Popen:
         "no",
     ]
     more = ["--num-samples", "600", "--batch-size", "2"]
-    line = [sys.executable, "-m", "accelerate.commands.launch", *options, "-m", "reproduce", *command(tiny, out, *more)]
+    line = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *options,
+        "-m",
+        "reproduce",
+        *command(tiny, out, *more),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(
+        line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 @pytest.mark.slow
@@ -97,12 +140,20 @@ def test_launches_of_1_2_and_3_processes_agree_also_when_killed(tiny, tmp_path):
         for attempt in range(3):
             running = launch(tiny, out, count)
             seen, deadline = len(list(out.glob("*.safetensors"))), time.monotonic() + 120
-            while running.poll() is None and len(list(out.glob("*.safetensors"))) < seen + 5 and time.monotonic() < deadline:
+            while (
+                running.poll() is None
+                and len(list(out.glob("*.safetensors"))) < seen + 5
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.01)
             time.sleep(rng.uniform(0, 0.1))
-            children = subprocess.run(["pgrep", "-P", str(running.pid)], capture_output=True, text=True).stdout.split()
+            children = subprocess.run(
+                ["pgrep", "-P", str(running.pid)], capture_output=True, text=True
+            ).stdout.split()
             if attempt == 0 and children:
-                os.kill(int(rng.choice(children)), signal.SIGKILL)  # the launcher must end the others
+                os.kill(
+                    int(rng.choice(children)), signal.SIGKILL
+                )  # the launcher must end the others
             elif attempt == 1 and running.poll() is None:
                 running.kill()
                 for child in children:

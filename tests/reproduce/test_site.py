@@ -13,9 +13,9 @@ from bs4 import BeautifulSoup
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from questlib.errors import ConfigError, QuestError
-from reproduce import markup, site
 from reproduce.__main__ import main
-from reproduce.tables import all_tables
+from reproduce.reporting import markup, site
+from reproduce.tables.registry import all_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -33,13 +33,23 @@ def shown(data: dict[str, str]):
 @pytest.fixture
 def repository(tmp_path) -> Path:
     """README.md, two notebooks, one of them with a mini run, and one row of Table 2."""
-    (tmp_path / "README.md").write_text("# Thing: *made up*\n\nWhat it is.\n\n## More\n\nNot on the site.\n")
+    (tmp_path / "README.md").write_text(
+        "# Thing: *made up*\n\nWhat it is.\n\n## More\n\nNot on the site.\n"
+    )
     notebooks, mini = tmp_path / "notebooks", tmp_path / "results" / "mini"
-    write_notebook(notebooks / "00_tour.ipynb", new_markdown_cell("# The tour"), new_code_cell("1 + 1"))
+    write_notebook(
+        notebooks / "00_tour.ipynb", new_markdown_cell("# The tour"), new_code_cell("1 + 1")
+    )
     for path, scale in ((notebooks, "smoke"), (mini / "table2", "mini")):
-        code = new_code_cell(f'SCALE = "{scale}"', outputs=[new_output("stream", text=f"made at {scale}")])
+        code = new_code_cell(
+            f'SCALE = "{scale}"', outputs=[new_output("stream", text=f"made at {scale}")]
+        )
         write_notebook(path / "table02.ipynb", new_markdown_cell("# How `precise`?"), code)
-    row = {"status": "done", "seconds": {}, "metrics": {"fid": {"value": 98.765, "std": 0.25, "paper": None, "independent": {}}}}
+    row = {
+        "status": "done",
+        "seconds": {},
+        "metrics": {"fid": {"value": 98.765, "std": 0.25, "paper": None, "independent": {}}},
+    }
     (mini / "table2" / "w8a8-te-ptq.json").write_text(json.dumps(row))
     return tmp_path
 
@@ -83,13 +93,17 @@ def test_links_hold_and_nothing_comes_from_the_network(real):
             target = real[url.path or name] if url.path.endswith(".html") or not url.path else None
             assert target is not None or url.path in real["files"], f"{name}: {tag}"
             assert not url.fragment or target.find(id=unquote(url.fragment)), f"{name}: {tag}"
-        assert not page.find_all("script") and not re.search(r"@import|url\(", str(page.find_all("style")))
+        assert not page.find_all("script") and not re.search(
+            r"@import|url\(", str(page.find_all("style"))
+        )
 
 
 def test_equations_are_mathml_and_tables_scroll(real):
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         page = real[f"{path.stem}.html"]
-        shown = nbformat.read(site.shown_run(path, ROOT / "results"), 4)  # an older run's text may be another
+        shown = nbformat.read(
+            site.shown_run(path, ROOT / "results"), 4
+        )  # an older run's text may be another
         source = "\n".join(c.source for c in shown.cells if c.cell_type == "markdown")
         equations = re.findall(r"\$\$.+?\$\$|\$[^$]+\$", re.sub(r"`[^`]*`", "", source), re.S)
         assert len(page.find_all("math")) >= len(equations), path.name
@@ -99,12 +113,19 @@ def test_equations_are_mathml_and_tables_scroll(real):
             code.extract()
         assert "$" not in page.main.get_text(), path.name
     for name in all_tables():
-        assert all(t.find_parent(class_="scroll") for t in real[f"results-{name}.html"].find_all("table"))
+        assert all(
+            t.find_parent(class_="scroll") for t in real[f"results-{name}.html"].find_all("table")
+        )
 
 
 def test_our_numbers_are_those_of_the_result_files(real):
     for table in all_tables().values():
-        rows = real[f"results-{table.name}.html"].find("h2", string="Ours").find_next("table").find_all("tr")
+        rows = (
+            real[f"results-{table.name}.html"]
+            .find("h2", string="Ours")
+            .find_next("table")
+            .find_all("tr")
+        )
         column = [th.text for th in rows[0].find_all("th")].index("FID")
         for cell, row in zip(table.cells, rows[1:], strict=True):
             path = ROOT / "results" / "mini" / table.name / f"{cell.id}.json"
@@ -119,46 +140,106 @@ def test_our_numbers_are_those_of_the_result_files(real):
 def test_index_and_runs(repository):
     found = pages(build(repository))
     index = found["index.html"].main.get_text(" ")
-    assert found["index.html"].title.text == "Thing: made up" and "What it is." in index and "Not on the site" not in index
+    assert (
+        found["index.html"].title.text == "Thing: made up"
+        and "What it is." in index
+        and "Not on the site" not in index
+    )
     assert index.index("The tour") < index.index("How precise?")
     assert "Not executed" in found["00_tour.html"].text and "1 + 1" in found["00_tour.html"].text
-    assert "mini scale" in found["table02.html"].find(class_="about").text and "made at mini" in found["table02.html"].text
-    assert found["00_tour.html"].footer.a["href"] == "table02.html" and found["table02.html"].footer.a["href"] == "00_tour.html"
-    (row,) = (tr for tr in found["index.html"].find_all("tr") if "98.77 ± 0.25" in tr.text)  # 98.765 rounded
-    assert row.td.text == "W8A8" and "1 of 7 rows run" in index and "6 rows not run: not run yet" in index
-    heads = found["index.html"].find(id="ablation").find_next("table").tr.text  # no numbers in the paper: ours alone
+    assert (
+        "mini scale" in found["table02.html"].find(class_="about").text
+        and "made at mini" in found["table02.html"].text
+    )
+    assert (
+        found["00_tour.html"].footer.a["href"] == "table02.html"
+        and found["table02.html"].footer.a["href"] == "00_tour.html"
+    )
+    (row,) = (
+        tr for tr in found["index.html"].find_all("tr") if "98.77 ± 0.25" in tr.text
+    )  # 98.765 rounded
+    assert (
+        row.td.text == "W8A8"
+        and "1 of 7 rows run" in index
+        and "6 rows not run: not run yet" in index
+    )
+    heads = (
+        found["index.html"].find(id="ablation").find_next("table").tr.text
+    )  # no numbers in the paper: ours alone
     assert "FID" in heads and "paper" not in heads
     (repository / "results" / "mini" / "table2" / "table02.ipynb").unlink()
-    assert "numbers mean nothing" in pages(build(repository))["table02.html"].find(class_="about").text  # the committed smoke run
+    assert (
+        "numbers mean nothing" in pages(build(repository))["table02.html"].find(class_="about").text
+    )  # the committed smoke run
 
 
 def test_reading_order():
-    order = ["00_tour", "10_engine", "20_own", "table02", "table10", "figure02", "30_ablation", "other"]
-    assert [p.stem for p in sorted((Path(f"{n}.ipynb") for n in order[::-1]), key=site.reading_order)] == order
+    order = [
+        "00_tour",
+        "10_engine",
+        "20_own",
+        "table02",
+        "table10",
+        "figure02",
+        "30_ablation",
+        "other",
+    ]
+    assert [
+        p.stem for p in sorted((Path(f"{n}.ipynb") for n in order[::-1]), key=site.reading_order)
+    ] == order
 
 
 def test_links_between_notebooks_and_out_of_the_site():
     text = "[a](table02.ipynb#FID) [b](../README.md) [c](https://example.org/x.ipynb) [d](#here) `$HOME`"
     links = BeautifulSoup(markup.markdown(text), "html.parser").find_all("a")
-    assert [a["href"] for a in links] == ["table02.html#FID", "https://example.org/x.ipynb", "#here"]
-    assert "b" in markup.markdown(text) and "README" not in markup.markdown(text) and "$HOME" in markup.markdown(text)
+    assert [a["href"] for a in links] == [
+        "table02.html#FID",
+        "https://example.org/x.ipynb",
+        "#here",
+    ]
+    assert (
+        "b" in markup.markdown(text)
+        and "README" not in markup.markdown(text)
+        and "$HOME" in markup.markdown(text)
+    )
 
 
 def test_equations():
-    html = markup.markdown("Of $2^b$ values.\n\n$$\\left\\| \\tilde O_l \\right\\|^2$$\n\n\\begin{equation}x\\end{equation}")
-    assert html.count("<math") == 3 and html.count('display="block"') == 2 and "$" not in html and "\\" not in html
+    html = markup.markdown(
+        "Of $2^b$ values.\n\n$$\\left\\| \\tilde O_l \\right\\|^2$$\n\n\\begin{equation}x\\end{equation}"
+    )
+    assert (
+        html.count("<math") == 3
+        and html.count('display="block"') == 2
+        and "$" not in html
+        and "\\" not in html
+    )
     with pytest.raises(QuestError, match="nosuch"):
         markup.markdown("$\\nosuch{x}$")
 
 
 def test_outputs(repository):
     """Images become files with words; a widget's text stands for it; code and data are escaped."""
-    widget = shown({"application/vnd.jupyter.widget-view+json": '{"model_id": "1"}', "text/plain": "100%|####|"})
-    code = new_code_cell('# NBVAL_IGNORE_OUTPUT\n"<b>"', outputs=[shown({"image/png": PNG, "text/plain": "Figure"}), widget])
-    write_notebook(repository / "notebooks" / "figure02.ipynb", new_markdown_cell("## Seen\n\n|a|b|\n|-|-|\n|1|2|"), code)
+    widget = shown(
+        {
+            "application/vnd.jupyter.widget-view+json": '{"model_id": "1"}',
+            "text/plain": "100%|####|",
+        }
+    )
+    code = new_code_cell(
+        '# NBVAL_IGNORE_OUTPUT\n"<b>"',
+        outputs=[shown({"image/png": PNG, "text/plain": "Figure"}), widget],
+    )
+    write_notebook(
+        repository / "notebooks" / "figure02.ipynb",
+        new_markdown_cell("## Seen\n\n|a|b|\n|-|-|\n|1|2|"),
+        code,
+    )
     folder = build(repository)
     page = pages(folder)["figure02.html"]
-    assert page.img["alt"] == "Figure: Seen" and (folder / page.img["src"]).read_bytes().startswith(b"\x89PNG")
+    assert page.img["alt"] == "Figure: Seen" and (folder / page.img["src"]).read_bytes().startswith(
+        b"\x89PNG"
+    )
     assert "100%|####|" in page.text and not page.find_all("script") and "NBVAL" not in page.text
     assert page.table.find_parent(class_="scroll") and '"<b>"' in page.find(class_="highlight").text
 
@@ -173,9 +254,18 @@ def test_a_site_is_replaced_whole(repository):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (lambda r: (r / "notebooks" / "00_tour.ipynb").write_text("{"), "00_tour.ipynb: expected a Jupyter notebook"),
-        (lambda r: (r / "notebooks" / "00_tour.ipynb").write_text("{}"), "00_tour.ipynb: expected a Jupyter notebook"),
-        (lambda r: (r / "results" / "mini" / "table2" / "fp.json").write_text("{"), "results of table2"),
+        (
+            lambda r: (r / "notebooks" / "00_tour.ipynb").write_text("{"),
+            "00_tour.ipynb: expected a Jupyter notebook",
+        ),
+        (
+            lambda r: (r / "notebooks" / "00_tour.ipynb").write_text("{}"),
+            "00_tour.ipynb: expected a Jupyter notebook",
+        ),
+        (
+            lambda r: (r / "results" / "mini" / "table2" / "fp.json").write_text("{"),
+            "results of table2",
+        ),
         (lambda r: (r / "README.md").write_text("no title"), "expected a title"),
         (lambda r: (r / "results" / "mini").rename(r / "gone"), "expected a folder .*mini"),
     ],
@@ -186,7 +276,9 @@ def test_bad_input_leaves_the_site_as_it_was(repository, damage, words):
     damage(repository)
     with pytest.raises(QuestError, match=words):
         build(repository)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not list(repository.glob(".site-*"))
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before and not list(
+        repository.glob(".site-*")
+    )
 
 
 def test_a_failed_swap_puts_the_old_site_back(repository, monkeypatch):

@@ -8,9 +8,9 @@ from questlib.config import OFF
 from questlib.errors import ConfigError
 from reproduce.datasets import DATASETS
 from reproduce.plan import make_plan
-from reproduce.rows import empty_result
+from reproduce.results import empty_result
 from reproduce.scales import SCALES
-from reproduce.tables import all_tables
+from reproduce.tables.registry import all_tables
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -24,8 +24,12 @@ def test_every_row_is_a_valid_configuration(table, scale):
         if cell.preset is None:
             continue
         config = plan.config(cell, 7)
-        assert (config.seed, config.weight_bits, config.act_bits) == (7, cell.weight_bits, cell.act_bits)
-        assert config.step_groups <= setting.num_inference_steps
+        assert (config.seed, config.weight_bits, config.act_bits) == (
+            7,
+            cell.weight_bits,
+            cell.act_bits,
+        )
+        assert config.ranges.step_groups <= setting.num_inference_steps
         assert config.save_memory == (scale == "paper")
         for key, value in cell.overrides.items():
             one_a_step = key == "step_groups" and value > setting.num_inference_steps
@@ -38,10 +42,21 @@ def test_every_row_is_a_valid_configuration(table, scale):
 def test_the_release_has_settings_of_its_own_for_each_data_set():
     """../shared/paper/method.md's table; what a data set adds is in the row, and a scale still shortens it."""
     found = {}
-    for table, data in (("table3", "bedrooms"), ("table3-churches", "churches"), ("table4", "imagenet"), ("table5", "sd")):
+    for table, data in (
+        ("table3", "bedrooms"),
+        ("table3-churches", "churches"),
+        ("table4", "imagenet"),
+        ("table5", "sd"),
+    ):
         plan = make_plan(table, scale="paper", dry=True)
         config = plan.config(plan.table.cell(f"{data}-w8a8-quest-release"), 0)
-        found[data] = (config.act_range, config.softmax_bits, config.cma_layers, config.cma_local_loss, config.step_groups)
+        found[data] = (
+            config.ranges.act_range,
+            config.softmax_bits,
+            config.finetuning.cma_layers,
+            config.finetuning.cma_local_loss,
+            config.ranges.step_groups,
+        )
     assert found == {
         "bedrooms": ("minmax", 8, "qkv", False, 20),
         "churches": ("percentile", 8, "qkv", False, 20),
@@ -50,10 +65,18 @@ def test_the_release_has_settings_of_its_own_for_each_data_set():
     }
     mini = make_plan("table4", scale="mini", dry=True)
     cell = mini.table.cell("imagenet-w8a8-quest-release")
-    assert plan_iterations(make_plan("table4", scale="paper", dry=True), cell) == 24000 > plan_iterations(mini, cell) > 0
-    assert empty_result(cell, mini, "not run", None)["overrides"] == {"cma_layers": "no_context", "tla_iters": 24000}
+    assert (
+        plan_iterations(make_plan("table4", scale="paper", dry=True), cell)
+        == 24000
+        > plan_iterations(mini, cell)
+        > 0
+    )
+    assert empty_result(cell, mini, "not run", None)["overrides"] == {
+        "cma_layers": "no_context",
+        "tla_iters": 24000,
+    }
     paper = mini.config(mini.table.cell("imagenet-w8a8-quest-paper"), 0)
-    assert paper.cma_layers == "attention"  # the others are the same everywhere
+    assert paper.finetuning.cma_layers == "attention"  # the others are the same everywhere
 
 
 def plan_iterations(plan, cell) -> int:
@@ -62,9 +85,16 @@ def plan_iterations(plan, cell) -> int:
 
 def test_table_2_settings(tmp_path):
     plan = make_plan("table2", scale="mini", results=tmp_path, work=tmp_path)
-    ptq, fp, ours = (plan.config(plan.table.cell(f"w4a8-te-{s}"), 0) for s in ("ptq", "fp", "finetune"))
+    ptq, fp, ours = (
+        plan.config(plan.table.cell(f"w4a8-te-{s}"), 0) for s in ("ptq", "fp", "finetune")
+    )
     assert (ptq.te, fp.te, ours.te) == ("ptq", "fp", "finetune")
-    assert not ptq.finetunes and not fp.finetunes and ours.tla_iters > 0 and ours.cma_iters == 0
+    assert (
+        not ptq.finetunes
+        and not fp.finetunes
+        and ours.finetuning.tla_iters > 0
+        and ours.finetuning.cma_iters == 0
+    )
     # nothing else differs
     assert len({c.replace(te="ptq", tla_iters=0).hash() for c in (ptq, fp, ours)}) == 1
 
@@ -86,7 +116,9 @@ def test_table_2_settings(tmp_path):
 )
 def test_wrong_choices(tmp_path, choices, message):
     with pytest.raises(ConfigError, match=message):
-        make_plan(**{"table": "table2", "scale": "smoke", "results": tmp_path, "work": tmp_path} | choices)
+        make_plan(
+            **{"table": "table2", "scale": "smoke", "results": tmp_path, "work": tmp_path} | choices
+        )
 
 
 def test_paper_scale_says_what_it_needs(monkeypatch):
@@ -115,15 +147,24 @@ def test_paper_scale_says_what_it_needs(monkeypatch):
 def test_settings_of_the_paper():
     """Sampler, steps, eta, guidance and calibration of the official release; samples of the paper."""
     found = {
-        name: (s.sampler, s.num_inference_steps, s.eta, s.guidance_scale, s.samples_per_seed, s.calib_samples)
+        name: (
+            s.sampler,
+            s.num_inference_steps,
+            s.eta,
+            s.guidance_scale,
+            s.samples_per_seed,
+            s.calib_samples,
+        )
         for name, d in DATASETS.items()
         for s in (d.settings["paper"],)
     }
     assert found == {
-        "bedrooms": ("ddim", 200, 1.0, 1.0, 50_000, 256), "churches": ("ddim", 500, 0.0, 1.0, 50_000, 256),
-        "imagenet": ("ddim", 20, 0.0, 3.0, 50_000, 256), "sd": ("plms", 50, 0.0, 7.5, 10_000, 128),
+        "bedrooms": ("ddim", 200, 1.0, 1.0, 50_000, 256),
+        "churches": ("ddim", 500, 0.0, 1.0, 50_000, 256),
+        "imagenet": ("ddim", 20, 0.0, 3.0, 50_000, 256),
+        "sd": ("plms", 50, 0.0, 7.5, 10_000, 128),
         "cifar10": ("ddim", 100, 0.0, 1.0, 50_000, 256),
-    }  # fmt: skip
+    }
 
 
 def test_embedded_model_that_does_not_exist(tmp_path, monkeypatch):
@@ -134,17 +175,26 @@ def test_embedded_model_that_does_not_exist(tmp_path, monkeypatch):
     plan = make_plan("table9", scale="mini", dry=True)
     missing = {cell.id: plan.missing(cell) for cell in plan.cells}
     assert missing["bedrooms-w8a8-quest"] is None and missing["bedrooms-w8a8-tfmq-dm"] is None
-    assert missing["imagenet-w8a8-quest"] == "needs the embedded model mini-cin, which does not exist yet"
+    assert (
+        missing["imagenet-w8a8-quest"]
+        == "needs the embedded model mini-cin, which does not exist yet"
+    )
 
 
 def test_embedded_model_without_its_captions(tmp_path, monkeypatch):
     (tmp_path / "mini-sd").mkdir()
     (tmp_path / "mini-sd" / "model_index.json").write_text("{}")
-    for name, place in (("MINI", tmp_path), ("SD_CAPTIONS", str(tmp_path / "mini-sd" / "captions.json"))):
+    for name, place in (
+        ("MINI", tmp_path),
+        ("SD_CAPTIONS", str(tmp_path / "mini-sd" / "captions.json")),
+    ):
         monkeypatch.setattr(f"reproduce.datasets.{name}", place)
     sd = DATASETS["sd"]
     setting = sd.setting("mini", captions=str(tmp_path / "mini-sd" / "captions.json"))
-    assert sd.missing(setting) == "needs the captions of mini-sd, captions.json, which do not exist yet"
+    assert (
+        sd.missing(setting)
+        == "needs the captions of mini-sd, captions.json, which do not exist yet"
+    )
     (tmp_path / "mini-sd" / "captions.json").write_text("{}")
     assert sd.missing(setting) is None
 
@@ -152,7 +202,9 @@ def test_embedded_model_without_its_captions(tmp_path, monkeypatch):
 def test_model_and_reference_are_of_one_data_set():
     with pytest.raises(ConfigError, match="bedrooms, imagenet"):
         make_plan("table9", scale="paper", dry=True, reference="x")
-    plan = make_plan("table9", scale="paper", dry=True, reference="x", model="y", cells=["imagenet-w8a8-quest"])
+    plan = make_plan(
+        "table9", scale="paper", dry=True, reference="x", model="y", cells=["imagenet-w8a8-quest"]
+    )
     assert plan.missing(plan.cells[0]) is None
 
 
@@ -163,8 +215,12 @@ def test_cifar_has_an_inception_fid_or_none(monkeypatch):
         plan = make_plan("table11", scale=scale, dry=True)
         setting = plan.setting(plan.cells[0])
         smoke = scale == "smoke"
-        assert (setting.features, setting.reference) == (("none", None) if smoke else ("inception", "x.safetensors"))
-    with pytest.raises(ConfigError, match="takes no features at smoke scale, add --features inception"):
+        assert (setting.features, setting.reference) == (
+            ("none", None) if smoke else ("inception", "x.safetensors")
+        )
+    with pytest.raises(
+        ConfigError, match="takes no features at smoke scale, add --features inception"
+    ):
         make_plan("table11", scale="smoke", dry=True, reference="x")
     plan = make_plan("table11", scale="smoke", dry=True, reference="x", features="inception")
     assert plan.setting(plan.cells[0]).reference == "x"

@@ -16,7 +16,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("meta")
 aten = torch.ops.aten
 MOVES = (aten._to_copy.default, aten.copy_.default)
-INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)  # a GPU takes indices of the CPU
+INDEXING = (
+    aten.index.Tensor,
+    aten.index_put_.default,
+    aten.index_put.default,
+)  # a GPU takes indices of the CPU
 
 
 class GpuTensor(torch.Tensor):
@@ -25,7 +29,12 @@ class GpuTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> GpuTensor:
         return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=GPU
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=GPU,
         )
 
     def __init__(self, inner: torch.Tensor) -> None:
@@ -48,8 +57,12 @@ def _call(func, args, kwargs):
     if here and func not in MOVES:
         indexed = func in INDEXING and isinstance(args[0], GpuTensor)
         if not indexed and any(x.dim() > 0 for x in tensors if not isinstance(x, GpuTensor)):
-            raise RuntimeError(f"Expected all tensors to be on the same device, found the GPU and the CPU: {func}")
-    plain_args, plain = tree_map(lambda x: x.inner if isinstance(x, GpuTensor) else x, (args, kwargs))
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, found the GPU and the CPU: {func}"
+            )
+    plain_args, plain = tree_map(
+        lambda x: x.inner if isinstance(x, GpuTensor) else x, (args, kwargs)
+    )
     asked = kwargs.get("device")
     if asked is not None:
         plain = plain | {"device": torch.device("cpu")}
@@ -79,7 +92,10 @@ class _Factories(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in (torch.tensor, torch.as_tensor) and torch.device(kwargs.get("device") or "cpu") == GPU:
+        if (
+            func in (torch.tensor, torch.as_tensor)
+            and torch.device(kwargs.get("device") or "cpu") == GPU
+        ):
             return func(*args, **kwargs | {"device": "cpu"}).to(GPU)
         return func(*args, **kwargs)
 

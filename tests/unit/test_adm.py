@@ -9,15 +9,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from questlib import features, metrics, reference
 from questlib.__main__ import main
-from questlib.adm import NpzImages, export_npz, read_npz
 from questlib.errors import MetricError, QuestError
-from questlib.shards import Samples, write_samples
+from reproduce.evaluation import features, metrics, reference
+from reproduce.evaluation.adm import NpzImages, export_npz, read_npz
+from reproduce.evaluation.samples import Samples, write_samples
 
 
 def pictures(n: int, seed: int = 0, size: int = 64) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 @pytest.fixture
@@ -25,7 +27,9 @@ def shards(tmp_path):
     """(folder with three shards of 20 samples in all, the images)."""
     x = pictures(20)
     write_samples(
-        tmp_path / "shards", {"num_samples": 20, "batch_size": 8}, lambda r: Samples(x[r.start : r.stop], torch.zeros(len(r), 1))
+        tmp_path / "shards",
+        {"num_samples": 20, "batch_size": 8},
+        lambda r: Samples(x[r.start : r.stop], torch.zeros(len(r), 1)),
     )
     return tmp_path / "shards", x
 
@@ -37,7 +41,10 @@ def test_exported_file_is_what_numpy_reads(shards, tmp_path):
         assert data.files == ["arr_0"] and data["arr_0"].dtype == np.uint8
         assert np.array_equal(data["arr_0"], x.permute(0, 2, 3, 1).numpy())
     assert torch.equal(torch.stack(list(NpzImages(tmp_path / "out.npz"))), x)
-    assert {p.name for p in tmp_path.iterdir()} == {"shards", "out.npz"}  # no temporary file is left
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "shards",
+        "out.npz",
+    }  # no temporary file is left
     assert abs(metrics.evaluate(x, reference=tmp_path / "out.npz")["fid"]) < 1e-6
 
 
@@ -45,7 +52,9 @@ def test_export_of_the_first_samples_by_the_command(shards, tmp_path, capsys):
     folder, x = shards
     assert main(["export-npz", str(folder), str(tmp_path / "out.npz"), "--count", "10"]) == 0
     assert "10 images of 64x64" in capsys.readouterr().out
-    assert np.array_equal(np.load(tmp_path / "out.npz")["arr_0"], x[:10].permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(
+        np.load(tmp_path / "out.npz")["arr_0"], x[:10].permute(0, 2, 3, 1).numpy()
+    )
     assert main(["export-npz", str(folder), str(tmp_path / "out.npz")]) == 2  # never overwritten
     assert "exists already" in capsys.readouterr().err
     assert len(np.load(tmp_path / "out.npz")["arr_0"]) == 10
@@ -63,8 +72,14 @@ def test_compressed_files_are_read_too(tmp_path):
         (lambda f: (f / "000008-8.safetensors").unlink(), "1 of 3 shards are missing"),
         (lambda f: (f / "run.json").unlink(), "not a folder of samples"),
         (lambda f: (f / "000000-8.safetensors").write_bytes(b"damaged"), "damaged"),
-        (lambda f: (f / "000016-4.safetensors").write_bytes(b"damaged"), "damaged"),  # found when half is written
-        (lambda f: save_file({"images": pictures(4)}, f / "000016-4.safetensors"), "belongs to another run"),
+        (
+            lambda f: (f / "000016-4.safetensors").write_bytes(b"damaged"),
+            "damaged",
+        ),  # found when half is written
+        (
+            lambda f: save_file({"images": pictures(4)}, f / "000016-4.safetensors"),
+            "belongs to another run",
+        ),
     ],
 )
 def test_bad_samples_leave_no_file(shards, tmp_path, spoil, message):
@@ -107,12 +122,18 @@ def test_statistics_and_images_in_one_file(tmp_path):
     [
         ({"mu": np.zeros(3)}, "belong together"),
         ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"expected \[D\] and \[D, D\]"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((3, 3)), "mu_s": np.zeros(3)}, "mu_s and sigma_s belong together"),
+        (
+            {"mu": np.zeros(3), "sigma": np.zeros((3, 3)), "mu_s": np.zeros(3)},
+            "mu_s and sigma_s belong together",
+        ),
         ({"images": np.zeros(3)}, "expected mu and sigma, or images arr_0; found images"),
         ({}, "found nothing"),
         ({"arr_0": np.zeros((16, 3, 64, 64), np.uint8)}, r"expected uint8 \[N, H, W, 3\]"),
         ({"arr_0": np.zeros((16, 64, 64, 3))}, "expected uint8"),
-        ({"arr_0": np.zeros((16, 32, 32, 3), np.uint8)}, "images are 64x64, the reference is 32x32"),
+        (
+            {"arr_0": np.zeros((16, 32, 32, 3), np.uint8)},
+            "images are 64x64, the reference is 32x32",
+        ),
         ({"arr_0": np.zeros((15, 64, 64, 3), np.uint8)}, "15 images are too few"),
         ({"mu": np.zeros(2048), "sigma": np.eye(2048)}, "widths differ: 128 and 2048"),
     ],

@@ -9,8 +9,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import formats
 
 import questlib
-from questlib.model import quant_layers, set_mode
-from reproduce.engine import formats_table
+from questlib.quantization.model import quant_layers, set_mode
+from reproduce.figures.engine import formats_table
 
 
 def test_errors_of_layers(pipe, calib, fast):
@@ -35,7 +35,9 @@ def test_table():
         "c": {"role": "qkv", "full weights, x": 9.0, "quantized weights, x": 0.5},
     }
     table = formats_table({"layers": layers})
-    assert table.values.tolist() == [["conv", "0.0200", 2], ["qkv", "0.5000", 1]] and list(table) == ["role", "x", "layers"]
+    assert table.values.tolist() == [["conv", "0.0200", 2], ["qkv", "0.5000", 1]] and list(
+        table
+    ) == ["role", "x", "layers"]
 
 
 def test_arguments(capsys, monkeypatch):

@@ -2,12 +2,13 @@ import pytest
 import torch
 
 from questlib import Calibration, QuantConfig, calibrate, quantize
-from questlib.calibrate import Observer, init_ranges
+from questlib.diffusion.sampling import sample_generators
 from questlib.errors import CheckpointError, ConfigError
-from questlib.model import act_quantizers, insert
-from questlib.quantizers import ActQuantizer
-from questlib.sampling import sample_generators
-from questlib.timesteps import StepGroups
+from questlib.observers import Observer, init_ranges
+from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.model import act_quantizers
+from questlib.quantization.prepare import insert
+from questlib.quantization.step_groups import StepGroups
 
 
 def test_pairs_are_what_the_unet_received(pipe, calib):
@@ -25,7 +26,9 @@ def test_pairs_are_what_the_unet_received(pipe, calib):
 def test_same_seed_same_data_and_no_hook_stays(pipe, calib):
     again = calibrate(pipe, 6, 5, seed=3, batch_size=2)
     assert torch.allclose(again.x, calib.x, atol=1e-5)
-    assert calibrate(pipe, 6, 5, seed=3).hash() == calib.hash() != calibrate(pipe, 6, 5, seed=4).hash()
+    assert (
+        calibrate(pipe, 6, 5, seed=3).hash() == calib.hash() != calibrate(pipe, 6, 5, seed=4).hash()
+    )
     assert not pipe.unet._forward_hooks
 
 
@@ -63,7 +66,9 @@ def test_ranges_are_set_for_every_group(pipe, calib, name, a, granularity):
         assert not act.token or (act.scale <= 1).all()
         assert (act.scale > 0).all() and torch.isfinite(act.scale).all()
         assert (
-            (act.zero_point == act.zero_point.round()).all() and act.zero_point.min() >= 0 and act.zero_point.max() < 2**act.bits
+            (act.zero_point == act.zero_point.round()).all()
+            and act.zero_point.min() >= 0
+            and act.zero_point.max() < 2**act.bits
         )
 
 
@@ -74,7 +79,9 @@ def test_softmax_is_unsigned_in_every_preset(pipe, calib):
         q = insert(pipe.unet, config, calib.t)
         init_ranges(q, calib, config)
         probs = [x for x in act_quantizers(q) if x.unsigned]
-        assert probs and all((x.zero_point == 0).all() and (x.scale * (2**x.bits - 1) > 0.01).all() for x in probs)
+        assert probs and all(
+            (x.zero_point == 0).all() and (x.scale * (2**x.bits - 1) > 0.01).all() for x in probs
+        )
 
 
 def test_distinct_values_at_most_two_to_the_b_in_a_running_model(pipe, calib, fast):

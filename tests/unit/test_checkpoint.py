@@ -12,7 +12,9 @@ from questlib.errors import CheckpointError, ConfigError, QuestError
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("shape", [(3, 5), (4, 3, 3, 3), (1, 1)])
 def test_pack_round_trip(bits, shape):
-    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    codes = torch.randint(
+        0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(bits)
+    )
     packed = pack(codes, bits)
     assert packed.numel() == (codes.numel() if bits > 4 else (codes.numel() + 1) // 2)
     assert torch.equal(unpack(packed, bits, codes.shape), codes)
@@ -54,8 +56,14 @@ def saved(pipe, calib, fast, tmp_path):
 
 def test_size_shrinks(pipe, saved):
     weights = sum(p.numel() for p in pipe.unet.parameters()) * 4
-    assert (saved / "model.safetensors").stat().st_size < 0.75 * weights  # tiny layers: headers and scales weigh
-    assert all(v.dtype == torch.uint8 for k, v in load_file(saved / "model.safetensors").items() if k.endswith("codes"))
+    assert (
+        saved / "model.safetensors"
+    ).stat().st_size < 0.75 * weights  # tiny layers: headers and scales weigh
+    assert all(
+        v.dtype == torch.uint8
+        for k, v in load_file(saved / "model.safetensors").items()
+        if k.endswith("codes")
+    )
 
 
 def edit(path, change):
@@ -71,7 +79,10 @@ def edit(path, change):
         (lambda s: s.pop("conv_in.act.scale"), "missing: conv_in.act.scale"),
         (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
         (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), r"wrong shape: conv_in.bias \[3\]"),
-        (lambda s: s.update({"conv_in.codes": s["conv_in.codes"][:-1].clone()}), "expected .* bytes"),
+        (
+            lambda s: s.update({"conv_in.codes": s["conv_in.codes"][:-1].clone()}),
+            "expected .* bytes",
+        ),
         (lambda s: s["conv_in.act.scale"].fill_(float("nan")), "not finite: conv_in.act.scale"),
         (lambda s: s["conv_in.act.calibrated"].fill_(False), "never calibrated: conv_in.act"),
     ],
@@ -103,9 +114,18 @@ def test_checkpoint_of_another_model(saved):
     ("damage", "says"),
     [
         (lambda c: [c], "expected an object, found list"),
-        (lambda c: {k: v for k, v in c.items() if k != "quant"}, "does not describe a quantized UNet .KeyError.'quant'"),
-        (lambda c: {k: v for k, v in c.items() if k != "timesteps"}, "does not describe a quantized UNet .KeyError.'timesteps'"),
-        (lambda c: c | {"unet": c["unet"] | {"down_block_types": ["NoBlock"]}}, "does not describe a quantized UNet"),
+        (
+            lambda c: {k: v for k, v in c.items() if k != "quant"},
+            "does not describe a quantized UNet .KeyError.'quant'",
+        ),
+        (
+            lambda c: {k: v for k, v in c.items() if k != "timesteps"},
+            "does not describe a quantized UNet .KeyError.'timesteps'",
+        ),
+        (
+            lambda c: c | {"unet": c["unet"] | {"down_block_types": ["NoBlock"]}},
+            "does not describe a quantized UNet",
+        ),
     ],
 )
 def test_damaged_config(saved, damage, says):

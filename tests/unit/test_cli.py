@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from questlib import from_pretrained, metrics
+from questlib import from_pretrained
 from questlib.__main__ import main
 from questlib.errors import MetricError
-from questlib.features import load_extractor, statistics
-from questlib.reference import check_features
+from reproduce.evaluation import metrics
+from reproduce.evaluation.features import load_extractor, statistics
+from reproduce.evaluation.reference import check_features
 
 TINY = [
     "--samples",
@@ -29,14 +30,31 @@ def test_quantize_the_shipped_model(tmp_path, capsys):
     assert main(["quantize", "mini-ldm4", "--bits", "W4A4", "--out", str(tmp_path), *TINY]) == 0
     assert "quest W4A4" in capsys.readouterr().out
     unet = from_pretrained(tmp_path)
-    assert unet.quest_config.preset_name == "quest" and unet.quest_config.tla_iters == 1
+    assert unet.quest_config.preset_name == "quest" and unet.quest_config.finetuning.tla_iters == 1
     log = json.loads((tmp_path / "log.json").read_text())
     assert [entry[0] for entry in log["finetune"]["loss"]] == ["tla", "cma"]
-    assert not (tmp_path / "finetune.pt").exists()  # of other bits into this folder it would refuse to go on
+    assert not (
+        tmp_path / "finetune.pt"
+    ).exists()  # of other bits into this folder it would refuse to go on
 
 
 def test_quantize_by_a_preset_that_finetunes_nothing(tmp_path, capsys):
-    assert main(["quantize", "mini-ldm4", "--preset", "minmax", "--bits", "W8A8", "--out", str(tmp_path), *TINY[:4]]) == 0
+    assert (
+        main(
+            [
+                "quantize",
+                "mini-ldm4",
+                "--preset",
+                "minmax",
+                "--bits",
+                "W8A8",
+                "--out",
+                str(tmp_path),
+                *TINY[:4],
+            ]
+        )
+        == 0
+    )
     assert "minmax W8A8" in capsys.readouterr().out
     assert json.loads((tmp_path / "log.json").read_text())["finetune"]["loss"] == []
 
@@ -74,7 +92,10 @@ def test_reference_taken_once(tmp_path, capsys):
     np.savez(tmp_path / "images.npz", x[:24].permute(0, 2, 3, 1).numpy())
     assert main(["reference", str(tmp_path / "images.npz"), str(out), "--features", "mini"]) == 0
     assert "mini features of 24 images of 64x64" in capsys.readouterr().out
-    ours, direct = metrics.evaluate(x[24:], reference=out), metrics.evaluate(x[24:], reference=x[:24])
+    ours, direct = (
+        metrics.evaluate(x[24:], reference=out),
+        metrics.evaluate(x[24:], reference=x[:24]),
+    )
     for name in ("fid", "sfid", "kid", "precision", "recall"):
         assert ours[name] == pytest.approx(direct[name], rel=1e-3, abs=1e-5), name
     assert ours["n_reference"] == 24
@@ -84,9 +105,23 @@ def test_reference_taken_once(tmp_path, capsys):
         check_features(out, "inception")
     before = out.read_bytes()
     assert main(["reference", str(tmp_path / "images.npz"), str(out), "--features", "mini"]) == 2
-    assert "a new file OUT.safetensors, this one exists" in capsys.readouterr().err and out.read_bytes() == before
+    assert (
+        "a new file OUT.safetensors, this one exists" in capsys.readouterr().err
+        and out.read_bytes() == before
+    )
     np.savez(tmp_path / "moments.npz", mu=np.zeros(128), sigma=np.eye(128))
-    assert main(["reference", str(tmp_path / "moments.npz"), str(tmp_path / "s.safetensors"), "--features", "mini"]) == 2
+    assert (
+        main(
+            [
+                "reference",
+                str(tmp_path / "moments.npz"),
+                str(tmp_path / "s.safetensors"),
+                "--features",
+                "mini",
+            ]
+        )
+        == 2
+    )
     assert "can be used as they are" in capsys.readouterr().err
     (tmp_path / "bad.safetensors").write_bytes(b"damaged")
     with pytest.raises(MetricError, match="damaged or not a reference file"):
@@ -104,6 +139,9 @@ def test_reference_keeps_the_statistics_of_the_whole_data_set(tmp_path):
         np.savez(npz, images, **known)
         out = tmp_path / f"{i}.safetensors"
         assert main(["reference", str(npz), str(out), "--features", "mini"]) == 0
-        stored, direct = metrics.evaluate(x[24:], reference=out), metrics.evaluate(x[24:], reference=npz)
+        stored, direct = (
+            metrics.evaluate(x[24:], reference=out),
+            metrics.evaluate(x[24:], reference=npz),
+        )
         assert stored["fid"] == direct["fid"] and stored["sfid"] == direct["sfid"]
         assert (stored["sfid"] is None) == (known is pooled)

@@ -11,8 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from questlib.clip_score import CLIP_MODEL, CLIP_PRETRAINED, clip_score, coco_prompts, load_clip
 from questlib.errors import ConfigError, MetricError
+from reproduce.evaluation.clip_score import (
+    CLIP_MODEL,
+    CLIP_PRETRAINED,
+    clip_score,
+    coco_prompts,
+    load_clip,
+)
 
 SMALL = {
     "embed_dim": 16,
@@ -27,13 +33,17 @@ def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(3)
     save_file(open_clip.model.CLIP(**SMALL).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL, "preprocess_cfg": {"size": 32}}))
+    (folder / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": SMALL, "preprocess_cfg": {"size": 32}})
+    )
     yield f"local-dir:{folder}"
     load_clip.cache_clear()
 
 
 def pictures(n: int = 16) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    return torch.randint(
+        0, 256, (n, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    )
 
 
 def test_score_equals_an_independent_float64_computation(model):
@@ -42,7 +52,9 @@ def test_score_equals_an_independent_float64_computation(model):
     net, preprocess, tokenize = load_clip(model, None)
     double = open_clip.model.CLIP(**SMALL).double().eval()
     double.load_state_dict(net.state_dict())
-    pixels = torch.stack([preprocess(Image.fromarray(i.permute(1, 2, 0).numpy())) for i in x]).double()
+    pixels = torch.stack(
+        [preprocess(Image.fromarray(i.permute(1, 2, 0).numpy())) for i in x]
+    ).double()
     with torch.no_grad():
         a, b = double.encode_image(pixels).numpy(), double.encode_text(tokenize(PROMPTS)).numpy()
     cosines = [float(u @ v / np.sqrt((u @ u) * (v @ v))) for u, v in zip(a, b, strict=True)]
@@ -50,7 +62,9 @@ def test_score_equals_an_independent_float64_computation(model):
     expected = sum(100 * max(c, 0) for c in cosines) / 16
     assert clip_score(x, PROMPTS, model=model) == pytest.approx(expected, rel=1e-4)
     assert clip_score(x, PROMPTS, model=model, batch_size=5) == pytest.approx(expected, rel=1e-4)
-    assert clip_score(x, PROMPTS[::-1], model=model) != pytest.approx(expected, rel=1e-3)  # each image with its own prompt
+    assert clip_score(x, PROMPTS[::-1], model=model) != pytest.approx(
+        expected, rel=1e-3
+    )  # each image with its own prompt
 
 
 def test_default_model_has_the_activation_that_its_weights_were_trained_with():
@@ -78,7 +92,9 @@ def test_model_that_cannot_be_had(tmp_path, monkeypatch, weights):
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": SMALL}))
         (tmp_path / "open_clip_model.safetensors").write_bytes(b"damaged")
     elif weights == "other activation":
-        monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *a, **k: str(tmp_path / "absent.pt"))
+        monkeypatch.setattr(
+            "open_clip.factory.download_pretrained", lambda *a, **k: str(tmp_path / "absent.pt")
+        )
         name, pretrained = "ViT-B-16", "openai"
     with pytest.raises(MetricError, match="QuickGELU" if pretrained else "cannot be loaded"):
         clip_score(pictures(), PROMPTS, model=name, pretrained=pretrained)
@@ -88,7 +104,9 @@ def test_model_that_cannot_be_had(tmp_path, monkeypatch, weights):
 def annotations(tmp_path):
     """30 images with two captions each, in disorder; image 7 has an empty one first."""
     entries = [
-        {"id": 1000 - 2 * i - k, "image_id": i, "caption": f" image {i},\n caption {k} "} for i in range(30) for k in (0, 1)
+        {"id": 1000 - 2 * i - k, "image_id": i, "caption": f" image {i},\n caption {k} "}
+        for i in range(30)
+        for k in (0, 1)
     ]
     entries += [{"id": 1, "image_id": 7, "caption": "  "}]
     path = tmp_path / "captions_val2014.json"
@@ -105,7 +123,13 @@ def test_prompts_depend_on_the_seed_alone(annotations):
     first = coco_prompts(annotations, 10, seed=0)
     assert first == coco_prompts(annotations, 30, seed=0)[:10]
     assert first != coco_prompts(annotations, 10, seed=1)
-    assert [int(p.split()[1].strip(",")) for p in first[:5]] == [2, 28, 13, 10, 26]  # frozen: the paper table depends on it
+    assert [int(p.split()[1].strip(",")) for p in first[:5]] == [
+        2,
+        28,
+        13,
+        10,
+        26,
+    ]  # frozen: the paper table depends on it
 
 
 @pytest.mark.parametrize(
@@ -115,7 +139,10 @@ def test_prompts_depend_on_the_seed_alone(annotations):
         ("[]", "expected a list"),
         ('{"annotations": [{"id": 1, "caption": "x"}]}', "image_id"),
         ('{"annotations": [{"id": 1, "image_id": 1, "caption": null}]}', "expected a list"),
-        ('{"annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}', "1 images with captions, asked for 10000"),
+        (
+            '{"annotations": [{"id": 1, "image_id": 1, "caption": "a cat"}]}',
+            "1 images with captions, asked for 10000",
+        ),
     ],
 )
 def test_bad_annotations(tmp_path, text, message):

@@ -5,21 +5,30 @@ import importlib
 import pytest
 import tiny_pipelines as tiny
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from questlib import Calibration, calibrate, finetune, quantize, save_pretrained
+from questlib.adaround import blocks
+from questlib.capture import recorded, run_time_layers
+from questlib.diffusion.conditioning import Condition, Conditioning
+from questlib.diffusion.sampling import choose_scheduler, denoise
 from questlib.errors import ConfigError
-from questlib.finetune import losses, recorded, run_time_layers
-from questlib.model import act_quantizers, quant_layers
-from questlib.models.conditioning import Condition, Conditioning
-from questlib.models.pipelines import ClassConditionalPipeline, ClassEmbedder
-from questlib.reconstruct import blocks
-from questlib.sampling import Drawing, choose_scheduler, denoise, sample
-from questlib.stages import stages, trainable
+from questlib.finetuning.losses import losses
+from questlib.finetuning.stages import stages, trainable
+from questlib.quantization.model import act_quantizers, quant_layers
+from reproduce.evaluation.drawing import Drawing, sample
+from reproduce.models.pipelines import ClassConditionalPipeline, ClassEmbedder
 
-PLAIN = dict(adaround=False, act_granularity="tensor", act_range="minmax", weight_range="minmax")  # quick to quantize
+PLAIN = dict(
+    adaround=False, act_granularity="tensor", act_range="minmax", weight_range="minmax"
+)  # quick to quantize
 
 
 @pytest.fixture(scope="module")
@@ -35,21 +44,51 @@ def guided(classes):
 @pytest.fixture(scope="module")
 def prompts_pipe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    words = ["<|startoftext|>", "<|endoftext|>", "c", "a", "t", "t</w>", "a</w>", "d", "o", "g</w>", "ca", "cat</w>"]
-    (folder / "vocab.json").write_text("{" + ", ".join(f'"{w}": {i}' for i, w in enumerate(words)) + "}")
+    words = [
+        "<|startoftext|>",
+        "<|endoftext|>",
+        "c",
+        "a",
+        "t",
+        "t</w>",
+        "a</w>",
+        "d",
+        "o",
+        "g</w>",
+        "ca",
+        "cat</w>",
+    ]
+    (folder / "vocab.json").write_text(
+        "{" + ", ".join(f'"{w}": {i}' for i, w in enumerate(words)) + "}"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
     torch.manual_seed(0)
     text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=12, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=3, sample_size=8)
+        vocab_size=len(words),
+        hidden_size=12,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8,), norm_num_groups=4, latent_channels=3, sample_size=8
+    )
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text).eval(), unet=tiny.conditional_unet(),
+        vae=vae,
+        text_encoder=CLIPTextModel(text).eval(),
+        unet=tiny.conditional_unet(),
         scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        tokenizer=CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8), safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        tokenizer=CLIPTokenizer(
+            str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=8
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -63,8 +102,12 @@ def test_guidance_is_one_batched_call_of_both_halves(classes):
 
     x, condition = torch.randn(3, 3, 8, 8), Conditioning(classes, guidance_scale=2.5).at(range(3))
     eps = condition.predict(unet, x, torch.tensor(7))
-    eps_c = classes.unet(x, 7, encoder_hidden_states=classes.class_embedder(torch.tensor([0, 1, 2]))).sample
-    eps_u = classes.unet(x, 7, encoder_hidden_states=classes.class_embedder(torch.tensor([4, 4, 4]))).sample
+    eps_c = classes.unet(
+        x, 7, encoder_hidden_states=classes.class_embedder(torch.tensor([0, 1, 2]))
+    ).sample
+    eps_u = classes.unet(
+        x, 7, encoder_hidden_states=classes.class_embedder(torch.tensor([4, 4, 4]))
+    ).sample
     assert calls == [6]
     assert torch.allclose(eps, eps_u + 2.5 * (eps_c - eps_u), atol=1e-5)
     alone = Conditioning(classes).at(range(3))  # guidance scale 1: the class alone, one half
@@ -75,14 +118,20 @@ def test_guidance_is_one_batched_call_of_both_halves(classes):
 def test_labels_follow_from_the_index_and_are_balanced(classes):
     table = classes.class_embedder.embedding.weight
     assert torch.equal(Conditioning(classes).at(range(3, 7)).context[:, 0], table[[3, 0, 1, 2]])
-    assert torch.equal(Conditioning(classes, labels=[2, 1]).at([0, 1, 2]).context[:, 0], table[[2, 1, 2]])
+    assert torch.equal(
+        Conditioning(classes, labels=[2, 1]).at([0, 1, 2]).context[:, 0], table[[2, 1, 2]]
+    )
     few = [tuple(Conditioning(classes, shuffle=seed).choices) for seed in range(20)]
-    assert all(sorted(order) == [0, 1, 2, 3] for order in few) and len(set(few)) > 3  # not always the first classes
+    assert (
+        all(sorted(order) == [0, 1, 2, 3] for order in few) and len(set(few)) > 3
+    )  # not always the first classes
 
 
 def test_a_sample_depends_on_its_index_alone_under_guidance(classes):
     def draw(**kw):
-        return sample(classes, 5, num_inference_steps=2, guidance_scale=3.0, progress=False, **kw).latents
+        return sample(
+            classes, 5, num_inference_steps=2, guidance_scale=3.0, progress=False, **kw
+        ).latents
 
     assert torch.allclose(draw(batch_size=5), draw(batch_size=2), atol=1e-5)
     assert not torch.allclose(draw(), draw(labels=[1]), atol=1e-3)
@@ -94,9 +143,13 @@ def test_prompts_equal_the_stable_diffusion_pipeline(prompts_pipe):
     x, texts = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["cat", "dog a"]
     condition = Conditioning(prompts_pipe, guidance_scale=7.5, prompts=texts).at(range(2))
     ours = denoise(prompts_pipe.unet, prompts_pipe.scheduler, x, 4, condition=condition)
-    theirs = prompts_pipe(texts, num_inference_steps=4, guidance_scale=7.5, latents=x, output_type="latent").images
+    theirs = prompts_pipe(
+        texts, num_inference_steps=4, guidance_scale=7.5, latents=x, output_type="latent"
+    ).images
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
-    assert sample(prompts_pipe, 3, num_inference_steps=2, prompts=texts, progress=False).images.shape == (3, 3, 8, 8)
+    assert sample(
+        prompts_pipe, 3, num_inference_steps=2, prompts=texts, progress=False
+    ).images.shape == (3, 3, 8, 8)
 
 
 def test_labels_equal_the_class_conditional_pipeline(classes):
@@ -108,13 +161,19 @@ def test_labels_equal_the_class_conditional_pipeline(classes):
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     condition = Conditioning(pipe, guidance_scale=3.0, labels=[2, 0]).at(range(3))
     ours = denoise(pipe.unet, pipe.scheduler, x, 4, condition=condition)
-    theirs = pipe([2, 0, 2], guidance_scale=3.0, num_inference_steps=4, latents=x, output_type="latent").images
+    theirs = pipe(
+        [2, 0, 2], guidance_scale=3.0, num_inference_steps=4, latents=x, output_type="latent"
+    ).images
     assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_calibration_holds_what_the_unet_received(classes, guided):
     """Trap 2: (x_t, t, context) belong together, in both halves; every class occurs equally often."""
-    assert guided.x.shape == guided.eps.shape == (3, 12, 3, 8, 8) and guided.context.shape == (12, 1, 12)
+    assert guided.x.shape == guided.eps.shape == (3, 12, 3, 8, 8) and guided.context.shape == (
+        12,
+        1,
+        12,
+    )
     assert torch.equal(guided.x[:, :6], guided.x[:, 6:])  # both halves see the same x_t
     table = classes.class_embedder.embedding.weight
     assert torch.equal(guided.context[:6, 0], table[[4] * 6])
@@ -124,17 +183,23 @@ def test_calibration_holds_what_the_unet_received(classes, guided):
         batch = guided.batch(i, torch.arange(12))
         with torch.no_grad():
             assert torch.allclose(batch.run(classes.unet), guided.eps[i], atol=1e-5)
-            swapped = classes.unet(guided.x[i], t, encoder_hidden_states=guided.context.roll(1, 0)).sample
+            swapped = classes.unet(
+                guided.x[i], t, encoder_hidden_states=guided.context.roll(1, 0)
+            ).sample
         assert not torch.allclose(swapped, guided.eps[i], atol=1e-4)
     x_next = classes.scheduler.step  # the recorded trajectory is the guided one
     classes.scheduler.set_timesteps(3)
     eps = guided.eps[0, :6] + 3.0 * (guided.eps[0, 6:] - guided.eps[0, :6])
-    assert torch.allclose(x_next(eps, guided.t[0], guided.x[0, :6]).prev_sample, guided.x[1, :6], atol=1e-4)
+    assert torch.allclose(
+        x_next(eps, guided.t[0], guided.x[0, :6]).prev_sample, guided.x[1, :6], atol=1e-4
+    )
 
 
 def test_calibration_does_not_depend_on_the_batch_and_survives_the_disk(classes, guided, tmp_path):
     again = calibrate(classes, 6, 3, guidance_scale=3.0, seed=1, batch_size=6)
-    assert torch.equal(again.context, guided.context) and torch.allclose(again.x, guided.x, atol=1e-5)
+    assert torch.equal(again.context, guided.context) and torch.allclose(
+        again.x, guided.x, atol=1e-5
+    )
     guided.save(tmp_path / "c")
     assert Calibration.load(tmp_path / "c").hash() == guided.hash()
     other = Calibration(guided.x, guided.t, guided.eps, guided.context.flip(0))
@@ -152,19 +217,31 @@ def test_conditional_model_is_quantized_and_finetuned(several, fast):
     classes, guided = several
     config = fast("quest", 4, 4, **PLAIN, tla_iters=6, cma_iters=14, batch_size=8, lr_scale=2e-2)
     q = quantize(classes.unet, config, guided)
-    assert any(name.endswith("transformer_blocks.0") for name in blocks(q, guided.batch(0, torch.arange(2))))
+    assert any(
+        name.endswith("transformer_blocks.0")
+        for name in blocks(q, guided.batch(0, torch.arange(2)))
+    )
 
     def error():
         with torch.no_grad():
-            return sum((guided.batch(i, torch.arange(12)).run(q) - guided.eps[i]).pow(2).mean().item() for i in range(3))
+            return sum(
+                (guided.batch(i, torch.arange(12)).run(q) - guided.eps[i]).pow(2).mean().item()
+                for i in range(3)
+            )
 
     before = error()
     finetune(q, classes.unet, guided, config)
     assert error() < 0.9 * before
-    assert torch.isfinite(sample(classes, 2, num_inference_steps=3, guidance_scale=3.0, unet=q, progress=False).latents).all()
+    assert torch.isfinite(
+        sample(
+            classes, 2, num_inference_steps=3, guidance_scale=3.0, unet=q, progress=False
+        ).latents
+    ).all()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(several, fast, monkeypatch):
+def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
+    several, fast, monkeypatch
+):
     """Trap 5: local losses hooked inside checkpointed blocks. Attention too, computed head by head as at full size."""
     classes, guided = several
     config = fast("quest", 4, 4, **PLAIN)
@@ -174,7 +251,10 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(seve
 
     def gradients(stage, config):
         params = [p for g in trainable(q, stage, config) for p in g["params"]]
-        with torch.no_grad(), recorded(classes.unet, list(stage.layers) if stage.name == "tla" else []) as targets:
+        with (
+            torch.no_grad(),
+            recorded(classes.unet, list(stage.layers) if stage.name == "tla" else []) as targets,
+        ):
             run_time_layers(classes.unet, guided.t)
         local, total = losses(q, classes.unet, stage, config, batch, guided.t, targets)
         (local + total).backward()
@@ -194,7 +274,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(seve
         assert len(recomputed) == 3 * once  # forward, and once more for the gradient
         recomputed.clear()
         q.disable_gradient_checkpointing()
-        monkeypatch.setattr("questlib.layers.SCORES", 1)
+        monkeypatch.setattr("questlib.quantization.layers.SCORES", 1)
         by_heads = gradients(stage, config)
         monkeypatch.undo()
         recomputed.clear()
@@ -202,7 +282,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(seve
         for name, grad in plain.items():
             assert grad.any(), name
             assert torch.equal(saved[name], grad), name
-            assert torch.allclose(by_heads[name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max())), name
+            assert torch.allclose(
+                by_heads[name], grad, rtol=1e-4, atol=1e-6 * float(grad.abs().max())
+            ), name
 
 
 def test_saving_memory_changes_no_result(classes, guided, fast, tmp_path):
@@ -216,12 +298,20 @@ def test_saving_memory_changes_no_result(classes, guided, fast, tmp_path):
         save_pretrained(q, tmp_path / str(save_memory))
         tensors = load_file(tmp_path / str(save_memory) / "model.safetensors")
         output = guided.batch(torch.tensor([0, 1]), torch.tensor([0, 1])).run(q)
-        found.append((tensors, output, {n: m.weight.data_ptr() == m.w_hat.data_ptr() for n, m in quant_layers(q).items()}))
+        found.append(
+            (
+                tensors,
+                output,
+                {n: m.weight.data_ptr() == m.w_hat.data_ptr() for n, m in quant_layers(q).items()},
+            )
+        )
     (plain, output, shared), (saved, same_output, saved_shared) = found
     assert plain.keys() == saved.keys() and all(torch.equal(v, saved[k]) for k, v in plain.items())
     assert torch.equal(output, same_output)
     trained = {n for stage in stages(q, config) for n in stage.layers}
-    assert not any(shared.values()) and {n for n, once in saved_shared.items() if not once} == trained
+    assert (
+        not any(shared.values()) and {n for n, once in saved_shared.items() if not once} == trained
+    )
 
 
 def test_small_forward_batches_give_the_same_ranges(classes, guided, fast):
@@ -249,7 +339,9 @@ def test_plms_calls_one_timestep_twice_and_groups_survive_it(classes, fast):
 def test_eta_needs_a_sampler_that_has_it(classes):
     for sampler, kind in (("plms", PNDMScheduler), ("dpm-solver++", DPMSolverMultistepScheduler)):
         assert type(choose_scheduler(classes, sampler)) is kind
-        with pytest.raises(ConfigError, match=f"eta: {kind.__name__} has none; expected 0, found 0.5"):
+        with pytest.raises(
+            ConfigError, match=f"eta: {kind.__name__} has none; expected 0, found 0.5"
+        ):
             choose_scheduler(classes, sampler, 0.5)
     with pytest.raises(ConfigError, match="sampler: expected one of ddim, plms, dpm-solver"):
         choose_scheduler(classes, "euler")
@@ -257,15 +349,29 @@ def test_eta_needs_a_sampler_that_has_it(classes):
 
 def test_noise_of_each_sample_is_its_own_under_eta(classes):
     def draw(size):
-        return sample(classes, 4, num_inference_steps=3, eta=1.0, batch_size=size, guidance_scale=2.0, progress=False).latents
+        return sample(
+            classes,
+            4,
+            num_inference_steps=3,
+            eta=1.0,
+            batch_size=size,
+            guidance_scale=2.0,
+            progress=False,
+        ).latents
 
-    assert torch.allclose(draw(4), draw(1), atol=1e-4) and torch.allclose(draw(4), draw(3), atol=1e-4)
+    assert torch.allclose(draw(4), draw(1), atol=1e-4) and torch.allclose(
+        draw(4), draw(3), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "choices", "says"),
     [
-        ("unconditional", {"guidance_scale": 2.0}, "guidance_scale: LDMPipeline is unconditional; expected 1, found 2.0"),
+        (
+            "unconditional",
+            {"guidance_scale": 2.0},
+            "guidance_scale: LDMPipeline is unconditional; expected 1, found 2.0",
+        ),
         ("unconditional", {"labels": [1]}, "labels: LDMPipeline is not class-conditional"),
         ("unconditional", {"prompts": ["cat"]}, "prompts: LDMPipeline has no text encoder"),
         ("class", {"labels": [0, 4]}, "labels: expected 0..3, found 4"),
@@ -277,13 +383,19 @@ def test_noise_of_each_sample_is_its_own_under_eta(classes):
     ],
 )
 def test_bad_choices(kind, choices, says, classes, prompts_pipe):
-    pipe = {"unconditional": tiny.unconditional, "class": lambda: classes, "text": lambda: prompts_pipe}[kind]()
+    pipe = {
+        "unconditional": tiny.unconditional,
+        "class": lambda: classes,
+        "text": lambda: prompts_pipe,
+    }[kind]()
     with pytest.raises(ConfigError, match=says):
         Conditioning(pipe, **choices)
 
 
 def test_a_context_that_nothing_gives(classes):
-    bare = importlib.import_module("types").SimpleNamespace(unet=classes.unet, scheduler=classes.scheduler)
+    bare = importlib.import_module("types").SimpleNamespace(
+        unet=classes.unet, scheduler=classes.scheduler
+    )
     with pytest.raises(ConfigError, match="needs a context, but it has neither"):
         Conditioning(bare)
 

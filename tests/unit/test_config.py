@@ -3,10 +3,12 @@ import dataclasses
 import pytest
 import torch
 
-from questlib.calibrate import init_ranges
-from questlib.config import AFTER_RANGES, CHOICES, PRESETS, QuantConfig
+from questlib.config import AFTER_RANGES, CHOICES, QuantConfig
 from questlib.errors import ConfigError
-from questlib.model import act_quantizers, insert
+from questlib.observers import init_ranges
+from questlib.presets import PRESETS
+from questlib.quantization.model import act_quantizers
+from questlib.quantization.prepare import insert
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -20,16 +22,19 @@ def test_every_preset_builds_and_survives_a_round_trip(name, bits):
 
 def test_paper_and_release_are_both_here_and_differ_where_the_issue_says():
     paper, release = QuantConfig.preset("quest-paper"), QuantConfig.preset("quest-release")
-    assert (paper.step_groups, release.step_groups) == (1, 20)
-    assert (paper.te_layers, release.te_layers) == ("all", "projections")
-    assert (paper.cma_layers, release.cma_layers) == ("attention", "qkv")
-    assert (paper.cma_local_loss, release.cma_local_loss) == (True, False)
-    assert (paper.tla_order, release.tla_order) == ("joint", "sequential")
-    assert (paper.lr_scale_tla, release.lr_scale_tla) == (None, 1e-5)
-    assert paper.tla_iters + paper.cma_iters == 2200
+    assert (paper.ranges.step_groups, release.ranges.step_groups) == (1, 20)
+    assert (paper.finetuning.te_layers, release.finetuning.te_layers) == ("all", "projections")
+    assert (paper.finetuning.cma_layers, release.finetuning.cma_layers) == ("attention", "qkv")
+    assert (paper.finetuning.cma_local_loss, release.finetuning.cma_local_loss) == (True, False)
+    assert (paper.finetuning.tla_order, release.finetuning.tla_order) == ("joint", "sequential")
+    assert (paper.finetuning.lr_scale_tla, release.finetuning.lr_scale_tla) == (None, 1e-5)
+    assert paper.finetuning.tla_iters + paper.finetuning.cma_iters == 2200
     assert (paper.softmax_bits, release.softmax_bits) == (None, 8)
-    assert (paper.act_granularity, release.act_granularity) == ("tensor", "channel")
-    assert QuantConfig.preset("quest-release", 4, 8).act_symmetric and QuantConfig.preset("quest-release", 4, 8).act_ema == 0.95
+    assert (paper.ranges.act_granularity, release.ranges.act_granularity) == ("tensor", "channel")
+    assert (
+        QuantConfig.preset("quest-release", 4, 8).act_symmetric
+        and QuantConfig.preset("quest-release", 4, 8).act_ema == 0.95
+    )
     assert QuantConfig.preset("quest").act_granularity == "carrier"  # ours runs in integers
 
 
@@ -50,8 +55,14 @@ def test_paper_and_release_are_both_here_and_differ_where_the_issue_says():
         (lambda: QuantConfig(act_ema=True), "act_ema: expected float or int or null, found True"),
         (lambda: QuantConfig(softmax_bits="8"), "softmax_bits: expected int or null, found '8'"),
         (lambda: QuantConfig(act_ema=1.0), "act_ema: expected 0 or more, below 1, found 1.0"),
-        (lambda: QuantConfig(lr_scale=-1e-4), "lr_scale: expected 0 or more, below inf, found -0.0001"),
-        (lambda: QuantConfig(global_weight=float("nan")), "global_weight: expected 0 or more, below inf, found nan"),
+        (
+            lambda: QuantConfig(lr_scale=-1e-4),
+            "lr_scale: expected 0 or more, below inf, found -0.0001",
+        ),
+        (
+            lambda: QuantConfig(global_weight=float("nan")),
+            "global_weight: expected 0 or more, below inf, found nan",
+        ),
         (lambda: QuantConfig(range_norm=0.0), "range_norm: expected a positive number, found 0.0"),
     ],
 )
@@ -66,7 +77,10 @@ def test_frozen():
 
 
 def test_weight_key_ignores_activation_settings_only():
-    a, b = QuantConfig.preset("q-diffusion", 4, 8, first_last_weight_bits=8), QuantConfig.preset("quest", 4, 4)
+    a, b = (
+        QuantConfig.preset("q-diffusion", 4, 8, first_last_weight_bits=8),
+        QuantConfig.preset("quest", 4, 4),
+    )
     assert a.weight_key() == b.weight_key()
     assert a.weight_key() != QuantConfig.preset("quest", 8, 8).weight_key()
     assert a.weight_key() != QuantConfig.preset("quest", 4, 4, adaround_iters=7).weight_key()
@@ -74,15 +88,26 @@ def test_weight_key_ignores_activation_settings_only():
 
 def test_range_key_is_shared_by_presets_with_the_same_ranges():
     a = QuantConfig.preset("q-diffusion", 4, 8)
-    assert {c.range_key() for c in (a, QuantConfig.preset("ptq-d", 4, 8), QuantConfig.preset("q-diffusion", 8, 8))} == {
-        a.range_key()
-    }
-    carrier = [QuantConfig.preset("quest", w, 4).range_key() for w in (4, 8)]  # 2^e of the ratios fits beside 4-bit weights alone
-    other = [QuantConfig.preset(n, 4, 8).range_key() for n in ("minmax", "ptq4dm", "tfmq-dm", "quest", "efficientdm")]
+    assert {
+        c.range_key()
+        for c in (a, QuantConfig.preset("ptq-d", 4, 8), QuantConfig.preset("q-diffusion", 8, 8))
+    } == {a.range_key()}
+    carrier = [
+        QuantConfig.preset("quest", w, 4).range_key() for w in (4, 8)
+    ]  # 2^e of the ratios fits beside 4-bit weights alone
+    other = [
+        QuantConfig.preset(n, 4, 8).range_key()
+        for n in ("minmax", "ptq4dm", "tfmq-dm", "quest", "efficientdm")
+    ]
     assert len({a.range_key(), *carrier, *other}) == 8
 
 
-OTHER = {"int": lambda v: v + 1, "float": lambda v: v * 2 + 1, "bool": lambda v: not v, "NoneType": lambda v: 1e-5}
+OTHER = {
+    "int": lambda v: v + 1,
+    "float": lambda v: v * 2 + 1,
+    "bool": lambda v: not v,
+    "NoneType": lambda v: 1e-5,
+}
 
 
 def test_keys_after_the_ranges_do_not_change_them(pipe, calib, fast):
@@ -95,7 +120,9 @@ def test_keys_after_the_ranges_do_not_change_them(pipe, calib, fast):
         return OTHER[type(value).__name__](value)
 
     b = a.replace(**{key: other(key) for key in AFTER_RANGES})
-    assert a.range_key() == b.range_key() and not any(getattr(a, key) == getattr(b, key) for key in AFTER_RANGES)
+    assert a.range_key() == b.range_key() and not any(
+        getattr(a, key) == getattr(b, key) for key in AFTER_RANGES
+    )
     found = []
     for config in (a, b.replace(te="finetune")):
         q = insert(pipe.unet, config, calib.t)

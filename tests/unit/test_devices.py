@@ -11,13 +11,17 @@ from pretended_gpu import GPU, GpuTensor, pretended_gpu
 from tiny_pipelines import class_conditional
 
 from questlib import calibrate, finetune, from_pretrained, quantize, save_pretrained
-from questlib.sampling import sample
+from reproduce.evaluation.drawing import sample
 
 
 def test_what_a_gpu_refuses_is_refused_here():
     with pretended_gpu():
         x, y = torch.ones(3).to(GPU), torch.ones(3)
-        assert x.device == GPU and isinstance(x + 1, GpuTensor) and (x + torch.tensor(2.0)).sum().item() == 9
+        assert (
+            x.device == GPU
+            and isinstance(x + 1, GpuTensor)
+            and (x + torch.tensor(2.0)).sum().item() == 9
+        )
         with pytest.raises(RuntimeError, match="same device"):
             x + y
         assert torch.equal(x.cpu(), y) and x[torch.tensor([0, 2])].tolist() == [1.0, 1.0]
@@ -42,10 +46,15 @@ def test_the_whole_way_on_a_gpu(pipe, fast, tmp_path, preset, bits, guided, over
     calib = calibrate(own, 4, seed=0, **how)
     with pretended_gpu():
         there = SimpleNamespace(
-            **{k: copy.deepcopy(v).to(GPU) if isinstance(v, torch.nn.Module) else v for k, v in vars(own).items()}
+            **{
+                k: copy.deepcopy(v).to(GPU) if isinstance(v, torch.nn.Module) else v
+                for k, v in vars(own).items()
+            }
         )
         moved = calibrate(there, 4, seed=0, **how)
-        torch.testing.assert_close(moved.eps, calib.eps, rtol=1e-3, atol=1e-3)  # sums in another order
+        torch.testing.assert_close(
+            moved.eps, calib.eps, rtol=1e-3, atol=1e-3
+        )  # sums in another order
         unet = quantize(there.unet, config, moved)
         finetune(unet, there.unet, moved, config)
         save_pretrained(unet, tmp_path)

@@ -16,9 +16,18 @@ from questlib.errors import ConfigError
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["questlib", "tiny_pipelines"])
 CONFIG = QuantConfig.preset(
-    "quest", 4, 4, adaround=False, act_granularity="tensor", act_range="minmax", weight_range="minmax", tla_iters=2, cma_iters=2,
-    batch_size=8, calib_batch=8,
-)  # fmt: skip
+    "quest",
+    4,
+    4,
+    adaround=False,
+    act_granularity="tensor",
+    act_range="minmax",
+    weight_range="minmax",
+    tla_iters=2,
+    cma_iters=2,
+    batch_size=8,
+    calib_batch=8,
+)
 
 
 def job(pipe, state_path=None) -> tuple:
@@ -35,7 +44,12 @@ def job(pipe, state_path=None) -> tuple:
 
 
 def process(index: int, count: int, port: int, folder) -> None:
-    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {
+        "RANK": str(index),
+        "LOCAL_RANK": str(index),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
     state = processes()
@@ -80,14 +94,20 @@ def test_calibration_is_the_same_bit_for_bit(one, two):
 def test_finetuning_equals_one_process_on_the_same_global_batch(one, two):
     for _, loss, state, _ in two:
         for mine, single in zip(loss, one[1], strict=True):
-            assert mine[:2] == single[:2] and mine[2:] == pytest.approx(single[2:], rel=1e-4, abs=1e-6)
+            assert mine[:2] == single[:2] and mine[2:] == pytest.approx(
+                single[2:], rel=1e-4, abs=1e-6
+            )
         for key, value in state.items():
             assert torch.allclose(value.float(), one[2][key].float(), atol=1e-5), key
-    assert all(torch.equal(value, two[1][2][key]) for key, value in two[0][2].items())  # and both processes agree bit for bit
+    assert all(
+        torch.equal(value, two[1][2][key]) for key, value in two[0][2].items()
+    )  # and both processes agree bit for bit
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(two):
-    assert all(message == "batch_size: expected a multiple of 2 processes, found 7" for *_, message in two)
+    assert all(
+        message == "batch_size: expected a multiple of 2 processes, found 7" for *_, message in two
+    )
 
 
 def test_one_process_is_left_alone():
@@ -96,6 +116,8 @@ def test_one_process_is_left_alone():
 
 
 def test_on_cuda_convolutions_are_float32(monkeypatch):
-    monkeypatch.setattr("questlib.distributed.processes", lambda: SimpleNamespace(device=torch.device("cuda", 1)))
+    monkeypatch.setattr(
+        "questlib.distributed.processes", lambda: SimpleNamespace(device=torch.device("cuda", 1))
+    )
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     assert device() == torch.device("cuda", 1) and not torch.backends.cudnn.allow_tf32

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from questlib import QuantConfig, finetune, quantize
+from questlib.capture import recorded, run_time_layers
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetune import losses, recorded, run_time_layers
-from questlib.model import act_quantizers, quant_layers
-from questlib.stages import Stage, StageAdam, stages, trainable
+from questlib.finetuning.losses import losses
+from questlib.finetuning.optimizer import StageAdam
+from questlib.finetuning.stages import Stage, stages, trainable
+from questlib.quantization.model import act_quantizers, quant_layers
 
 
 def state(unet):
@@ -23,8 +25,13 @@ def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name,
     for stage in stages(q, config):
         groups = trainable(q, stage, config)
         params = [p for g in groups for p in g["params"]]
-        assert params and {id(p) for p in params} == {id(p) for p in q.parameters() if p.requires_grad}
-        with torch.no_grad(), recorded(pipe.unet, list(stage.layers) if stage.name == "tla" else []) as targets:
+        assert params and {id(p) for p in params} == {
+            id(p) for p in q.parameters() if p.requires_grad
+        }
+        with (
+            torch.no_grad(),
+            recorded(pipe.unet, list(stage.layers) if stage.name == "tla" else []) as targets,
+        ):
             run_time_layers(pipe.unet, calib.t)
         step = torch.arange(10) % 5  # every step, so that every group's scales are used
         batch = calib.batch(step, torch.zeros(10, dtype=torch.int64))
@@ -43,10 +50,20 @@ def test_local_losses_reach_their_own_layers_alone(pipe, calib, fast):
     trainable(q, stage, config)
     with torch.no_grad(), recorded(pipe.unet, list(stage.layers)) as targets:
         run_time_layers(pipe.unet, calib.t)
-    local, _ = losses(q, pipe.unet, stage, config, calib.batch(torch.zeros(6).long(), torch.arange(6)), calib.t, targets)
+    local, _ = losses(
+        q,
+        pipe.unet,
+        stage,
+        config,
+        calib.batch(torch.zeros(6).long(), torch.arange(6)),
+        calib.t,
+        targets,
+    )
     local.backward()
     assert all(m.weight.grad.abs().sum() > 0 for m in stage.layers.values())
-    others = [a for n, m in quant_layers(q).items() if n not in stage.layers for a in act_quantizers(m)]
+    others = [
+        a for n, m in quant_layers(q).items() if n not in stage.layers for a in act_quantizers(m)
+    ]
     assert others and all(a.scale.grad is None or not a.scale.grad.any() for a in others)
 
 
@@ -63,7 +80,10 @@ def test_targets_need_no_more_than_the_layers_of_interest(pipe, calib):
     names, ran = ["mid_block.attentions.0.to_q", "conv_in"], []
     with torch.no_grad(), recorded(pipe.unet, names) as whole:
         pipe.unet(calib.x[2], calib.t[2])
-    handles = [m.register_forward_hook(lambda m, a, o, n=n: ran.append(n)) for n, m in pipe.unet.named_modules()]
+    handles = [
+        m.register_forward_hook(lambda m, a, o, n=n: ran.append(n))
+        for n, m in pipe.unet.named_modules()
+    ]
     with torch.no_grad(), recorded(pipe.unet, names, stop=True) as short:
         pipe.unet(calib.x[2], calib.t[2])
         pytest.fail("went on after the last layer")
@@ -76,7 +96,10 @@ def test_targets_need_no_more_than_the_layers_of_interest(pipe, calib):
 def test_stages_select_by_role(pipe, calib, fast):
     def roles(name, **kw):
         config = fast(name, **kw)
-        return {s.name: {m.role for m in s.layers.values()} for s in stages(quantize(pipe.unet, config, calib), config)}
+        return {
+            s.name: {m.role for m in s.layers.values()}
+            for s in stages(quantize(pipe.unet, config, calib), config)
+        }
 
     assert roles("quest-paper") == {"tla": {"time_embed", "time_proj"}, "cma": {"qkv", "attn_out"}}
     assert roles("quest-release") == {"tla": {"time_proj"}, "cma": {"qkv"}}
@@ -91,7 +114,9 @@ def test_release_never_trains_the_time_embedding_scales(pipe, calib, fast):
     finetune(q, pipe.unet, calib, config)
     changed = {k for k, v in q.state_dict().items() if not torch.equal(v, before[k])}
     assert not any(k.startswith("time_embedding") for k in changed)
-    assert any("time_emb_proj.act.scale" in k for k in changed) and any("to_q.weight" in k for k in changed)
+    assert any("time_emb_proj.act.scale" in k for k in changed) and any(
+        "to_q.weight" in k for k in changed
+    )
     assert not any("conv" in k and k.endswith(".weight") for k in changed)
 
 
@@ -101,7 +126,10 @@ def test_finetuning_brings_the_model_closer(pipe, calib, fast):
 
     def error():
         with torch.no_grad():
-            return sum((q(x, t).sample - e).pow(2).mean().item() for x, t, e in zip(calib.x, calib.t, calib.eps, strict=True))
+            return sum(
+                (q(x, t).sample - e).pow(2).mean().item()
+                for x, t, e in zip(calib.x, calib.t, calib.eps, strict=True)
+            )
 
     before = error()
     log = finetune(q, pipe.unet, calib, config)
@@ -117,15 +145,27 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize(("stop_at", "rank"), [(3, 0), (6, 0), (11, 0), (5, 2), (11, 2)])
-def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, monkeypatch, stop_at, rank):
+def test_killed_and_resumed_is_bit_identical(
+    pipe, calib, fast, tmp_path, monkeypatch, stop_at, rank
+):
     """Stopped inside either stage, between them, at a saved iteration or after one; the third start has nothing left to do.
 
     With low-rank updates a state of CMA has other tensors than one of TLA's end: all of either must be read.
     """
-    module = importlib.import_module("questlib.finetune")  # `questlib.finetune` itself is the function
+    module = importlib.import_module(
+        "questlib.finetune"
+    )  # `questlib.finetune` itself is the function
 
     monkeypatch.setattr(module, "SAVE_EVERY", 2)
-    config = fast("quest", 4, 4, tla_iters=5, cma_iters=7, lora_rank=rank, cma_layers="all" if rank else "attention")
+    config = fast(
+        "quest",
+        4,
+        4,
+        tla_iters=5,
+        cma_iters=7,
+        lora_rank=rank,
+        cma_layers="all" if rank else "attention",
+    )
     whole = quantize(pipe.unet, config, calib)
     log = finetune(whole, pipe.unet, calib, config)
 
@@ -148,12 +188,17 @@ def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, monkey
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
     n = len(calls)
     third = quantize(pipe.unet, config, calib)
-    assert finetune(third, pipe.unet, calib, config, state_path=path)["loss"] == log["loss"]  # all done: nothing is run
+    assert (
+        finetune(third, pipe.unet, calib, config, state_path=path)["loss"] == log["loss"]
+    )  # all done: nothing is run
     assert len(calls) == n
     assert all(torch.equal(v, third.state_dict()[k]) for k, v in whole.state_dict().items())
     with pytest.raises(CheckpointError, match="another configuration"):
         finetune(again, pipe.unet, calib, config.replace(lr_scale=0.5), state_path=path)
-    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match="version of questlib"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(CheckpointError, match="version of questlib"),
+    ):
         patch.setattr(module, "STATE_FORMAT", 1)
         finetune(again, pipe.unet, calib, config, state_path=path)
     path.write_bytes(path.read_bytes()[:200])
@@ -162,13 +207,20 @@ def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, monkey
 
 
 def test_sequential_order_visits_one_step_after_another(calib):
-    from questlib.finetune import _batch
+    from questlib.finetuning.loop import _batch
 
     config = QuantConfig(tla_order="sequential", batch_size=2)
-    seen = [int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator()).t[0]) for i in range(10)]
+    seen = [
+        int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator()).t[0])
+        for i in range(10)
+    ]
     assert seen == [int(t) for t in calib.t for _ in range(2)]
-    generator = torch.Generator().manual_seed(0)  # CMA is over all steps in either order: its last batch is not the last step's
-    last = _batch(calib, config.replace(batch_size=32), Stage("cma", 10, {}, True, 0.1), 9, generator).t
+    generator = torch.Generator().manual_seed(
+        0
+    )  # CMA is over all steps in either order: its last batch is not the last step's
+    last = _batch(
+        calib, config.replace(batch_size=32), Stage("cma", 10, {}, True, 0.1), 9, generator
+    ).t
     assert set(last.tolist()) == set(calib.t.tolist())
 
 
@@ -207,11 +259,16 @@ def test_scales_are_stepped_as_by_an_adam_of_each_row():
     rows = [[torch.nn.Parameter(row.clone()) for row in table.data] for table in tables]
     other = torch.nn.Parameter(weight.data.clone())
     expected = torch.optim.Adam(
-        [{"params": [other], "lr": 0.5}, *({"params": r, "lr": lr} for r, lr in zip(rows, rates, strict=True))]
+        [
+            {"params": [other], "lr": 0.5},
+            *({"params": r, "lr": lr} for r, lr in zip(rows, rates, strict=True)),
+        ]
     )
 
     def stage_adam(rates: list[float]) -> tuple[StageAdam, torch.optim.lr_scheduler.LambdaLR]:
-        groups = [{"params": [t], "lr": lr, "positive": True} for t, lr in zip(tables, rates, strict=True)]
+        groups = [
+            {"params": [t], "lr": lr, "positive": True} for t, lr in zip(tables, rates, strict=True)
+        ]
         opt = StageAdam([{"params": [weight], "lr": 0.5, "positive": False}, *groups])
         return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.9**i)
 
@@ -223,13 +280,18 @@ def test_scales_are_stepped_as_by_an_adam_of_each_row():
         for table, own in zip(tables, rows, strict=True):
             grad = torch.randn(table.shape, generator=generator)
             visited = torch.rand(len(table), generator=generator) < 0.6
-            table.grad = grad * visited[:, None] if visited.any() or i % 2 else None  # zero or None: not visited
+            table.grad = (
+                grad * visited[:, None] if visited.any() or i % 2 else None
+            )  # zero or None: not visited
             for row, g, seen in zip(own, grad, visited, strict=True):
                 row.grad = g if seen else None
         opt.step(), schedule.step(), opt.zero_grad()
         expected.step(), same.step(), expected.zero_grad()
         assert all(t.grad is None for t in tables) and torch.equal(weight, other)
-        assert all(torch.equal(t.data, torch.stack(list(own)).data) for t, own in zip(tables, rows, strict=True)), i
+        assert all(
+            torch.equal(t.data, torch.stack(list(own)).data)
+            for t, own in zip(tables, rows, strict=True)
+        ), i
         if i == 5:
             states = opt.state_dict(), schedule.state_dict()
             opt, schedule = stage_adam([1.0, 1.0, 1.0])  # the rates are the state's

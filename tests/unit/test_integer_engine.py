@@ -12,28 +12,46 @@ from diffusers import UNet2DConditionModel
 import questlib
 from questlib import convert, engine_report, finetune, quantize
 from questlib.config import QuantConfig
+from questlib.diffusion.sampling import denoise
 from questlib.errors import ConfigError, EngineError
-from questlib.integer import cpu, cpu_attention
+from questlib.integer.cpu import attention, layers
 from questlib.integer.explain import one_output
 from questlib.integer.form import integer_form
-from questlib.integer.reference import layer_forward
+from questlib.integer.oracle import layer_forward
 from questlib.integer.synthetic import random_layer
-from questlib.layers import QuantAttnProcessor, QuantLayer
-from questlib.model import act_quantizers, insert, quant_layers
-from questlib.sampling import denoise
+from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.layers import QuantLayer
+from questlib.quantization.model import act_quantizers, quant_layers
+from questlib.quantization.prepare import insert
 
 
 def relative(a, b):
     return ((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
 
 
-def make_layer(kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, token=False, **shape) -> QuantLayer:
+def make_layer(
+    kind, weight_bits, act_bits, *, seed, split=False, carrier=False, groups=1, token=False, **shape
+) -> QuantLayer:
     """A layer with random weights and grids, two step groups."""
     torch.manual_seed(seed)
-    layer = torch.nn.Linear(**shape) if kind == "linear" else torch.nn.Conv2d(groups=groups, **shape)
-    channels, shift = shape.get("in_features") or shape["in_channels"], carrier and weight_bits <= 4 and groups == 1
+    layer = (
+        torch.nn.Linear(**shape) if kind == "linear" else torch.nn.Conv2d(groups=groups, **shape)
+    )
+    channels, shift = (
+        shape.get("in_features") or shape["in_channels"],
+        carrier and weight_bits <= 4 and groups == 1,
+    )
     third = channels // 3 if split else None
-    return random_layer(layer, weight_bits, act_bits, split=third, carrier=carrier, shift=shift, token=token, seed=seed)[0]
+    return random_layer(
+        layer,
+        weight_bits,
+        act_bits,
+        split=third,
+        carrier=carrier,
+        shift=shift,
+        token=token,
+        seed=seed,
+    )[0]
 
 
 CASES = [
@@ -41,7 +59,17 @@ CASES = [
     ("linear", dict(in_features=64, out_features=33, bias=False)),
     ("conv", dict(in_channels=6, out_channels=7, kernel_size=3, padding=1)),
     ("conv", dict(in_channels=16, out_channels=8, kernel_size=3, stride=2, padding=1)),
-    ("conv", dict(in_channels=9, out_channels=4, kernel_size=(1, 3), padding=(0, 2), dilation=(1, 2), bias=False)),
+    (
+        "conv",
+        dict(
+            in_channels=9,
+            out_channels=4,
+            kernel_size=(1, 3),
+            padding=(0, 2),
+            dilation=(1, 2),
+            bias=False,
+        ),
+    ),
     ("conv", dict(in_channels=12, out_channels=8, kernel_size=1)),
 ]
 BITS = [(8, 8), (4, 8), (4, 4), (8, 4), (2, 3), (5, 7)]
@@ -59,13 +87,16 @@ def test_random_layers(case, bits, split, seed):
     x = torch.randn(3, 11, layer.in_features, generator=generator) if kind == "linear" else None
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
     form = integer_form(layer, "layer")
-    engines = [cpu.CpuLayer(form, layer.act.steps, **kw) for kw in ({}, {"exact": True}, {"split": True})]
+    engines = [
+        layers.CpuLayer(form, layer.act.steps, **kw)
+        for kw in ({}, {"exact": True}, {"split": True})
+    ]
     for group in (0, 1):
         layer.act.steps.current = group
         expected, sums = layer(x), layer_forward(layer, x)[1]
         outs = [e(x) for e in engines]
         assert all(relative(y, expected) <= 1e-5 for y in outs)
-        assert torch.equal(outs[0], outs[1]) or cpu.saturates()
+        assert torch.equal(outs[0], outs[1]) or layers.saturates()
         for engine in engines:
             assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
     if bits == (8, 8):
@@ -81,27 +112,36 @@ def test_layers_with_a_grid_a_token(case, bits, split, carrier):
     kind, shape = CASES[case]
     layer = make_layer(kind, *bits, seed=case, split=split, carrier=carrier, token=True, **shape)
     generator = torch.Generator().manual_seed(9)
-    x = torch.randn(3, 11, 37 if case == 0 else 64, generator=generator) if kind == "linear" else None
+    x = (
+        torch.randn(3, 11, 37 if case == 0 else 64, generator=generator)
+        if kind == "linear"
+        else None
+    )
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
     x = x * torch.logspace(-3, 3, x.shape[1 if kind == "linear" else 2]).unsqueeze(-1)
     x.movedim(layer.act.dim, -1)[0, 0] = 0.0
     form = integer_form(layer, "layer")
     assert form.token and form.format.endswith("token" + " carrier" * (layer.act.carrier))
-    engines = [cpu.CpuLayer(form, layer.act.steps, **kw) for kw in ({}, {"exact": True}, {"split": True})]
+    engines = [
+        layers.CpuLayer(form, layer.act.steps, **kw)
+        for kw in ({}, {"exact": True}, {"split": True})
+    ]
     for group in (0, 1):
         layer.act.steps.current = group
         expected, (y, sums) = layer(x), layer_forward(layer, x)
         outs = [e(x) for e in engines]
         assert all(relative(y, expected) <= 1e-5 for y in (*outs, y))
-        assert torch.equal(outs[0], outs[1]) or cpu.saturates()
+        assert torch.equal(outs[0], outs[1]) or layers.saturates()
         for engine in engines:
             assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
 
 
 def test_groups_and_channels_last():
-    layer = make_layer("conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1)
+    layer = make_layer(
+        "conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1
+    )
     x = torch.randn(2, 8, 6, 6)
-    engine = cpu.CpuLayer(integer_form(layer, "layer"), layer.act.steps)
+    engine = layers.CpuLayer(integer_form(layer, "layer"), layer.act.steps)
     y = engine(x.to(memory_format=torch.channels_last))
     assert relative(y, layer(x)) <= 1e-5 and torch.equal(y, engine(x))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -110,45 +150,74 @@ def test_groups_and_channels_last():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_outside_the_integers(dtype):
     """The codes are those of the input as it is; only the output is rounded to `dtype`."""
-    layer = make_layer("conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1)
+    layer = make_layer(
+        "conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1
+    )
     x = torch.randn(2, 8, 6, 6).to(dtype)
-    y = cpu.CpuLayer(integer_form(layer, "layer"), layer.act.steps)(x)
-    assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(6 if dtype == torch.bfloat16 else 9)
+    y = layers.CpuLayer(integer_form(layer, "layer"), layer.act.steps)(x)
+    assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(
+        6 if dtype == torch.bfloat16 else 9
+    )
 
 
 TOKEN = {"act_granularity": "token"}
 
 
-MODELS = [("quest", 4, 4, {}), ("quest", 8, 8, {}), ("q-diffusion", 4, 8, {}), ("quest", 4, 4, TOKEN), ("quest", 4, 8, TOKEN)]
+MODELS = [
+    ("quest", 4, 4, {}),
+    ("quest", 8, 8, {}),
+    ("q-diffusion", 4, 8, {}),
+    ("quest", 4, 4, TOKEN),
+    ("quest", 4, 8, TOKEN),
+]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=str)
 def models(request, pipe, calib):
     preset, w, a, overrides = request.param
-    config = QuantConfig.preset(preset, w, a, **overrides, adaround_iters=3, act_iters=2, tla_iters=3, cma_iters=3, batch_size=4,
-                                recon_samples=8, calib_batch=8)  # fmt: skip
+    config = QuantConfig.preset(
+        preset,
+        w,
+        a,
+        **overrides,
+        adaround_iters=3,
+        act_iters=2,
+        tla_iters=3,
+        cma_iters=3,
+        batch_size=4,
+        recon_samples=8,
+        calib_batch=8,
+    )
     fake = quantize(pipe.unet, config, calib)
     finetune(fake, pipe.unet, calib, config)
-    return SimpleNamespace(fake=fake, cpu=convert(fake, "cpu"), reference=convert(fake, "reference"))
+    return SimpleNamespace(
+        fake=fake, cpu=convert(fake, "cpu"), reference=convert(fake, "reference")
+    )
 
 
 def test_a_whole_run_equals_the_reference_bit_for_bit(models, pipe):
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     runs = [denoise(m, pipe.scheduler, x, 5) for m in (models.cpu, models.reference, models.fake)]
     assert torch.equal(runs[0], runs[1])
-    assert torch.isfinite(runs[0]).all() and relative(runs[0], runs[2]) < 0.5  # codes may flip: see benchmarks/equality.py
+    assert (
+        torch.isfinite(runs[0]).all() and relative(runs[0], runs[2]) < 0.5
+    )  # codes may flip: see benchmarks/equality.py
     alone = denoise(models.cpu, pipe.scheduler, x[1:2], 5)
     assert torch.equal(alone, runs[0][1:2])  # integer sums do not depend on the batch
 
 
 def test_the_model_stays_what_it_was(models):
     assert type(models.cpu) is type(models.fake)
-    assert all(isinstance(layer, QuantLayer) for layer in quant_layers(models.fake).values()) and not quant_layers(models.cpu)
+    assert all(
+        isinstance(layer, QuantLayer) for layer in quant_layers(models.fake).values()
+    ) and not quant_layers(models.cpu)
 
 
 def test_report(models):
     report = engine_report(models.cpu)
-    assert set(report["engine"]) == {"cpu-int8"} and set(engine_report(models.fake)["engine"]) == {"fake"}
+    assert set(report["engine"]) == {"cpu-int8"} and set(engine_report(models.fake)["engine"]) == {
+        "fake"
+    }
     attentions = sum(isinstance(m, QuantAttnProcessor) for m in models.fake.modules())
     assert len(report) == len(quant_layers(models.fake)) + attentions
     assert (report["checkpoint bytes"] <= report["resident bytes"]).all()
@@ -200,33 +269,44 @@ def test_attention_by_bytes_equals_attention_in_float(pipe, calib, fast, n, bits
     """Both ways multiply the same integers; also the reference's."""
     q = convert(quantize(pipe.unet, fast("quest", 4, bits), calib), "cpu")
     q.quest_steps.current = 0
-    processors = [m for m in q.modules() if isinstance(m, cpu_attention.CpuAttnProcessor)]
+    processors = [m for m in q.modules() if isinstance(m, attention.CpuAttnProcessor)]
     attn = SimpleNamespace(heads=4, scale=0.3)
     x = [torch.randn(2, n, 32) for _ in range(3)]
     for mask in (None, torch.randn(8, 1, n), torch.randn(8, n, n)):
         small = processors[0].attend(attn, *x, mask)
-        monkeypatch.setattr(cpu_attention, "SMALL", 0)
+        monkeypatch.setattr(attention, "SMALL", 0)
         large = processors[0].attend(attn, *x, mask)
         monkeypatch.setattr(processors[0], "exact", True)
         assert torch.equal(processors[0].attend(attn, *x, mask), large)
         monkeypatch.undo()
         # a softmax code may flip between the two: one step of the grid at most
-        assert (small - large).abs().max() <= 2 * processors[0].grids[0][3].base * x[2].abs().max() + 1e-4
+        assert (small - large).abs().max() <= 2 * processors[0].grids[0][3].base * x[
+            2
+        ].abs().max() + 1e-4
 
 
 def test_conditional_unet(fast):
     """Cross attention, several heads, a mask, as in Stable Diffusion."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4,
-        cross_attention_dim=12, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=4,
+        cross_attention_dim=12,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
+    )
     fake = insert(unet, fast("quest", 4, 4, adaround=False), torch.arange(4))
     for act in act_quantizers(fake):
         for group in range(act.scale.shape[0]):
-            zero = torch.full_like(act.zero_point[group], 0.0 if act.unsigned else 2.0 ** (act.bits - 1))
-            act.set_group(group, torch.full_like(act.scale[group], 1 / 255 if act.unsigned else 0.1), zero)
+            zero = torch.full_like(
+                act.zero_point[group], 0.0 if act.unsigned else 2.0 ** (act.bits - 1)
+            )
+            act.set_group(
+                group, torch.full_like(act.scale[group], 1 / 255 if act.unsigned else 0.1), zero
+            )
         act.calibrated.fill_(True)
     fake.requires_grad_(False)
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
@@ -265,7 +345,9 @@ def test_overflow_is_refused_by_name():
 @pytest.mark.parametrize("engine", ["cpu", "reference"])
 def test_a_softmax_that_is_not_quantized_has_no_integer_form(pipe, calib, fast, engine):
     fake = quantize(pipe.unet, fast("quest", 8, 8, softmax_bits=16), calib)
-    with pytest.raises(EngineError, match="expected quantized q, k, v and softmax output; not quantized: .*probs"):
+    with pytest.raises(
+        EngineError, match="expected quantized q, k, v and softmax output; not quantized: .*probs"
+    ):
         convert(fake, engine)
     mixed = convert(fake, engine, fallback=True)
     x, t = torch.randn(1, 3, 8, 8), fake.quest_steps.timesteps[0]
@@ -290,12 +372,12 @@ def test_wrong_engines(models, monkeypatch):
     with pytest.raises(ConfigError, match="plain UNet2DModel"):
         convert(type(models.fake).from_config(models.fake.config), "cpu")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    cpu.saturates.cache_clear()
+    layers.saturates.cache_clear()
     with pytest.raises(EngineError, match="engine cpu needs torch with oneDNN"):
         convert(models.fake, "cpu")
     convert(models.fake, "reference")
     monkeypatch.undo()
-    cpu.saturates.cache_clear()
+    layers.saturates.cache_clear()
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
@@ -311,7 +393,12 @@ def test_older_instruction_sets_are_exact(isa):
     )
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=os.path.dirname(__file__), env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=os.path.dirname(__file__),
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     saturates, engine = done.stdout.split()
@@ -325,5 +412,11 @@ def test_one_output_number_by_number(case):
     layer.act.steps.current = 1
     x = torch.randn(2, 3, 37) if kind == "linear" else torch.randn(2, 16, 9, 8)
     table, sums = one_output(layer, x, output=2, position=4)
-    assert table["a w"].sum() == sums["sum of a w"] and abs(sums["in integers"] - sums["simulated"]) < 1e-5
-    assert len(table) == (37 if kind == "linear" else 16 * 9) and table["a = (q - z) m"].abs().max() <= 120
+    assert (
+        table["a w"].sum() == sums["sum of a w"]
+        and abs(sums["in integers"] - sums["simulated"]) < 1e-5
+    )
+    assert (
+        len(table) == (37 if kind == "linear" else 16 * 9)
+        and table["a = (q - z) m"].abs().max() <= 120
+    )

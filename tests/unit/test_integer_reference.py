@@ -7,9 +7,9 @@ import torch
 
 from questlib import finetune, quantize
 from questlib.errors import ConfigError
-from questlib.integer.reference import accumulate, attention_scores, carry, layer_forward
-from questlib.layers import QuantAttnProcessor
-from questlib.model import quant_layers
+from questlib.integer.oracle import accumulate, attention_scores, carry, layer_forward
+from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.model import quant_layers
 
 
 def relative(a, b):
@@ -62,7 +62,9 @@ def test_batches_of_several_groups_are_refused(pipe, calib, fast):
 @pytest.mark.parametrize("groups", [1, 2])
 def test_integer_convolution_equals_float64(stride, padding, dilation, groups):
     """float64 is exact for integers of this size: an independent implementation of every shape."""
-    conv = torch.nn.Conv2d(4, 6, (3, 2), stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False)
+    conv = torch.nn.Conv2d(
+        4, 6, (3, 2), stride=stride, padding=padding, dilation=dilation, groups=groups, bias=False
+    )
     x = torch.randint(-120, 121, (2, 4, 9, 8))
     w = torch.randint(-15, 16, conv.weight.shape)
     conv.weight.data = w.double()
@@ -76,8 +78,13 @@ def test_attention_products(pipe, calib, fast):
     a, b = torch.randn(2, 7, 32), torch.randn(2, 5, 32)
     with torch.no_grad():
         fa, fb = processor.q(a), processor.k(b)
-    expected = fa.unflatten(-1, (4, 8)).transpose(1, 2) @ fb.unflatten(-1, (4, 8)).transpose(1, 2).transpose(-1, -2)
-    assert relative(attention_scores(carry(a, processor.q), carry(b, processor.k), 4), expected) <= 1e-5
+    expected = fa.unflatten(-1, (4, 8)).transpose(1, 2) @ fb.unflatten(-1, (4, 8)).transpose(
+        1, 2
+    ).transpose(-1, -2)
+    assert (
+        relative(attention_scores(carry(a, processor.q), carry(b, processor.k), 4), expected)
+        <= 1e-5
+    )
 
 
 def test_ratios_off_the_grid_are_refused(pipe, calib, fast):

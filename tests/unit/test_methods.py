@@ -8,15 +8,17 @@ from diffusers import DDIMScheduler
 from torch.nn.utils import parametrize
 
 from questlib import QuantConfig, convert, finetune, from_pretrained, quantize, save_pretrained
-from questlib.calibrate import init_ranges, samples_of_steps
-from questlib.correction import NoiseCorrection
+from questlib.adaround import reconstruct_time
+from questlib.baselines.low_rank import LowRank, attach, merge, trained_numbers
+from questlib.baselines.noise_correction import NoiseCorrection
+from questlib.capture import recorded, run_time_layers
+from questlib.diffusion.sampling import denoise
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetune import recorded, run_time_layers
-from questlib.low_rank import LowRank, attach, merge, trained_numbers
-from questlib.model import TIME_ROLES, act_quantizers, freeze, insert, quant_layers, set_mode
-from questlib.reconstruct import reconstruct_time
-from questlib.sampling import denoise
-from questlib.stages import stages
+from questlib.finetuning.stages import stages
+from questlib.observers import init_ranges, samples_of_steps
+from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
+from questlib.quantization.prepare import insert
+from questlib.quantization.roles import TIME_ROLES
 
 
 # ---- PTQ4DM: normally distributed calibration steps ----
@@ -51,7 +53,9 @@ def test_correction_recovers_what_was_done_to_the_noise():
     assert correction.gain[1] == pytest.approx(0.15, abs=2e-3) and not correction.gain[[0, 2]].any()
     assert torch.allclose(correction.bias[1], bias, atol=2e-3)
     assert correction.variance[1] == pytest.approx((0.1 / 1.15) ** 2, rel=0.02)
-    assert correction.hook(None, (None, torch.tensor(101)), {}, (eps_hat,)) is None  # not yet declared estimated
+    assert (
+        correction.hook(None, (None, torch.tensor(101)), {}, (eps_hat,)) is None
+    )  # not yet declared estimated
     correction.calibrated.fill_(True)
     (corrected,) = correction.hook(None, (None, torch.tensor(101)), {}, (eps_hat,))
     assert (corrected - eps).square().mean() < 0.3 * (eps_hat - eps).square().mean()
@@ -74,7 +78,9 @@ def test_the_sampler_adds_less_noise_by_what_quantization_brings():
     for _ in range(200):
         noise, own = torch.randn(2, *x.shape, generator=g)
         wrong = eps + 0.02**0.5 * noise
-        draws.append(scheduler.step(wrong, 501, x, eta=1.0, variance_noise=own * factor).prev_sample)
+        draws.append(
+            scheduler.step(wrong, 501, x, eta=1.0, variance_noise=own * factor).prev_sample
+        )
     deviation = torch.stack(draws).std(0).square().mean().sqrt()
     expected = scheduler._get_variance(501, 401).sqrt()
     assert deviation == pytest.approx(expected.item(), rel=0.01)
@@ -98,14 +104,18 @@ def test_a_corrected_model(pipe, calib, fast, tmp_path):
     for other in (from_pretrained(tmp_path), copy.deepcopy(q)):
         assert torch.equal(other(calib.x[0], calib.t[0]).sample, q(calib.x[0], calib.t[0]).sample)
     integer, x = convert(q, "cpu"), calib.x[1]
-    assert (integer(x, calib.t[1]).sample - q(x, calib.t[1]).sample).abs().max() < 0.1 * q(x, calib.t[1]).sample.abs().max()
+    assert (integer(x, calib.t[1]).sample - q(x, calib.t[1]).sample).abs().max() < 0.1 * q(
+        x, calib.t[1]
+    ).sample.abs().max()
     seen = []
     q.quest_correction.noise_factor = lambda *args: seen.append(args) or 1.0
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     with_factor = denoise(q, pipe.scheduler, x[:2], 5, eta=1.0, generators=generators)
     assert len(seen) == 5
     q.quest_correction.noise_factor = lambda *args: 0.0
-    assert not torch.equal(denoise(q, pipe.scheduler, x[:2], 5, eta=1.0, generators=generators), with_factor)
+    assert not torch.equal(
+        denoise(q, pipe.scheduler, x[:2], 5, eta=1.0, generators=generators), with_factor
+    )
     plain.quest_config = config
     plain.quest_correction = NoiseCorrection(plain.quest_steps.timesteps, 3)
     save_pretrained(plain, tmp_path)
@@ -114,7 +124,9 @@ def test_a_corrected_model(pipe, calib, fast, tmp_path):
 
 
 def test_correction_and_finetuning_exclude_each_other():
-    with pytest.raises(ConfigError, match="noise_correction: expected post-training quantization alone"):
+    with pytest.raises(
+        ConfigError, match="noise_correction: expected post-training quantization alone"
+    ):
         QuantConfig.preset("quest", noise_correction=True)
 
 
@@ -130,7 +142,9 @@ def test_low_rank_updates_start_at_nothing_and_are_merged():
     assert torch.allclose(change, 0.5 * update.b @ update.a, atol=1e-6)
 
 
-def test_efficientdm_trains_low_rank_updates_of_every_layer_and_scales_of_every_step(pipe, calib, fast, tmp_path):
+def test_efficientdm_trains_low_rank_updates_of_every_layer_and_scales_of_every_step(
+    pipe, calib, fast, tmp_path
+):
     config = fast("efficientdm", 4, 4, lora_rank=2)
     q = quantize(pipe.unet, config, calib)
     assert q.quest_steps.num_groups == len(calib.t)
@@ -147,7 +161,9 @@ def test_efficientdm_trains_low_rank_updates_of_every_layer_and_scales_of_every_
         values = torch.linalg.svdvals(change)
         assert values[2] <= 1e-3 * values[0], name
     save_pretrained(q, tmp_path)
-    assert torch.equal(from_pretrained(tmp_path)(calib.x[0], calib.t[0]).sample, q(calib.x[0], calib.t[0]).sample)
+    assert torch.equal(
+        from_pretrained(tmp_path)(calib.x[0], calib.t[0]).sample, q(calib.x[0], calib.t[0]).sample
+    )
 
 
 def test_efficientdm_goes_on_bit_for_bit(pipe, calib, fast, tmp_path, monkeypatch):
@@ -193,7 +209,9 @@ def test_time_features_are_reconstructed_together(pipe, calib, fast):
         set_mode(q, acts=False)
         with torch.no_grad(), recorded(q, names) as own, recorded(pipe.unet, names) as target:
             run_time_layers(q, calib.t), run_time_layers(pipe.unet, calib.t)
-        return sum(((own[n] - target[n]).square().mean() / target[n].square().mean()).item() for n in names)
+        return sum(
+            ((own[n] - target[n]).square().mean() / target[n].square().mean()).item() for n in names
+        )
 
     q = insert(pipe.unet, config, calib.t)
     init_ranges(q, calib, config)
@@ -210,7 +228,9 @@ def test_time_features_are_reconstructed_together(pipe, calib, fast):
 def test_ranges_of_time_layers_follow_the_step(pipe, calib, fast):
     q = quantize(pipe.unet, fast("tfmq-dm", 4, 8), calib)
     layers = quant_layers(q).values()
-    assert q.quest_steps.num_groups == 1 and {m.role for m in layers if m.act.token} == set(TIME_ROLES)
+    assert q.quest_steps.num_groups == 1 and {m.role for m in layers if m.act.token} == set(
+        TIME_ROLES
+    )
     assert all((m.act.ratio == 1).all() for m in layers)
     convert(q, "cpu")(calib.x[0], calib.t[0])  # has an integer form
 

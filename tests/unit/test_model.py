@@ -7,8 +7,10 @@ from torch import nn
 
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError, NotCalibratedError
-from questlib.model import act_quantizers, insert, layer_roles, quant_layers, set_mode, skip_splits
-from questlib.stages import stages
+from questlib.finetuning.stages import stages
+from questlib.quantization.model import act_quantizers, quant_layers, set_mode
+from questlib.quantization.prepare import insert
+from questlib.quantization.roles import layer_roles, skip_splits
 
 T = torch.tensor([801, 601, 401, 201, 1])
 
@@ -20,9 +22,21 @@ def test_roles_cover_every_layer(pipe):
     assert roles["conv_in"] == "first" and roles["conv_out"] == "last"
     assert roles["time_embedding.linear_1"] == "time_embed"
     assert roles["mid_block.resnets.0.time_emb_proj"] == "time_proj"
-    assert roles["mid_block.attentions.0.to_q"] == "qkv" and roles["mid_block.attentions.0.to_out.0"] == "attn_out"
+    assert (
+        roles["mid_block.attentions.0.to_q"] == "qkv"
+        and roles["mid_block.attentions.0.to_out.0"] == "attn_out"
+    )
     assert roles["up_blocks.0.resnets.0.conv_shortcut"] == "shortcut"
-    assert {"first", "last", "time_embed", "time_proj", "qkv", "attn_out", "conv", "shortcut"} == set(roles.values())
+    assert {
+        "first",
+        "last",
+        "time_embed",
+        "time_proj",
+        "qkv",
+        "attn_out",
+        "conv",
+        "shortcut",
+    } == set(roles.values())
 
 
 def test_roles_follow_structure_not_names(pipe):
@@ -34,20 +48,37 @@ def test_roles_follow_structure_not_names(pipe):
 
 def test_conditional_unet_has_feed_forward_and_cross_attention():
     unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=12,
-        attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=12,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )  # fmt: skip
+    )
     roles = layer_roles(unet)
     ff = [n for n, r in roles.items() if r == "feed_forward"]
     assert ff and all(".ff.net." in n for n in ff)
-    own, cross = "mid_block.attentions.0.transformer_blocks.0.attn1", "mid_block.attentions.0.transformer_blocks.0.attn2"
+    own, cross = (
+        "mid_block.attentions.0.transformer_blocks.0.attn1",
+        "mid_block.attentions.0.transformer_blocks.0.attn2",
+    )
     assert {roles[f"{own}.{x}"] for x in ("to_q", "to_k", "to_v")} == {"qkv"}
-    assert [roles[f"{cross}.{x}"] for x in ("to_q", "to_k", "to_v")] == ["qkv", "context_kv", "context_kv"]
+    assert [roles[f"{cross}.{x}"] for x in ("to_q", "to_k", "to_v")] == [
+        "qkv",
+        "context_kv",
+        "context_kv",
+    ]
     q = insert(unet, QuantConfig.preset("quest"), T)
     set_mode(q, weights=False, acts=False)
-    tuned = {c: set(stages(q, QuantConfig.preset("quest", cma_layers=c))[-1].layers) for c in ("attention", "no_context", "qkv")}
-    assert tuned["attention"] - tuned["no_context"] == {n for n, r in roles.items() if r in ("context_kv", "attn_out")}
+    tuned = {
+        c: set(stages(q, QuantConfig.preset("quest", cma_layers=c))[-1].layers)
+        for c in ("attention", "no_context", "qkv")
+    }
+    assert tuned["attention"] - tuned["no_context"] == {
+        n for n, r in roles.items() if r in ("context_kv", "attn_out")
+    }
     assert tuned["no_context"] - tuned["qkv"] == set(ff) and f"{cross}.to_k" in tuned["qkv"]
     x, ctx = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
     with torch.no_grad():
@@ -87,11 +118,18 @@ def test_bits_by_role(pipe):
     assert bits["conv_in"] == bits["conv_out"] == 8
     assert bits["time_embedding.linear_1"] == bits["mid_block.resnets.0.time_emb_proj"] == 6
     assert bits["mid_block.attentions.0.to_q"] == 4
-    assert q.mid_block.attentions[0].processor.probs.bits == 8 and q.mid_block.attentions[0].processor.q.bits == 4
+    assert (
+        q.mid_block.attentions[0].processor.probs.bits == 8
+        and q.mid_block.attentions[0].processor.q.bits == 4
+    )
     assert {m.wq.bits for m in quant_layers(q).values() if m.role not in ("first", "last")} == {4}
     assert q.conv_in.wq.bits == q.conv_out.wq.bits == 8
     paper = insert(pipe.unet, QuantConfig.preset("quest-paper", 4, 4), T)
-    assert {a.bits for a in act_quantizers(paper)} == {m.wq.bits for m in quant_layers(paper).values()} == {4}  # fully quantized
+    assert (
+        {a.bits for a in act_quantizers(paper)}
+        == {m.wq.bits for m in quant_layers(paper).values()}
+        == {4}
+    )  # fully quantized
 
 
 def test_frozen_weights_move_with_the_model(pipe, calib, fast):
@@ -147,8 +185,12 @@ def test_inputs_of_one_kind_of_layer(pipe):
         assert all(layer.wq is None for layer in quant_layers(q).values())
     modules = dict(pipe.unet.named_modules())
     assert seen["conv"] == {n for n in seen["all"] if isinstance(modules[n], nn.Conv2d)}
-    assert seen["linear"] == seen["all"] - seen["conv"] and not seen["feed_forward"]  # this UNet has no feed-forward layers
-    with pytest.raises(ConfigError, match="act_layers: expected one of all, feed_forward, linear, conv"):
+    assert (
+        seen["linear"] == seen["all"] - seen["conv"] and not seen["feed_forward"]
+    )  # this UNet has no feed-forward layers
+    with pytest.raises(
+        ConfigError, match="act_layers: expected one of all, feed_forward, linear, conv"
+    ):
         QuantConfig(act_layers="attention")
 
 

@@ -3,9 +3,11 @@ import pytest
 import torch
 
 from questlib import finetune, quantize
-from questlib.calibrate import Calibration
-from questlib.model import layer_roles, quant_layers
-from questlib.pictures import (
+from questlib.calibration import Calibration
+from questlib.quantization.model import quant_layers
+from questlib.quantization.primitives import affine, fake_quant
+from questlib.quantization.roles import layer_roles
+from reproduce.figures.pictures import (
     SEARCHES,
     channel_figure,
     channel_rows,
@@ -23,7 +25,6 @@ from questlib.pictures import (
     time_figure,
     time_outputs,
 )
-from questlib.ranges import affine, fake_quant
 
 
 @pytest.fixture(scope="module")
@@ -63,11 +64,15 @@ def test_input_table_has_every_layer_with_the_heaviest_tails_first(pipe, calib):
 
 def test_input_table_without_the_inputs_in_memory_has_their_moments(pipe, calib):
     table = input_table(pipe.unet, calib, samples=2)
-    for name, x in layer_inputs(pipe.unet, calib, ["conv_in", "mid_block.attentions.0.to_q"], samples=2).items():
+    for name, x in layer_inputs(
+        pipe.unet, calib, ["conv_in", "mid_block.attentions.0.to_q"], samples=2
+    ).items():
         x = x.double()
         kurtosis = (x - x.mean()).pow(4).mean() / x.var(correction=0).square()
         expected = [x.min().item(), x.max().item(), x.std().item(), kurtosis.item()]
-        assert table.loc[name, ["min", "max", "std", "kurtosis"]].tolist() == pytest.approx(expected)
+        assert table.loc[name, ["min", "max", "std", "kurtosis"]].tolist() == pytest.approx(
+            expected
+        )
 
 
 def test_grid_rounds_as_the_quantizer_does(heavy):
@@ -87,13 +92,23 @@ def test_grid_table_splits_the_error_into_its_two_parts(heavy):
     assert mse["largest error"] > fourth["largest error"]
     levels = grid(heavy, 4, "mse")
     error = (levels[(heavy[:, None] - levels).abs().argmin(1)] - heavy).square().mean().item()
-    assert mse["rounding MSE"] + mse["clipping MSE"] == pytest.approx(mse["MSE"]) == pytest.approx(error, rel=1e-4)
+    assert (
+        mse["rounding MSE"] + mse["clipping MSE"]
+        == pytest.approx(mse["MSE"])
+        == pytest.approx(error, rel=1e-4)
+    )
 
 
 def test_channel_scales_follow_each_channel(pipe, calib, fast):
-    rows = torch.randn(16, 500, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 16)[:, None]
+    rows = (
+        torch.randn(16, 500, generator=torch.Generator().manual_seed(1))
+        * torch.logspace(-1, 1, 16)[:, None]
+    )
     scales = channel_scales(rows, 4, 2.0)
-    error = {k: (fake_quant(rows, s[:, None], z[:, None], 4) - rows).square().mean().item() for k, (s, z) in scales.items()}
+    error = {
+        k: (fake_quant(rows, s[:, None], z[:, None], 4) - rows).square().mean().item()
+        for k, (s, z) in scales.items()
+    }
     assert error["one a channel"] < error["carrier grid"] < error["one for all"]
     carrier = scales["carrier grid"][0]
     ratio = carrier / carrier.min()
@@ -101,22 +116,37 @@ def test_channel_scales_follow_each_channel(pipe, calib, fast):
     q = quantize(pipe.unet, fast(), calib)
     layer = quant_layers(q)["conv_out"]
     x = layer_inputs(q, calib, ["conv_out"])["conv_out"]
-    assert channel_rows(x, layer.act.dim).shape == (layer.in_channels, x.numel() // layer.in_channels)
+    assert channel_rows(x, layer.act.dim).shape == (
+        layer.in_channels,
+        x.numel() // layer.in_channels,
+    )
 
 
 def test_time_outputs_are_those_of_the_whole_unet_and_errors_compare_them(pipe, calib, fast):
     outputs = time_outputs(pipe.unet, calib.t)
     assert all(x.shape[0] == len(calib.t) for x in outputs.values())
-    assert set(outputs) == {n for n, role in layer_roles(pipe.unet).items() if role.startswith("time")}
+    assert set(outputs) == {
+        n for n, role in layer_roles(pipe.unet).items() if role.startswith("time")
+    }
     assert torch.equal(time_errors(pipe.unet, pipe.unet, calib.t), torch.zeros(len(calib.t)))
-    errors = [time_errors(quantize(pipe.unet, fast("minmax", bits, bits), calib), pipe.unet, calib.t).mean() for bits in (8, 4)]
+    errors = [
+        time_errors(
+            quantize(pipe.unet, fast("minmax", bits, bits), calib), pipe.unet, calib.t
+        ).mean()
+        for bits in (8, 4)
+    ]
     assert 0 < errors[0] < errors[1]
 
 
-def test_layer_errors_vanish_for_the_same_model_and_grow_with_fewer_bits(pipe, calib, fast, attention):
+def test_layer_errors_vanish_for_the_same_model_and_grow_with_fewer_bits(
+    pipe, calib, fast, attention
+):
     assert set(layer_errors(pipe.unet, pipe.unet, calib, attention).values()) == {0.0}
     few = Calibration(calib.x[:1], calib.t[:1], calib.eps[:1])
-    high, low = (layer_errors(quantize(pipe.unet, fast("minmax", b, b), calib), pipe.unet, few, attention) for b in (8, 4))
+    high, low = (
+        layer_errors(quantize(pipe.unet, fast("minmax", b, b), calib), pipe.unet, few, attention)
+        for b in (8, 4)
+    )
     assert list(high) == attention and all(0 < high[n] < low[n] for n in attention)
 
 
@@ -127,7 +157,9 @@ def test_figures_show_what_was_given(pipe, calib, fast, heavy, attention):
     losses = loss_figure(log["loss"])
     assert [axes.get_title() for axes in losses.axes] == ["stage TLA", "stage CMA"]
     assert [line.get_label() for line in losses.axes[1].lines] == ["L_CMA", "L_G"]
-    assert [t.get_text() for t in layer_error_figure({"after": errors}).axes[0].get_yticklabels()] == attention
+    assert [
+        t.get_text() for t in layer_error_figure({"after": errors}).axes[0].get_yticklabels()
+    ] == attention
     assert len(time_figure(pipe.unet, {"quantized": student}, calib.t).axes[0].lines) == 3
     assert len(histogram_figure({"before": heavy, "after": heavy}, 4, "layer").axes) == 2
     assert len(channel_figure(heavy.reshape(10, -1), 4, 4.0).axes[1].lines) == 3

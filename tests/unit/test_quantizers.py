@@ -2,10 +2,12 @@ import pytest
 import torch
 from torch import nn
 
-from questlib import ranges
 from questlib.errors import NotCalibratedError
-from questlib.quantizers import ActQuantizer, LearnedQuant, WeightQuantizer
-from questlib.timesteps import StepGroups
+from questlib.quantization import primitives
+from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.primitives import LearnedQuant
+from questlib.quantization.step_groups import StepGroups
+from questlib.quantization.weight_quantizer import WeightQuantizer
 
 
 def act(bits=4, channels=6, groups=2, dim=1, index=None):
@@ -52,7 +54,9 @@ def token_act(bits, dim=-1, channels=6, index=None, carrier=True):
     q = ActQuantizer("layer.act", bits, steps, channels, dim, index, carrier=carrier, token=True)
     for g in (0, 1):
         ratio = torch.tensor([1.0, 2, 3, 5, 8, 1])[:channels] if q.carrier else None
-        q.set_group(g, torch.full((int(index.max()) + 1,), 0.9 - 0.2 * g), torch.zeros(channels), ratio)
+        q.set_group(
+            g, torch.full((int(index.max()) + 1,), 0.9 - 0.2 * g), torch.zeros(channels), ratio
+        )
     q.calibrated.fill_(True)
     return q
 
@@ -73,7 +77,9 @@ def test_each_token_has_a_grid_of_its_own(bits, dim):
         span = 2 * u.abs().max() if bits == 8 else u.clamp_min(0).max() - u.clamp_max(0).min()
         step = 0.9 * span / (2**bits - 1)
         codes = b / (step * ratio)
-        assert (codes - codes.round()).abs().max() < 1e-3 and codes.max() - codes.min() < 2**bits - 0.5
+        assert (
+            codes - codes.round()
+        ).abs().max() < 1e-3 and codes.max() - codes.min() < 2**bits - 0.5
         # half a step for the code, half for the zero point, and what the clip cuts off
         assert ((a - b).abs() / ratio).max() <= 1.001 * (step + 0.1 * span)
     assert torch.equal(q(x[1:2])[0], y[1])
@@ -92,7 +98,9 @@ def test_tokens_train_the_clip_and_take_each_samples_group():
     with torch.no_grad():
         assert torch.equal(y, q(x))
     y.square().sum().backward()
-    assert q.scale.grad[0].abs().sum() > 0 and not q.scale.grad[1].any() and leaf.grad.abs().sum() > 0
+    assert (
+        q.scale.grad[0].abs().sum() > 0 and not q.scale.grad[1].any() and leaf.grad.abs().sum() > 0
+    )
 
 
 def test_parts_of_a_token_have_ranges_of_their_own():
@@ -120,9 +128,22 @@ def test_gradients_are_lsq():
 
 def test_gradients_at_the_edges_of_the_range():
     """Float32 values on, just inside and just outside the edges: the gradients are those of the definition, bit for bit."""
-    z, s = torch.tensor([[8.0], [0.0], [15.0], [5.0]]), torch.full((4, 1), 0.125, requires_grad=True)
-    edges = torch.cat([-z - 0.5, 15.5 - z, -z, 15 - z, torch.zeros_like(z), torch.full_like(z, 0.5)], 1)
-    u = torch.cat([edges, edges.nextafter(torch.tensor(99.0)), edges.nextafter(torch.tensor(-99.0)), 3 * edges], 1)
+    z, s = (
+        torch.tensor([[8.0], [0.0], [15.0], [5.0]]),
+        torch.full((4, 1), 0.125, requires_grad=True),
+    )
+    edges = torch.cat(
+        [-z - 0.5, 15.5 - z, -z, 15 - z, torch.zeros_like(z), torch.full_like(z, 0.5)], 1
+    )
+    u = torch.cat(
+        [
+            edges,
+            edges.nextafter(torch.tensor(99.0)),
+            edges.nextafter(torch.tensor(-99.0)),
+            3 * edges,
+        ],
+        1,
+    )
     x = (u * 0.125).requires_grad_()
     grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     LearnedQuant.apply(x, s, z, 4).backward(grad)
@@ -137,18 +158,24 @@ def test_gradients_at_the_edges_of_the_range():
 def test_large_activations_are_quantized_in_parts(rows, monkeypatch):
     """Part by part, forward and backward, with scales of each sample or of all: bit for bit as at once."""
     generator = torch.Generator().manual_seed(0)
-    x, grad = torch.randn(5, 3, 4, 4, generator=generator), torch.randn(5, 3, 4, 4, generator=generator)
-    scale, zero = torch.rand(rows, 3, 1, 1, generator=generator) + 0.1, torch.full((rows, 3, 1, 1), 7.0)
+    x, grad = (
+        torch.randn(5, 3, 4, 4, generator=generator),
+        torch.randn(5, 3, 4, 4, generator=generator),
+    )
+    scale, zero = (
+        torch.rand(rows, 3, 1, 1, generator=generator) + 0.1,
+        torch.full((rows, 3, 1, 1), 7.0),
+    )
 
     def run() -> list[torch.Tensor]:
         a, s = x.clone().requires_grad_(), scale.clone().requires_grad_()
         y = LearnedQuant.apply(a, s, zero, 4)
         y.backward(grad)
-        return [y.detach(), a.grad, s.grad, ranges.fake_quant(x, scale, zero, 4)]
+        return [y.detach(), a.grad, s.grad, primitives.fake_quant(x, scale, zero, 4)]
 
     whole = run()
-    monkeypatch.setattr(ranges, "CACHED", 100)  # two samples of 48 values, then two, then one
-    assert [len(part) for part, *_ in ranges.pieces(x, scale)] == [2, 2, 1]
+    monkeypatch.setattr(primitives, "CACHED", 100)  # two samples of 48 values, then two, then one
+    assert [len(part) for part, *_ in primitives.pieces(x, scale)] == [2, 2, 1]
     assert all(torch.equal(a, b) for a, b in zip(run(), whole, strict=True))
 
 
@@ -188,7 +215,7 @@ def test_adaround_starts_at_full_precision_and_hardens_to_its_choice():
     assert torch.allclose(wq(w)[inner], w[inner], atol=1e-5)  # soft rounding = the fraction itself
     with torch.no_grad():  # the opposite of rounding to nearest, everywhere
         wq.alpha.copy_(torch.where(wq.rounding() >= 0.5, -9.0, 9.0))
-    soft, nearest = wq(w), ranges.fake_quant(w, wq.scale, wq.zero_point, 4)
+    soft, nearest = wq(w), primitives.fake_quant(w, wq.scale, wq.zero_point, 4)
     hard = wq.harden(w)
     assert wq.alpha is None
     assert torch.allclose(wq(hard), soft, atol=1e-6)
@@ -199,8 +226,12 @@ def test_adaround_starts_at_full_precision_and_hardens_to_its_choice():
 
 def test_hardening_gives_what_training_saw_on_the_borders_of_cells_too():
     generator = torch.Generator().manual_seed(0)
-    wq = WeightQuantizer(torch.randn(64, 16, generator=generator), 4, torch.zeros(16, dtype=torch.int64), "minmax")
-    borders = wq.scale * torch.arange(16) - wq.scale * wq.zero_point  # [64, 16]: w / s and w * (1 / s) differ in some floors
+    wq = WeightQuantizer(
+        torch.randn(64, 16, generator=generator), 4, torch.zeros(16, dtype=torch.int64), "minmax"
+    )
+    borders = (
+        wq.scale * torch.arange(16) - wq.scale * wq.zero_point
+    )  # [64, 16]: w / s and w * (1 / s) differ in some floors
     alpha = wq.start_adaround(borders)
     alpha.data.copy_(torch.where(torch.rand(alpha.shape, generator=generator) < 0.5, -9.0, 9.0))
     trained = wq(borders).detach()

@@ -8,16 +8,21 @@ import torch
 from filelock import FileLock
 
 from questlib import quantize
-from questlib.calibrate import init_ranges
+from questlib.adaround import blocks, pick_samples, reconstruct_acts, reconstruct_weights
+from questlib.capture import capture
 from questlib.errors import CheckpointError
-from questlib.model import act_quantizers, freeze, insert, quant_layers, set_mode
-from questlib.reconstruct import blocks, capture, pick_samples, reconstruct_acts, reconstruct_weights
+from questlib.observers import init_ranges
+from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
+from questlib.quantization.prepare import insert
 
 
 def error(student, teacher, calib, acts):
     set_mode(student, weights=True, acts=acts)
     with torch.no_grad():
-        return sum((student(x, t).sample - e).pow(2).mean().item() for x, t, e in zip(calib.x, calib.t, calib.eps, strict=True))
+        return sum(
+            (student(x, t).sample - e).pow(2).mean().item()
+            for x, t, e in zip(calib.x, calib.t, calib.eps, strict=True)
+        )
 
 
 def test_blocks_cover_each_layer_once_in_order_of_execution(pipe, calib, fast):
@@ -53,7 +58,9 @@ def test_adaround_beats_rounding_to_nearest(pipe, calib, fast):
     reconstruct_weights(q, pipe.unet, calib, config)
     after = error(q, pipe.unet, calib, acts=False)
     assert after < 0.8 * before
-    moved = [(nearest[n].int() - m.wq.codes(m.weight).int()).abs() for n, m in quant_layers(q).items()]
+    moved = [
+        (nearest[n].int() - m.wq.codes(m.weight).int()).abs() for n, m in quant_layers(q).items()
+    ]
     assert max(int(d.max()) for d in moved) == 1  # up or down, never farther
     assert sum(int(d.sum()) for d in moved) > 0
     assert all(m.wq.alpha is None for m in quant_layers(q).values())
@@ -74,12 +81,19 @@ def test_activation_stage_lowers_the_error_and_leaves_weights(pipe, calib, fast)
 
 def test_cache_gives_the_same_model_and_the_first_runs_seconds(pipe, calib, fast, tmp_path):
     first = quantize(pipe.unet, fast("quest", 4, 4), calib, cache_dir=tmp_path)
-    other = quantize(pipe.unet, fast("quest-paper", 4, 8, first_last_weight_bits=8), calib, cache_dir=tmp_path)
+    other = quantize(
+        pipe.unet, fast("quest-paper", 4, 8, first_last_weight_bits=8), calib, cache_dir=tmp_path
+    )
     assert not first.quest_log["reconstruct_cached"] and other.quest_log["reconstruct_cached"]
-    assert other.quest_log["seconds"]["reconstruct"] == first.quest_log["seconds"]["reconstruct"] > 0
+    assert (
+        other.quest_log["seconds"]["reconstruct"] == first.quest_log["seconds"]["reconstruct"] > 0
+    )
     for a, b in zip(quant_layers(first).values(), quant_layers(other).values(), strict=True):
         assert torch.equal(a.w_hat, b.w_hat)
-    assert Counter(f.name.split("-")[0] for f in tmp_path.glob("*.safetensors")) == {"adaround": 1, "ranges": 2}
+    assert Counter(f.name.split("-")[0] for f in tmp_path.glob("*.safetensors")) == {
+        "adaround": 1,
+        "ranges": 2,
+    }
 
 
 def test_a_second_process_waits_for_the_cache(pipe, calib, fast, tmp_path):
@@ -109,16 +123,21 @@ def test_a_damaged_cache_is_named(pipe, calib, fast, tmp_path):
 
 def test_cached_ranges_are_those_of_a_search(pipe, calib, fast, tmp_path):
     first, again = (
-        quantize(pipe.unet, fast("quest", 4, 4, te=te, adaround=False), calib, cache_dir=tmp_path) for te in ("ptq", "finetune")
+        quantize(pipe.unet, fast("quest", 4, 4, te=te, adaround=False), calib, cache_dir=tmp_path)
+        for te in ("ptq", "finetune")
     )
     searched = quantize(pipe.unet, fast("quest", 4, 4, adaround=False), calib)
     assert [q.quest_log["ranges_cached"] for q in (first, again, searched)] == [False, True, False]
     assert again.state_dict().keys() == searched.state_dict().keys()
     assert all(torch.equal(v, again.state_dict()[n]) for n, v in searched.state_dict().items())
-    assert torch.equal(again(calib.x[0], calib.t[0]).sample, searched(calib.x[0], calib.t[0]).sample)
+    assert torch.equal(
+        again(calib.x[0], calib.t[0]).sample, searched(calib.x[0], calib.t[0]).sample
+    )
 
 
 def test_rerun_is_bit_identical(pipe, calib, fast):
     a, b = (quantize(pipe.unet, fast("q-diffusion", 4, 4), calib) for _ in range(2))
     with torch.no_grad():
-        assert torch.equal(freeze(a)(calib.x[1], calib.t[1]).sample, freeze(b)(calib.x[1], calib.t[1]).sample)
+        assert torch.equal(
+            freeze(a)(calib.x[1], calib.t[1]).sample, freeze(b)(calib.x[1], calib.t[1]).sample
+        )

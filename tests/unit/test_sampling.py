@@ -7,16 +7,23 @@ from diffusers import LDMPipeline, VQModel
 
 from questlib import quantize
 from questlib.errors import ConfigError, QuestError
-from questlib.sampling import sample
+from reproduce.evaluation.drawing import sample
 
 
 @pytest.fixture(scope="module")
 def ldm(pipe):
     torch.manual_seed(1)
-    vae = VQModel(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                  up_block_types=("UpDecoderBlock2D",) * 2,
-                  norm_num_groups=4, num_vq_embeddings=16, sample_size=16)  # fmt: skip
-    return LDMPipeline(unet=pipe.unet, scheduler=pipe.scheduler, vqvae=vae.eval().requires_grad_(False))
+    vae = VQModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+        sample_size=16,
+    )
+    return LDMPipeline(
+        unet=pipe.unet, scheduler=pipe.scheduler, vqvae=vae.eval().requires_grad_(False)
+    )
 
 
 def draw(ldm, n=5, **kw):
@@ -51,7 +58,11 @@ def test_killed_and_restarted_nothing_is_lost_or_doubled(ldm, tmp_path, monkeypa
     monkeypatch.setattr(module, "denoise", dies)
     with pytest.raises(KeyboardInterrupt):
         draw(ldm, batch_size=2, out_dir=tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000000-2.safetensors", "000002-2.safetensors", "run.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "000000-2.safetensors",
+        "000002-2.safetensors",
+        "run.json",
+    ]
     resumed = draw(ldm, batch_size=2, out_dir=tmp_path)
     assert calls == [2, 2, 1, 1]
     assert torch.equal(resumed.latents, draw(ldm, batch_size=2).latents)
@@ -93,4 +104,9 @@ def test_another_step_count_uses_the_nearest_group(ldm, calib, fast):
     groups = []
     q.register_forward_pre_hook(lambda m, a: groups.append(m.quest_steps.current))
     images = sample(ldm, 2, num_inference_steps=7, unet=q, progress=False).images
-    assert len(images) == 2 and len(groups) == 7 and groups == sorted(groups) and set(groups) == {0, 1, 2, 3, 4}
+    assert (
+        len(images) == 2
+        and len(groups) == 7
+        and groups == sorted(groups)
+        and set(groups) == {0, 1, 2, 3, 4}
+    )

@@ -12,15 +12,16 @@ import pytest
 import tiny_pipelines as tiny
 import torch
 
+from questlib.diffusion.sampling import index_ranges
 from questlib.errors import QuestError
-from questlib.sampling import Drawing
-from questlib.shards import Samples, read_run, read_samples, shard_file, shard_ranges, write_samples
+from reproduce.evaluation.drawing import Drawing
+from reproduce.evaluation.samples import Samples, read_run, read_samples, shard_file, write_samples
 
 RUN = {"num_samples": 23, "batch_size": 3, "what": "test"}
-RANGES = shard_ranges(23, 3)
+RANGES = index_ranges(23, 3)
 # Processes that have imported everything before they start, without this one's threads.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["questlib.sampling", "tiny_pipelines"])
+SERVER.set_forkserver_preload(["questlib.diffusion.sampling", "tiny_pipelines"])
 
 
 def made_up(indices: range, seconds: float = 0.0) -> Samples:
@@ -49,7 +50,9 @@ def real_work(folder: Path, index: int, count: int) -> None:
 
 
 def start(target, folder: Path, count: int, *args) -> list:
-    processes = [SERVER.Process(target=target, args=(folder, i, count, *args)) for i in range(count)]
+    processes = [
+        SERVER.Process(target=target, args=(folder, i, count, *args)) for i in range(count)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -68,7 +71,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def check(folder: Path) -> None:
     found = list(read_samples(folder))
     assert torch.equal(torch.cat([s.latents[:, 0, 0, 0] for s in found]), torch.arange(23.0))
-    assert sorted(p.name for p in folder.iterdir()) == sorted([shard_file(folder, r).name for r in RANGES] + ["run.json"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [shard_file(folder, r).name for r in RANGES] + ["run.json"]
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -151,7 +156,11 @@ def test_full_disk_says_so_and_keeps_what_is_done(tmp_path):
     process.start()
     message = out.get(timeout=60)
     process.join()
-    assert "cannot write" in message and "000006-3" in message and "finished shards are kept" in message
+    assert (
+        "cannot write" in message
+        and "000006-3" in message
+        and "finished shards are kept" in message
+    )
     kept = contents(folder)
     assert sorted(kept) == ["000000-3.safetensors", "000003-3.safetensors", "run.json"]
     work(folder, 0, 1)
@@ -175,7 +184,9 @@ def test_unfinished_damaged_and_foreign_folders(tmp_path):
     with pytest.raises(QuestError, match="damaged"):
         work(folder, 0, 1)
     shard.write_bytes(whole)
-    with pytest.raises(QuestError, match=r"belongs to another run \(what: expected other, found test\)"):
+    with pytest.raises(
+        QuestError, match=r"belongs to another run \(what: expected other, found test\)"
+    ):
         write_samples(folder, RUN | {"what": "other"}, made_up)
     with pytest.raises(QuestError, match="batch_size: expected 5, found 3"):
         write_samples(folder, RUN | {"batch_size": 5}, made_up)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from questlib.errors import ConfigError, TimestepWarning
-from questlib.timesteps import StepGroups, contiguous_groups
+from questlib.quantization.step_groups import StepGroups, contiguous_groups
 
 
 def test_groups_are_contiguous_and_balanced():
@@ -26,7 +26,9 @@ def test_group_follows_from_the_timestep_whatever_the_number_of_steps():
 
 def test_far_timesteps_warn_once_and_are_named():
     steps = StepGroups(torch.tensor([300, 200, 100]), contiguous_groups(3, 3))
-    with pytest.warns(TimestepWarning, match=r"timesteps \[900\] are farther than 100.*\(100..300\)"):
+    with pytest.warns(
+        TimestepWarning, match=r"timesteps \[900\] are farther than 100.*\(100..300\)"
+    ):
         assert steps.lookup(torch.tensor(900)) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -9,10 +9,12 @@ import questlib
 from questlib import convert, engine_report, quantize
 from questlib.errors import ConfigError, EngineError
 
-triton_tiles = pytest.importorskip("questlib.integer.triton_tiles")
-from questlib.integer.triton_fused import FusedResnetBlock  # noqa: E402
+triton_tiles = pytest.importorskip("questlib.integer.triton.tiles")
+from questlib.integer.triton.fused import FusedResnetBlock  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRET, reason="needs triton with TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not triton_tiles.INTERPRET, reason="needs triton with TRITON_INTERPRET=1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +28,14 @@ def fake(pipe, calib):
 @pytest.mark.parametrize("weights", ["packed", "int8"])
 def test_a_whole_unet(fake, weights):
     unet, cpu = convert(fake, "triton", weights=weights), convert(fake, "cpu")
-    x, t = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)), fake.quest_steps.timesteps[1]
+    x, t = (
+        torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        fake.quest_steps.timesteps[1],
+    )
     y, expected = unet(x, t).sample, cpu(x, t).sample
-    assert ((y - expected).abs().max() / expected.abs().max()).item() < 1e-2  # a code may flip: the epilogues round differently
+    assert (
+        (y - expected).abs().max() / expected.abs().max()
+    ).item() < 1e-2  # a code may flip: the epilogues round differently
     report = engine_report(unet)
     assert set(report["engine"]) == {"triton"}
     packed, resident = report["checkpoint bytes"].sum(), report["resident bytes"].sum()
@@ -55,10 +62,17 @@ def test_fused_blocks(kind, calib):
     """Norm, SiLU and quantization in one kernel, the shortcut in the epilogue: the plain block's output, up to flipped codes."""
     torch.manual_seed(0)
     plain = UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"), add_attention=False,
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        add_attention=False,
         resnet_time_scale_shift=kind,
-    ).eval()  # fmt: skip
+    ).eval()
     for block in (m for m in plain.modules() if isinstance(m, ResnetBlock2D)):
         for norm in (block.norm1, block.norm2):  # as training leaves them
             torch.nn.init.normal_(norm.weight, 1.0, 0.2), torch.nn.init.normal_(norm.bias, 0.0, 0.2)
@@ -67,7 +81,10 @@ def test_fused_blocks(kind, calib):
     unfused, fused = convert(fake, "triton"), convert(fake, "triton", fuse=True)
     blocks = [m for m in fused.modules() if isinstance(m, ResnetBlock2D)]
     assert len(blocks) >= 6 and all(isinstance(b, FusedResnetBlock) for b in blocks)
-    x, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)), fake.quest_steps.timesteps[1]
+    x, t = (
+        torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)),
+        fake.quest_steps.timesteps[1],
+    )
     y, expected = fused(x, t).sample, unfused(x, t).sample
     assert ((y - expected).square().mean() / expected.square().mean()).item() < 1e-4
     assert not torch.equal(y, plain(x, t).sample)
@@ -75,27 +92,45 @@ def test_fused_blocks(kind, calib):
 
 def test_blocks_that_resample_stay_as_they_are(calib):
     plain = UNet2DModel(
-        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(16, 16), norm_num_groups=8,
-        down_block_types=("ResnetDownsampleBlock2D",) * 2, up_block_types=("ResnetUpsampleBlock2D",) * 2, add_attention=False,
-    ).eval()  # fmt: skip
+        sample_size=8,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(16, 16),
+        norm_num_groups=8,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2,
+        up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        add_attention=False,
+    ).eval()
     fake = quantize(plain, questlib.QuantConfig.preset("minmax", 4, 8, calib_batch=4), calib)
-    blocks = [m for m in convert(fake, "triton", fuse=True).modules() if isinstance(m, ResnetBlock2D)]
+    blocks = [
+        m for m in convert(fake, "triton", fuse=True).modules() if isinstance(m, ResnetBlock2D)
+    ]
     resampling = [b for b in blocks if b.upsample is not None or b.downsample is not None]
     assert len(resampling) == 2 and not any(isinstance(b, FusedResnetBlock) for b in resampling)
     assert all(isinstance(b, FusedResnetBlock) for b in blocks if b not in resampling)
 
 
 def test_heads_that_no_kernel_holds_are_refused_or_fall_back(fake, monkeypatch):
-    monkeypatch.setattr("questlib.integer.triton_attention.WIDEST", 4)
-    with pytest.raises(EngineError, match="attentions.0: engine triton: expected heads of at most 4 channels, found"):
+    monkeypatch.setattr("questlib.integer.triton.attention.WIDEST", 4)
+    with pytest.raises(
+        EngineError,
+        match="attentions.0: engine triton: expected heads of at most 4 channels, found",
+    ):
         convert(fake, "triton")
     report = engine_report(convert(fake, "triton", fallback=True)).set_index("layer")["engine"]
     attention = [name for name in report.index if name.split(".")[-2:-1] == ["attentions"]]
-    assert attention and set(report[attention]) == {"fake"} and set(report.drop(attention)) == {"triton"}
+    assert (
+        attention
+        and set(report[attention]) == {"fake"}
+        and set(report.drop(attention)) == {"triton"}
+    )
 
 
 def test_wrong_choices(fake):
     with pytest.raises(ConfigError, match="weights: expected one of packed, int8"):
         convert(fake, "triton", weights="int4")
-    with pytest.raises(ConfigError, match="choices of engine triton, found weights 'packed', fuse True for cpu"):
+    with pytest.raises(
+        ConfigError, match="choices of engine triton, found weights 'packed', fuse True for cpu"
+    ):
         convert(fake, "cpu", fuse=True)

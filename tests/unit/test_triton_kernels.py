@@ -13,18 +13,23 @@ from torch import nn
 from questlib import quantize
 from questlib.errors import EngineError
 from questlib.integer.form import Part, act_grids, integer_form
-from questlib.integer.reference import layer_forward
-from questlib.model import quant_layers
-from questlib.quantizers import ActQuantizer
-from questlib.timesteps import StepGroups
+from questlib.integer.oracle import layer_forward
+from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.model import quant_layers
+from questlib.quantization.step_groups import StepGroups
 
-triton_engine = pytest.importorskip("questlib.integer.triton_engine")
+triton_engine = pytest.importorskip("questlib.integer.triton.layers")
 pytest.importorskip("triton")
-from questlib.integer import triton_ops, triton_tiles  # noqa: E402
 from questlib.integer.synthetic import GROUPS, random_layer  # noqa: E402
-from questlib.integer.triton_engine import TritonLayer, check_finite, serves  # noqa: E402
+from questlib.integer.triton import (
+    ops,
+    tiles,  # noqa: E402
+)
+from questlib.integer.triton.layers import TritonLayer, check_finite, serves  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not triton_tiles.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(
+    not tiles.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1"
+)
 
 
 def relative(a, b):
@@ -52,7 +57,9 @@ def compare(layer, steps, x, weights="packed"):
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
-@pytest.mark.parametrize(("w", "a", "carrier"), [(4, 4, True), (4, 8, False), (8, 8, False), (3, 6, False), (8, 4, True)])
+@pytest.mark.parametrize(
+    ("w", "a", "carrier"), [(4, 4, True), (4, 8, False), (8, 8, False), (3, 6, False), (8, 4, True)]
+)
 def test_linear(w, a, carrier, weights):
     """Channels and rows that are no multiples of any block."""
     layer, steps = make_layer(nn.Linear(75, 70), w, a, carrier)
@@ -77,7 +84,10 @@ def test_linear(w, a, carrier, weights):
 def test_a_grid_a_token(w, a, carrier, shift, weights, split):
     """Tokens of very different sizes, one of them all zeros; linears and 1 x 1 convolutions."""
     torch.manual_seed(0)
-    for module, shape in ((nn.Linear(150, 20), (2, 19, 150)), (nn.Conv2d(150, 20, 1), (2, 150, 5, 4))):
+    for module, shape in (
+        (nn.Linear(150, 20), (2, 19, 150)),
+        (nn.Conv2d(150, 20, 1), (2, 150, 5, 4)),
+    ):
         layer, steps = make_layer(module, w, a, carrier, split, shift=shift, token=True)
         x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2]).unsqueeze(-1)
         x.movedim(layer.act.dim, -1)[0, 0] = 0.0
@@ -93,9 +103,13 @@ def test_convolutions_of_random_geometry(seed):
         return values[int(torch.randint(0, len(values), (1,), generator=g))]
 
     conv = nn.Conv2d(
-        pick(3, 40, 64, 70), pick(4, 33, 64), pick(1, 3, (3, 2)), stride=pick(1, 2, (2, 1)), padding=pick(0, 1, (0, 2)),
+        pick(3, 40, 64, 70),
+        pick(4, 33, 64),
+        pick(1, 3, (3, 2)),
+        stride=pick(1, 2, (2, 1)),
+        padding=pick(0, 1, (0, 2)),
         bias=pick(True, False),
-    )  # fmt: skip
+    )
     w, a, carrier = pick((4, 4, True), (4, 8, False), (8, 8, False), (2, 5, False), (8, 4, True))
     layer, steps = make_layer(conv, w, a, carrier, seed=seed)
     x = torch.randn(pick(1, 2), conv.in_channels, pick(5, 8), pick(4, 9), generator=g) * 2
@@ -108,11 +122,16 @@ def test_convolutions_of_random_geometry(seed):
 @pytest.mark.parametrize(("w", "a"), [(4, 4), (8, 8), (4, 8)])
 def test_split_shortcuts(w, a):
     layer, steps = make_layer(nn.Conv2d(48, 20, 1), w, a, split=30)
-    assert len(compare(layer, steps, torch.randn(2, 48, 5, 4)).accumulators(torch.randn(1, 48, 2, 2))) == 2
+    assert (
+        len(compare(layer, steps, torch.randn(2, 48, 5, 4)).accumulators(torch.randn(1, 48, 2, 2)))
+        == 2
+    )
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
-@pytest.mark.parametrize("module", [nn.Linear(150, 32), nn.Conv2d(70, 8, 3, padding=1)], ids=["linear", "conv"])
+@pytest.mark.parametrize(
+    "module", [nn.Linear(150, 32), nn.Conv2d(70, 8, 3, padding=1)], ids=["linear", "conv"]
+)
 def test_weights_shifted_by_carrier_blocks(module, weights):
     """The columns are put in order of their shift, so that 4-bit codes stay packed."""
     layer, steps = make_layer(copy.deepcopy(module), 4, 4, carrier=True, shift=True)
@@ -126,8 +145,8 @@ def test_weights_shifted_by_carrier_blocks(module, weights):
 
 
 def test_a_long_reduction_shared_by_several_programs(monkeypatch):
-    config = triton_tiles.Config(64, 64, 32, 4, 1, split=3)
-    monkeypatch.setattr(triton_tiles, "INTERPRETED", [config])
+    config = tiles.Config(64, 64, 32, 4, 1, split=3)
+    monkeypatch.setattr(tiles, "INTERPRETED", [config])
     layer, steps = make_layer(nn.Conv2d(40, 20, 3, padding=1), 8, 8)
     compare(layer, steps, torch.randn(1, 40, 6, 5))
 
@@ -139,7 +158,10 @@ def test_half_precision_in_and_out(dtype):
     x = torch.randn(1, 20, 5, 5).to(dtype)
     y = TritonLayer(integer_form(layer, "layer"), steps)(x)
     assert y.dtype == dtype
-    assert torch.equal(y, layer(x.float()).to(dtype)) or relative(y, layer(x.float())) <= torch.finfo(dtype).eps
+    assert (
+        torch.equal(y, layer(x.float()).to(dtype))
+        or relative(y, layer(x.float())) <= torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize(("w", "a"), [(4, 4), (8, 8)])
@@ -148,12 +170,17 @@ def test_every_layer_of_a_quest_model(pipe, calib, fast, w, a):
     seen = {}
     for name, layer in quant_layers(q).items():
         layer.register_forward_hook(lambda m, i, o, name=name: seen.__setitem__(name, (i[0], o)))
-    engines = {n: TritonLayer(integer_form(m, n), q.quest_steps) for n, m in quant_layers(q).items()}
+    engines = {
+        n: TritonLayer(integer_form(m, n), q.quest_steps) for n, m in quant_layers(q).items()
+    }
     with torch.no_grad():
         q(calib.x[4, :1], calib.t[4])
     for name, (x, out) in seen.items():
         _, accs = layer_forward(q.get_submodule(name), x)
-        assert all(torch.equal(f.long(), e) for f, e in zip(engines[name].accumulators(x), accs, strict=True)), name
+        assert all(
+            torch.equal(f.long(), e)
+            for f, e in zip(engines[name].accumulators(x), accs, strict=True)
+        ), name
         assert relative(engines[name](x), out) <= 1e-5, name
     kinds = [e.kind for e in engines.values()]
     assert kinds.count("packed") > 0 if w == 4 else set(kinds) == {"int8"}
@@ -175,7 +202,7 @@ def test_the_affine_form_of_a_groupnorm(channels_last):
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     x = torch.randn(2, 40, 9, 7) * 3 + 5
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    scale, shift = triton_ops.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
+    scale, shift = ops.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
     assert relative(x * scale[..., None, None] + shift[..., None, None], norm(x)) <= 1e-5
 
 
@@ -201,7 +228,10 @@ def test_inputs_without_rows_or_in_slices():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_input_that_is_not_finite_is_reported_once_by_name(bad):
     layer, steps = make_layer(nn.Conv2d(8, 4, 3), 4, 8)
-    model = nn.Sequential(TritonLayer(integer_form(layer, "first"), steps), TritonLayer(integer_form(layer, "second"), steps))
+    model = nn.Sequential(
+        TritonLayer(integer_form(layer, "first"), steps),
+        TritonLayer(integer_form(layer, "second"), steps),
+    )
     x = torch.randn(1, 8, 4, 4)
     x[0, 3, 2, 1] = bad
     model[0](torch.randn(1, 8, 4, 4)), model[1](x)
@@ -218,15 +248,22 @@ def test_what_is_not_served_is_named():
         TritonLayer(form, steps)
     layer, steps = make_layer(nn.Conv2d(8, 4, 3), 4, 8)
     form = integer_form(layer, "middle.conv")
-    with pytest.raises(EngineError, match="middle.conv: weights: expected 'packed' or 'int8', found 'int4'"):
+    with pytest.raises(
+        EngineError, match="middle.conv: weights: expected 'packed' or 'int8', found 'int4'"
+    ):
         TritonLayer(form, steps, "int4")
     engine = TritonLayer(form, steps)
     with pytest.raises(EngineError, match="middle.conv: expected 8 input channels, found 7"):
         engine(torch.randn(1, 7, 4, 4))
-    with pytest.raises(EngineError, match="middle.conv: expected float32, float16 or bfloat16 input, found torch.float64"):
+    with pytest.raises(
+        EngineError,
+        match="middle.conv: expected float32, float16 or bfloat16 input, found torch.float64",
+    ):
         engine(torch.randn(1, 8, 4, 4).double())
     steps.current = torch.tensor([0, 1])
-    with pytest.raises(EngineError, match="middle.conv: integer execution takes one step group a call"):
+    with pytest.raises(
+        EngineError, match="middle.conv: integer execution takes one step group a call"
+    ):
         engine(torch.randn(2, 8, 4, 4))
 
 
@@ -243,18 +280,18 @@ def test_candidate_tiles_serve_every_shape():
         for o in (4, 320, 10240):
             for span in (32, 64, 96, 160, 320, 1280):
                 for taps in (1, 9):
-                    found = triton_tiles.fitting(m, o, span, taps, True, 132)
+                    found = tiles.fitting(m, o, span, taps, True, 132)
                     assert found and all(span % c.bk == 0 for c in found), (m, o, span)
-    assert triton_tiles.fitting(64, 1280, 1280, 9, False, 132)[0].split > 1  # few tiles, a long reduction
-    assert all(c.split == 1 for c in triton_tiles.fitting(65536, 1280, 1280, 1, False, 132))
+    assert tiles.fitting(64, 1280, 1280, 9, False, 132)[0].split > 1  # few tiles, a long reduction
+    assert all(c.split == 1 for c in tiles.fitting(65536, 1280, 1280, 1, False, 132))
 
 
 def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
-    monkeypatch.setattr(triton_tiles, "INTERPRET", False)
+    monkeypatch.setattr(tiles, "INTERPRET", False)
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
             triton_engine.require_engine()
-    monkeypatch.setattr(triton_tiles, "triton", None)
+    monkeypatch.setattr(tiles, "triton", None)
     with pytest.raises(EngineError, match="expected the package triton"):
         triton_engine.require_engine()
 
@@ -263,15 +300,15 @@ def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test/1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    two = triton_tiles.CANDIDATES[:2]
+    two = tiles.CANDIDATES[:2]
     times = dict(zip(two, (2.0, 1.0), strict=True))
-    monkeypatch.setattr(triton_tiles.ConfigCache, "seconds", lambda self, config, run: times[config])
-    assert triton_tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
+    monkeypatch.setattr(tiles.ConfigCache, "seconds", lambda self, config, run: times[config])
+    assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
     times[two[0]] = 0.0
-    assert triton_tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
+    assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
     next(tmp_path.rglob("*.json")).write_text("{")
     with pytest.warns(UserWarning, match="tuned again"):
-        assert triton_tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
+        assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
 
 
 def test_operators_are_well_formed_for_torch_compile():
@@ -279,18 +316,31 @@ def test_operators_are_well_formed_for_torch_compile():
     engine = TritonLayer(integer_form(layer, "layer"), steps)
     x = torch.randn(1, 4, 4, 8)
     args = (x, engine.table0[0], engine.flag, engine.levels, [1, 1], True)
-    torch.library.opcheck(torch.ops.questlib.quantize, args, test_utils=("test_schema", "test_faketensor"))
-    a, sums, _ = triton_ops.quantize(*args)
+    torch.library.opcheck(
+        torch.ops.questlib.quantize, args, test_utils=("test_schema", "test_faketensor")
+    )
+    a, sums, _ = ops.quantize(*args)
     tables = (engine.scale0[0], engine.bias, None, engine.correction0[0], engine.offset0)
     args = (a, engine.weight0, *tables, sums, [3, 3], [1, 1], [], x.dtype)
-    torch.library.opcheck(torch.ops.questlib.integer_gemm, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.questlib.integer_gemm, args, test_utils=("test_schema", "test_faketensor")
+    )
 
 
 def attention_pair(bits, p_bits, heads=2, dim=20):
     """(engine, a simulation by fake quantization: q, k, v -> out) with random grids."""
     steps, width = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1])), heads * dim
-    acts = [ActQuantizer(x, bits, steps, width, -1, torch.zeros(width, dtype=torch.int64), carrier=bits <= 4) for x in "qkv"]
-    acts.append(ActQuantizer("probs", p_bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True))
+    acts = [
+        ActQuantizer(
+            x, bits, steps, width, -1, torch.zeros(width, dtype=torch.int64), carrier=bits <= 4
+        )
+        for x in "qkv"
+    ]
+    acts.append(
+        ActQuantizer(
+            "probs", p_bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True
+        )
+    )
     g = torch.Generator().manual_seed(bits)
     for group in range(GROUPS):
         for act in acts[:3]:
@@ -298,7 +348,9 @@ def attention_pair(bits, p_bits, heads=2, dim=20):
             if act.name == "v" and ratio is not None:
                 ratio = torch.where(torch.arange(width) < 20, ratio, ratio.clamp_min(5) * 2)
             zero = torch.full((width,), float(2 ** (bits - 1) + group - 1))
-            act.set_group(group, torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits), zero, ratio)
+            act.set_group(
+                group, torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits), zero, ratio
+            )
         acts[3].set_group(group, torch.full((1,), 0.15 / (2**p_bits - 1)), torch.zeros(1))
     zeros = [torch.zeros(len(a.index), dtype=torch.int64) for a in acts]
     tables = [act_grids(act, z, act.name) for act, z in zip(acts, zeros, strict=True)]
@@ -307,10 +359,17 @@ def attention_pair(bits, p_bits, heads=2, dim=20):
     def simulate(q, k, v):
         for act in acts:
             act.calibrated.fill_(True)
-        q, k, v = (act(x).unflatten(-1, (heads, dim)).transpose(1, 2) for act, x in zip(acts, (q, k, v), strict=False))
+        q, k, v = (
+            act(x).unflatten(-1, (heads, dim)).transpose(1, 2)
+            for act, x in zip(acts, (q, k, v), strict=False)
+        )
         return (acts[3]((q @ k.mT * dim**-0.5).softmax(-1)) @ v).transpose(1, 2).flatten(2)
 
-    return triton_engine.TritonAttention("middle.attention", grids, tables[2][1], steps), simulate, steps
+    return (
+        triton_engine.TritonAttention("middle.attention", grids, tables[2][1], steps),
+        simulate,
+        steps,
+    )
 
 
 @pytest.mark.parametrize(("bits", "p_bits"), [(4, 8), (8, 8), (4, 4), (6, 8)])
@@ -319,7 +378,9 @@ def attention_pair(bits, p_bits, heads=2, dim=20):
 def test_attention(bits, p_bits, queries, keys):
     """Equal to the simulation, but for probabilities on an edge of rounding: the two softmaxes differ in their last bit."""
     engine, simulate, steps = attention_pair(bits, p_bits)
-    g = torch.Generator().manual_seed(0)  # one probability that flips is 2.8% of the smallest case's outputs
+    g = torch.Generator().manual_seed(
+        0
+    )  # one probability that flips is 2.8% of the smallest case's outputs
     q, k, v = (torch.randn(2, n, 40, generator=g) for n in (queries, keys, keys))
     for group in range(GROUPS):
         steps.current = group
@@ -339,12 +400,18 @@ def test_tables_keep_their_precision_when_the_model_is_cast():
     x, before = torch.randn(5, 40), engine.table0.clone()
     y = engine(x)
     nn.Sequential(engine).half().to("cpu", torch.bfloat16)
-    assert engine.table0.dtype == torch.float32 and torch.equal(engine.table0, before) and torch.equal(engine(x), y)
+    assert (
+        engine.table0.dtype == torch.float32
+        and torch.equal(engine.table0, before)
+        and torch.equal(engine(x), y)
+    )
 
 
 def test_even_weights_that_do_not_fit_a_code_are_shifted():
     """-14..14 in steps of 2: below 16, but four bits only once halved."""
-    part = Part(0, 4, (torch.arange(-7, 8, dtype=torch.int8) * 2)[:12].reshape(3, 4), None, torch.ones(3))
+    part = Part(
+        0, 4, (torch.arange(-7, 8, dtype=torch.int8) * 2)[:12].reshape(3, 4), None, torch.ones(3)
+    )
     part = part._replace(weight=part.weight.clone().index_fill_(0, torch.tensor([0]), 14))
     part.weight[0, 0] = -14
     assert triton_engine.channel_shifts(part).tolist() == [1, 1, 1, 1]

@@ -1,0 +1,1 @@
+"""How a diffusion pipeline is driven: sampling, conditions, schedulers."""

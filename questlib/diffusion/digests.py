@@ -1,0 +1,40 @@
+"""Digests of models: what tells one from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+
+def model_digest(model: DiffusionPipeline | nn.Module) -> str:
+    """sha256 of the UNet's weights in float32: the same for a pipeline and its UNet."""
+    unet = model if isinstance(model, nn.Module) else model.unet
+    digest = hashlib.sha256()
+    for name, tensor in sorted(unet.state_dict().items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def parts_digest(pipe: DiffusionPipeline) -> str:
+    """sha256 of what decides a pipeline's images beside its UNet's weights (`model_digest`): configs, the other parts' weights,
+    a tokenizer's vocabulary."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        if part is None:
+            continue
+        config = getattr(part, "config", None) or {}
+        config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        about = {
+            k: str(v)
+            for k, v in config.items()
+            if not k.startswith("_") and k != "transformers_version"
+        }
+        about |= part.get_vocab() if hasattr(part, "get_vocab") else {}
+        digest.update(json.dumps([name, type(part).__name__, about], sort_keys=True).encode())
+        if isinstance(part, nn.Module) and name != "unet":
+            digest.update(model_digest(part).encode())
+    return digest.hexdigest()

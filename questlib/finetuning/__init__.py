@@ -1,0 +1,1 @@
+"""QuEST's selective, progressive finetuning (paper, Sec. 3.3)."""

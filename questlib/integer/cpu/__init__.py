@@ -1,0 +1,1 @@
+"""The CPU engine: oneDNN's int8 kernels."""

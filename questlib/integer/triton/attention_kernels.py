@@ -1,0 +1,158 @@
+"""Triton kernel of integer attention, launched by triton_ops.py only: both products in int8, the softmax between in float32."""
+
+import triton
+import triton.language as tl
+
+from questlib.integer.triton.kernels import ROUND, integer
+
+
+@triton.jit
+def power2(x, ASM: tl.constexpr):
+    """2^x; the hardware's instruction alone, without the care for subnormal results."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    return tl.exp2(x)
+
+
+@triton.jit
+def scores(
+    q,
+    K,
+    KEY_SUM,
+    key,
+    keys,
+    stride,
+    channel,
+    dim,
+    q_constant,
+    factor,
+    HAS_Q: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """factor * (q' + q_constant) k'^T [BQ, BK] float32 for the keys `key` [BK], -inf beyond the last. Constants of k would add
+    the same to all scores of a query, which the softmax does not see."""
+    k = tl.load(
+        K + key[None, :] * stride + channel[:, None],
+        mask=(key < keys)[None, :] & (channel < dim)[:, None],
+        other=0,
+    )
+    s = tl.dot(q, k, out_dtype=tl.int32)
+    if HAS_Q:
+        s += q_constant * tl.load(KEY_SUM + key, mask=key < keys, other=0)[None, :]
+    s = s.to(tl.float32) * factor
+    return s if EVEN else tl.where((key < keys)[None, :], s, float("-inf"))
+
+
+@triton.jit
+def attention(
+    Q,
+    K,
+    VT,
+    OUT,
+    KEY_SUM,
+    V_SUM,
+    V_SCALE,
+    queries,
+    keys,
+    keys_padded,
+    heads,
+    dim,
+    stride,
+    q_constant,
+    v_constant,
+    factor,
+    p_inverse,
+    p_high,
+    HAS_Q: tl.constexpr,
+    HAS_V: tl.constexpr,
+    P_CONSTANT: tl.constexpr,
+    EVEN: tl.constexpr,
+    ASM: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """softmax(ln 2 factor q k^T), quantized to codes 0..p_high, times v. Two passes over the keys: codes need the final sums.
+
+    q', k' int8 [B, queries or keys, stride], head h at channels h dim..; VT: v'^T int8 [B, heads dim, keys_padded], zero beyond
+    the keys; KEY_SUM int32 [B, heads, keys]: sums of k' over a head's channels; V_SUM int32 [B, heads dim]: of v' over the keys;
+    out [B, queries, heads dim] = V_SCALE * sum p (v' + v_constant). Codes travel as p - P_CONSTANT, to fit a signed byte.
+    EVEN: keys are a multiple of BK.
+    """
+    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    row, channel, key = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BK)
+    in_q, in_d = (row < queries)[:, None], (channel < dim)[None, :]
+    q = tl.load(
+        Q + (batch * queries + row)[:, None] * stride + head * dim + channel[None, :],
+        mask=in_q & in_d,
+        other=0,
+    )
+    k_head = K + batch * keys * stride + head * dim
+    v_head = VT + (batch * heads + head) * dim * keys_padded
+    sum_head = KEY_SUM + (batch * heads + head) * keys
+
+    top = tl.full((BQ,), float("-inf"), tl.float32)
+    total = tl.zeros((BQ,), tl.float32)
+    for start in range(0, keys, BK):
+        s = scores(
+            q,
+            k_head,
+            sum_head,
+            start + key,
+            keys,
+            stride,
+            channel,
+            dim,
+            q_constant,
+            factor,
+            HAS_Q,
+            EVEN,
+        )
+        larger = tl.maximum(top, tl.max(s, 1))
+        total = total * power2(top - larger, ASM) + tl.sum(power2(s - larger[:, None], ASM), 1)
+        top = larger
+
+    share = p_inverse / total
+    acc = tl.zeros((BQ, BD), tl.int32)
+    mass = tl.zeros((BQ,), tl.int32)
+    for start in range(0, keys, BK):
+        s = scores(
+            q,
+            k_head,
+            sum_head,
+            start + key,
+            keys,
+            stride,
+            channel,
+            dim,
+            q_constant,
+            factor,
+            HAS_Q,
+            EVEN,
+        )
+        p = tl.minimum(power2(s - top[:, None], ASM) * share[:, None], p_high)
+        if HAS_V:
+            mass += tl.sum(integer(p), 1)
+        code = (
+            (p + (ROUND - P_CONSTANT)).to(tl.int32, bitcast=True).to(tl.int8)
+        )  # the low byte of p's integer less the constant
+        at = start + key
+        v = tl.load(
+            v_head + channel[None, :] * keys_padded + at[:, None],
+            mask=in_d & (at < keys_padded)[:, None],
+            other=0,
+        )
+        acc = tl.dot(code, v, acc, out_dtype=tl.int32)
+    c = head * dim + channel
+    if P_CONSTANT:
+        acc += (
+            P_CONSTANT
+            * tl.load(V_SUM + batch * heads * dim + c, mask=channel < dim, other=0)[None, :]
+        )
+    if HAS_V:
+        acc += v_constant * mass[:, None]
+    out = acc.to(tl.float32) * tl.load(V_SCALE + c, mask=channel < dim, other=0.0)[None, :]
+    place = (batch * queries + row)[:, None] * (heads * dim) + c[None, :]
+    tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=in_q & in_d)

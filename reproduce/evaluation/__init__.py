@@ -1,0 +1,1 @@
+"""Metrics, their features and references, and folders of samples."""

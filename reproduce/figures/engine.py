@@ -1,0 +1,87 @@
+"""The integer engine's results (benchmarks/results): tables and pictures for README and notebook."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from reproduce.figures.plots import COLORS, STYLE
+
+
+def _run(entry: dict[str, Any]) -> str:
+    return "bit for bit" if entry["bit_identical"] else f"{entry['psnr_db']:.1f} dB"
+
+
+def equality_table(result: dict[str, Any]) -> pd.DataFrame:
+    """Of benchmarks/equality.py: layers, whole runs, and metrics of both."""
+    rows = []
+    for r in result["results"]:
+        fake, cpu = r["metrics"]["fake"], r["metrics"]["cpu"]
+        row = {"bits": r["bits"], "preset": r["preset"], "layers": r["layers"]}
+        row |= {
+            "max layer difference": f"{r['max_layer_difference']:.1e}",
+            "CPU engine against reference": _run(r["cpu_against_reference"]),
+            "CPU engine against simulation": _run(r["cpu_against_fake"]),
+            "simulation against itself in float64": _run(r["fake_float64_against_fake"]),
+        }
+        for name, head in (("fid", "FID"), ("feature_distance_to_fp", "distance to FP")):
+            row[f"{head} simulated / in integers"] = f"{fake[name]:.3f} / {cpu[name]:.3f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def formats_table(result: dict[str, Any]) -> pd.DataFrame:
+    """Of benchmarks/formats.py: one row a role, the geometric mean of its layers' errors in each format, weights quantized."""
+    layers = pd.DataFrame(result["layers"]).T
+    mark = "quantized weights, "
+    errors = (
+        layers[[c for c in layers if c.startswith(mark)]]
+        .astype(float)
+        .rename(columns=lambda c: c.removeprefix(mark))
+    )
+    table = np.exp(np.log(errors).groupby(layers["role"], sort=False).mean())
+    return table.map("{:.4f}".format).assign(layers=layers.groupby("role").size()).reset_index()
+
+
+def speed_table(result: dict[str, Any], model: str) -> pd.DataFrame:
+    """Of benchmarks/cpu_unet.py: one UNet step of each variant."""
+    rows = []
+    for name, r in result["models"][model]["variants"].items():
+        row = {"variant": name, "step, s": f"{r['step_s']:.3f}"}
+        row |= {
+            f"x {v}": f"{r[f'times_{v}']:.2f}"
+            for v in ("fp32", "bf16-compiled")
+            if f"times_{v}" in r
+        }
+        row |= {
+            "peak memory, MB": f"{r['peak_bytes'] / 1e6:.0f}",
+            "on disk, MB": f"{r['disk_bytes'] / 1e6:.1f}",
+        }
+        rows.append(row | {"of fp32": f"{r['disk_of_fp32']:.3f}"})
+    return pd.DataFrame(rows)
+
+
+def engine_figure(result: dict[str, Any], model: str) -> Figure:
+    """Of benchmarks/cpu_unet.py: seconds of one UNet step, memory while it runs, and bytes on disk, one bar a variant."""
+    rows = result["models"][model]["variants"]
+    panels = (
+        ("step_s", 1, "seconds a step"),
+        ("peak_bytes", 1e6, "peak memory, MB"),
+        ("disk_bytes", 1e6, "on disk, MB"),
+    )
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 3, figsize=(10, 0.9 + 0.28 * len(rows)), sharey=True)
+        for ax, (key, unit, label) in zip(axes, panels, strict=True):
+            colors = [COLORS[3] if name.startswith("w") else COLORS[0] for name in rows]
+            bars = ax.barh(list(rows), [row[key] / unit for row in rows.values()], color=colors)
+            ax.bar_label(bars, fmt="%.4g", fontsize=7, padding=2)
+            ax.set_xlabel(label)
+            ax.grid(axis="x", alpha=0.3)
+        axes[0].invert_yaxis()
+        figure.suptitle(f"{model}, batch {result['models'][model]['batch']}", fontsize=9)
+    plt.close(figure)
+    return figure

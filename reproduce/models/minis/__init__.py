@@ -1,0 +1,1 @@
+"""The embedded models: architectures, training data, training, export."""
