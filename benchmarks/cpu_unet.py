@@ -27,7 +27,7 @@ from diffusers import UNet2DConditionModel
 import questlib
 from questlib.config import QuantConfig
 from questlib.integer.synthetic import random_grids
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 from reproduce.models.loading import load_pipeline
 from reproduce.provenance import PeakMemory, provenance
 
@@ -61,7 +61,7 @@ def float_unet(model: str) -> torch.nn.Module:
 
 def make_checkpoint(model: str, bits: tuple[int, int], folder: Path) -> int:
     config = QuantConfig.preset("quest", *bits, weight_range="minmax", adaround=False)
-    unet = insert(float_unet(model), config, TIMESTEPS)
+    unet = prepare(float_unet(model), config, TIMESTEPS)
     random_grids(unet)
     return questlib.save_pretrained(unet, folder)
 

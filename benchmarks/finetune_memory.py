@@ -33,7 +33,7 @@ from questlib.finetuning.loop import settle  # noqa: E402
 from questlib.finetuning.losses import losses
 from questlib.finetuning.stages import stages, trainable  # noqa: E402
 from questlib.quantization.model import act_quantizers, quant_layers
-from questlib.quantization.prepare import insert  # noqa: E402
+from questlib.quantization.preparation import prepare
 from reproduce.provenance import provenance  # noqa: E402
 
 RESULT = Path(__file__).parent / "results" / "finetune_memory.json"
@@ -92,7 +92,7 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
     teacher = (
         teacher.to_empty(device="cpu").eval().requires_grad_(False)
     )  # never touched, so it takes no memory
-    student, mode, living = insert(teacher, config, TIMESTEPS), FakeTensorMode(), Living()
+    student, mode, living = prepare(teacher, config, TIMESTEPS), FakeTensorMode(), Living()
     stage = stages(student, config)[-1]
     trained = [p for group in trainable(student, stage, config) for p in group["params"]]
     moments = 2 * 4 * sum(p.numel() for p in trained)

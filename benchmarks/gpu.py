@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--sections: expected some of {', '.join(SECTIONS)}, found {', '.join(unknown)}"
         )
     if "layers" in wanted and "peaks" not in wanted and args.shard is None:
-        wanted.insert(0, "peaks")
+        wanted.prepare(0, "peaks")
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch

@@ -166,7 +166,7 @@ def random_unet(name: str, bits: int = 32, device: str = "cuda", **size):
 
     from questlib import QuantConfig
     from questlib.integer.synthetic import random_grids
-    from questlib.quantization.prepare import insert
+    from questlib.quantization.preparation import prepare
 
     size = (
         dict(sample_size=64, cross_attention_dim=768, block_out_channels=(320, 640, 1280, 1280))
@@ -177,6 +177,6 @@ def random_unet(name: str, bits: int = 32, device: str = "cuda", **size):
     if name == "float":
         return unet.eval().requires_grad_(False)
     config = QuantConfig.preset(name, bits, bits, weight_range="minmax", step_groups=2)
-    unet = insert(unet, config, torch.arange(0, 1000, 20)).to(device)
+    unet = prepare(unet, config, torch.arange(0, 1000, 20)).to(device)
     random_grids(unet)
     return unet

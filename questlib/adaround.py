@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.calibration import Batch, Calibration
-from questlib.capture import capture, recorded, run_time_layers
+from questlib.capture import capture_calls, capture_outputs, run_time_layers
 from questlib.config import QuantConfig
 from questlib.finetuning.losses import local_loss
 from questlib.quantization.layers import QuantLayer
@@ -96,8 +96,8 @@ def _each_block(
     inputs = pick_samples(calib, config.adaround.samples, config.seed)
     groups = torch.as_tensor(student.quest_steps.lookup(inputs.t)).expand(len(inputs))
     for name in tqdm(blocks(student, inputs), desc=desc, disable=not progress, mininterval=2):
-        calls, _ = capture(student, name, inputs, config.forward_batch)
-        _, targets = capture(teacher, name, inputs, config.forward_batch)
+        calls, _ = capture_calls(student, name, inputs, config.forward_batch)
+        _, targets = capture_calls(teacher, name, inputs, config.forward_batch)
         yield student.get_submodule(name), _join(calls), torch.cat(targets), groups
 
 
@@ -138,19 +138,19 @@ def rounding_loss(layers: list[QuantLayer], i: int, iters: int) -> torch.Tensor 
         return 0.0
     beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress - WARMUP) / (1 - WARMUP))
     return ROUND_WEIGHT * sum(
-        (1 - (2 * layer.wq.rounding() - 1).abs().pow(beta)).mean() for layer in layers
+        (1 - (2 * layer.weight_quantizer.rounding() - 1).abs().pow(beta)).mean() for layer in layers
     )
 
 
 def _start(layers: list[QuantLayer]) -> list[nn.Parameter]:
     for layer in layers:
         layer.thaw()
-    return [layer.wq.start_adaround(layer.weight) for layer in layers]
+    return [layer.weight_quantizer.start_adaround(layer.weight) for layer in layers]
 
 
 def _harden(layers: list[QuantLayer]) -> None:
     for layer in layers:
-        layer.weight.data.copy_(layer.wq.harden(layer.weight))
+        layer.weight.data.copy_(layer.weight_quantizer.harden(layer.weight))
         layer.freeze()
 
 
@@ -160,15 +160,17 @@ def reconstruct_time(
     """AdaRound of all time-embedding layers as one block, on what it gives at every calibrated step: the temporal features that
     the ResBlocks receive (TFMQ-DM, Huang et al. 2024: temporal information block and its reconstruction)."""
     layers = [
-        m for m in quant_layers(student).values() if m.role in TIME_ROLES and m.wq is not None
+        m
+        for m in quant_layers(student).values()
+        if m.role in TIME_ROLES and m.weight_quantizer is not None
     ]
     names = [n for n, m in quant_layers(student).items() if m.role == "time_proj"]
     t = calib.t.to(student.device)
-    with torch.no_grad(), recorded(teacher, names) as targets:
+    with torch.no_grad(), capture_outputs(teacher, names) as targets:
         run_time_layers(teacher, t)
     opt = torch.optim.Adam([{"params": _start(layers), "lr": config.adaround.lr}])
     for i in range(config.adaround.iters):
-        with recorded(student, names) as own:
+        with capture_outputs(student, names) as own:
             run_time_layers(student, t)
         loss = local_loss(own, targets, normalize=True) + rounding_loss(
             layers, i, config.adaround.iters
@@ -200,7 +202,7 @@ def reconstruct_weights(
         layers = [
             m
             for m in block.modules()
-            if isinstance(m, QuantLayer) and m.wq is not None and m.role not in done
+            if isinstance(m, QuantLayer) and m.weight_quantizer is not None and m.role not in done
         ]
         if not layers:
             continue

@@ -23,7 +23,7 @@ from questlib.diffusion.sampling import (
     initial_noise,
     sample_generators,
 )
-from questlib.distributed import processes, share
+from questlib.distributed import broadcast_from, processes
 from questlib.errors import CheckpointError, ConfigError
 
 
@@ -174,7 +174,7 @@ def calibrate(
             mine = batches[first + state.process_index : first + state.process_index + 1]
             found = trajectories(mine[0]) if mine else None
             for owner, indices in enumerate(batches[first : first + state.num_processes]):
-                part = share(found, owner)
+                part = broadcast_from(found, owner)
                 whole["t"] = part.pop("t")
                 for key, value in part.items():
                     if key not in whole:

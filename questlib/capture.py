@@ -15,12 +15,12 @@ pass
 from contextlib import suppress
 
 
-class PassDone(Exception):
+class StopForward(Exception):
     """Ends a forward pass of which nothing more is needed."""
 
 
 @contextmanager
-def recorded(
+def capture_outputs(
     unet: nn.Module, names: list[str], device: str | None = None, stop: bool = False
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Inside the block, the dict holds the last output of each named layer, with its gradient history; on `device` if given.
@@ -33,14 +33,14 @@ def recorded(
         def keep(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
             outputs[name] = out if device is None else out.to(device)
             if stop and len(outputs) == len(names):
-                raise PassDone
+                raise StopForward
 
         return keep
 
     handles = [unet.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     try:
         yield outputs
-    except PassDone:
+    except StopForward:
         pass
     finally:
         for handle in handles:
@@ -59,19 +59,19 @@ def run_time_layers(unet: nn.Module, t: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def capture(unet: nn.Module, name: str, inputs: Batch, size: int = 64) -> tuple[list, list]:
+def capture_calls(unet: nn.Module, name: str, inputs: Batch, size: int = 64) -> tuple[list, list]:
     """What block `name` received (by position or keyword) and gave in a run of the UNet: two lists, `size` inputs an entry."""
     received, gave = [], []
 
     def hook(module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
         received.append((args, kwargs))
         gave.append(out)
-        raise PassDone  # what comes after the block is not needed
+        raise StopForward  # what comes after the block is not needed
 
     handle = unet.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
     try:
         for part in inputs.split(size):
-            with suppress(PassDone):
+            with suppress(StopForward):
                 part.run(unet)
     finally:
         handle.remove()

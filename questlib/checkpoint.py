@@ -27,7 +27,7 @@ from questlib.integer.conversion import convert
 from questlib.integer.engines import LAYERS, choose_engine
 from questlib.integer.form import packed_size
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, step_groups
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 
 FORMAT = 1
 UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
@@ -71,9 +71,11 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     out = Path(out_dir)
     state = dict(unet.state_dict())
     for name, layer in quant_layers(unet).items():
-        if layer.wq is not None:
+        if layer.weight_quantizer is not None:
             del state[f"{name}.weight"]
-            state[f"{name}.codes"] = pack(layer.wq.codes(layer.weight.detach()), layer.wq.bits)
+            state[f"{name}.codes"] = pack(
+                layer.weight_quantizer.codes(layer.weight.detach()), layer.weight_quantizer.bits
+            )
     for name in list(state):
         last = name.rsplit(".", 1)[-1]
         if last in SMALL:
@@ -141,7 +143,9 @@ def from_pretrained(
             {k: v for k, v in config["unet"].items() if not k.startswith("_")}
         )
         # ranges are overwritten below: skip the search
-        unet = insert(unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"]))
+        unet = prepare(
+            unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"])
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})"
@@ -150,7 +154,7 @@ def from_pretrained(
     packed = {
         n: state.pop(f"{n}.codes", None)
         for n, layer in quant_layers(unet).items()
-        if layer.wq is not None
+        if layer.weight_quantizer is not None
     }
     missing = [f"{n}.codes" for n, v in packed.items() if v is None]
     own = unet.state_dict()
@@ -171,9 +175,11 @@ def from_pretrained(
     if bad:
         raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(bad[:5])}")
     for name, layer in quant_layers(unet).items():
-        if layer.wq is not None:
+        if layer.weight_quantizer is not None:
             layer.weight.data.copy_(
-                layer.wq.decode(unpack(packed[name], layer.wq.bits, layer.weight.shape))
+                layer.weight_quantizer.decode(
+                    unpack(packed[name], layer.weight_quantizer.bits, layer.weight.shape)
+                )
             )
     uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
     if quant.noise_correction and not bool(unet.quest_correction.calibrated):

@@ -29,7 +29,7 @@ def device() -> torch.device:
     return torch.device("cpu") if found.type == "cpu" else found
 
 
-def share(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torch.Tensor]:
+def broadcast_from(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torch.Tensor]:
     """The tensors of process `owner`, on every process, on the CPU and bit for bit; what the others pass does not count."""
     state = processes()
     if state.num_processes == 1:

@@ -60,7 +60,7 @@ class Observer:
         x = torch.cat(self.values, 1)  # [C, n]
         symmetric = config.ranges.act_symmetric and not q.unsigned
         if self.snapped or (self.per_channel and len(q.index) > 1):
-            scale, zero = range_search.search(
+            scale, zero = range_search.choose_qparams(
                 x,
                 self.lo,
                 self.hi,
@@ -82,7 +82,7 @@ class Observer:
             for part in range(q.scale.shape[1]):
                 own = (q.index if q.scale.shape[1] > 1 else torch.zeros_like(q.index)) == part
                 lo, hi = self.lo[own].amin()[None], self.hi[own].amax()[None]
-                s, z = range_search.search(
+                s, z = range_search.choose_qparams(
                     x[own].reshape(1, -1),
                     lo,
                     hi,

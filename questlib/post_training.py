@@ -20,7 +20,7 @@ from questlib.config import OFF, QuantConfig
 from questlib.errors import CheckpointError
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 from questlib.versions import STAGE_VERSIONS
 
 
@@ -39,7 +39,7 @@ def quantize(
     stage (as first computed, when cached; "ranges" are the weights', too).
     """
     clock = time.perf_counter()
-    student = insert(unet, config, calib.t)
+    student = prepare(unet, config, calib.t)
     log = {
         "seconds": {"ranges": time.perf_counter() - clock, "reconstruct": 0.0},
         "ranges_cached": False,
@@ -67,7 +67,7 @@ def quantize(
             {
                 name: layer.weight.detach()
                 for name, layer in quant_layers(student).items()
-                if layer.wq is not None
+                if layer.weight_quantizer is not None
             },
             lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
         )

@@ -38,7 +38,7 @@ def attach(layers: Iterable[QuantLayer], rank: int, seed: int) -> None:
     """Give the layers low-rank updates; with rank 0 nothing."""
     generator = torch.Generator().manual_seed(seed)
     for layer in layers if rank else ():
-        unit = 1.0 if layer.wq is None else layer.wq.scale.mean().item()
+        unit = 1.0 if layer.weight_quantizer is None else layer.weight_quantizer.scale.mean().item()
         parametrize.register_parametrization(
             layer, "weight", LowRank(layer.weight, rank, unit, generator)
         )
@@ -51,7 +51,7 @@ def merge(layers: Iterable[QuantLayer]) -> None:
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
-def trained_numbers(layer: QuantLayer, rank: int) -> int:
+def count_trainable(layer: QuantLayer, rank: int) -> int:
     """How many numbers of a layer are trained: its weights, or with a rank those of the update."""
     rows, columns = layer.weight.shape[0], layer.weight[0].numel()
     return min(rank, rows, columns) * (rows + columns) if rank else rows * columns

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from questlib.baselines.low_rank import attach, merge, trained_numbers
+from questlib.baselines.low_rank import attach, count_trainable, merge
 from questlib.calibration import Batch, Calibration
-from questlib.capture import recorded, run_time_layers
+from questlib.capture import capture_outputs, run_time_layers
 from questlib.config import QuantConfig
 from questlib.distributed import mean, processes, synchronize
 from questlib.errors import ConfigError, QuestError
@@ -74,7 +74,7 @@ def finetune(
     if not todo:
         return log
     trained = {
-        id(m): trained_numbers(m, stage.rank) for stage in todo for m in stage.layers.values()
+        id(m): count_trainable(m, stage.rank) for stage in todo for m in stage.layers.values()
     }
     log["trained_weights"] = sum(trained.values())
     log["trained_fraction"] = log["trained_weights"] / sum(
@@ -103,7 +103,9 @@ def finetune(
             continue
         with (
             torch.no_grad(),
-            recorded(teacher, list(stage.layers) if stage.name == "tla" else []) as te_targets,
+            capture_outputs(
+                teacher, list(stage.layers) if stage.name == "tla" else []
+            ) as te_targets,
         ):
             run_time_layers(teacher, te_t)
         # a state of the stage before has none of this one's low-rank updates

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from questlib.calibration import Batch
-from questlib.capture import recorded, run_time_layers
+from questlib.capture import capture_outputs, run_time_layers
 from questlib.config import QuantConfig
 from questlib.distributed import mean
 from questlib.finetuning.stages import Stage
@@ -47,17 +47,19 @@ def losses(
             now = te_t == batch.t[0].to(te_t.device)
             te_t, te_targets = te_t[now], {name: target[now] for name, target in te_targets.items()}
         if stage.local:
-            with recorded(student, names) as own:
+            with capture_outputs(student, names) as own:
                 run_time_layers(student, te_t)
             local = local_loss(own, te_targets, config.finetuning.normalize_local)
         out = batch.run(student)
     elif stage.local:
         with (
             torch.no_grad(),
-            recorded(teacher, names, "cpu" if config.save_memory else None, stop=True) as target,
+            capture_outputs(
+                teacher, names, "cpu" if config.save_memory else None, stop=True
+            ) as target,
         ):
             batch.run(teacher)
-        with recorded(student, names) as own:
+        with capture_outputs(student, names) as own:
             out = batch.run(student)
         local = local_loss(own, target, config.finetuning.normalize_local)
     else:

@@ -96,8 +96,8 @@ def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
             continue
         layer.weight.requires_grad_(True)
         unit = (
-            layer.wq.scale.mean().item()
-            if config.finetuning.lr_relative and layer.wq is not None
+            layer.weight_quantizer.scale.mean().item()
+            if config.finetuning.lr_relative and layer.weight_quantizer is not None
             else 1.0
         )
         groups.append(
@@ -106,7 +106,11 @@ def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
     frozen_te = (
         config.finetuning.te_layers == "projections"
     )  # the release never trains the scales of the two time_embed layers
-    skip = {id(m.act) for m in quant_layers(unet).values() if frozen_te and m.role == "time_embed"}
+    skip = {
+        id(m.input_quantizer)
+        for m in quant_layers(unet).values()
+        if frozen_te and m.role == "time_embed"
+    }
     for q in act_quantizers(unet):
         if q.enabled and q.bits != OFF and id(q) not in skip:
             q.scale.requires_grad_(True)

@@ -62,7 +62,11 @@ def convert(
     unet = unet if inplace else copy.deepcopy(unet)
     unet.requires_grad_(False).eval()
     for name, layer in quant_layers(unet).items():
-        if layer.wq is None or not layer.weights_on or not layer.act.enabled:
+        if (
+            layer.weight_quantizer is None
+            or not layer.weights_on
+            or not layer.input_quantizer.enabled
+        ):
             continue  # asked for in the config: it runs in floating point
         try:
             form = integer_form(layer, name)

@@ -22,8 +22,8 @@ def one_output(
     multiplier, a = (code - zero point) * multiplier, weight w, product a w; and the sums and results of both ways to compute it).
     EngineError when the layer has no integer form, or grids a token.
     """
-    form = integer_form(layer, layer.act.name.removesuffix(".act"))
-    grid, part = form.grids[layer.act.steps.current][0], form.parts[0]
+    form = integer_form(layer, layer.input_quantizer.name.removesuffix(".input_quantizer"))
+    grid, part = form.grids[layer.input_quantizer.steps.current][0], form.parts[0]
     if isinstance(layer, nn.Conv2d):
         terms = F.unfold(x[:1], layer.kernel_size, layer.dilation, layer.padding, layer.stride)[
             0, :, position
@@ -32,10 +32,10 @@ def one_output(
     else:
         terms = x.reshape(-1, x.shape[-1])[position]
         simulated = layer(x).reshape(-1, layer.out_features)[position, output]
-    repeat = len(terms) // len(layer.act.index)
+    repeat = len(terms) // len(layer.input_quantizer.index)
 
     def each(values: torch.Tensor) -> torch.Tensor:
-        return values.expand(len(layer.act.index)).repeat_interleave(repeat)
+        return values.expand(len(layer.input_quantizer.index)).repeat_interleave(repeat)
 
     if form.token:
         raise EngineError(f"{form.name}: expected a static activation grid, found one a token")

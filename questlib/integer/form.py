@@ -182,7 +182,7 @@ def act_grids(
 
 def integer_form(layer: QuantLayer, name: str) -> IntegerForm:
     """The integer form of a quantized layer. EngineError, naming the layer, when it has none or int32 could overflow."""
-    wq, act, groups = layer.wq, layer.act, getattr(layer, "groups", 1)
+    wq, act, groups = layer.weight_quantizer, layer.input_quantizer, getattr(layer, "groups", 1)
     if wq is None or not layer.weights_on or not act.enabled:
         raise EngineError(f"{name}: integer execution needs quantized weights and activations")
     if isinstance(layer, nn.Conv2d) and (

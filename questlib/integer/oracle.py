@@ -90,30 +90,30 @@ def accumulate(x: torch.Tensor, w: torch.Tensor, layer: QuantLayer) -> torch.Ten
 
 def layer_forward(layer: QuantLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Run one quantized layer in integers: (output float32 as the layer's own forward gives it, accumulators int64 [P, ...])."""
-    if layer.wq is None or not layer.act.enabled:
+    if layer.weight_quantizer is None or not layer.input_quantizer.enabled:
         raise ConfigError(
-            f"{layer.act.name}: integer execution needs quantized weights and activations"
+            f"{layer.input_quantizer.name}: integer execution needs quantized weights and activations"
         )
-    act, base, shift = carry(x, layer.act)
-    wq, ndim = layer.wq, layer.weight.ndim
+    act, base, shift = carry(x, layer.input_quantizer)
+    wq, ndim = layer.weight_quantizer, layer.weight.ndim
     w = wq.codes(layer.weight.detach()).long() - wq.expand(wq.zero_point, ndim).long()
     parts, groups = wq.scale.shape[1], getattr(layer, "groups", 1)
     if groups > 1 and bool(shift.any()):
         raise ConfigError(
-            f"{layer.act.name}: block shifts on a grouped convolution have no integer form here"
+            f"{layer.input_quantizer.name}: block shifts on a grouped convolution have no integer form here"
         )
     if groups == 1:
         w = w << shift.reshape(1, -1, *[1] * (ndim - 2))
-    if layer.wq.bits <= 4 and int(w.abs().max()) > BYTE:
+    if layer.weight_quantizer.bits <= 4 and int(w.abs().max()) > BYTE:
         raise ConfigError(
-            f"{layer.act.name}: carried weight {int(w.abs().max())} does not fit a signed byte"
+            f"{layer.input_quantizer.name}: carried weight {int(w.abs().max())} does not fit a signed byte"
         )
     out_shape = (1, -1, 1, 1) if ndim == 4 else (-1,)
     accs, y = [], 0.0
     for part in range(parts):
         own = (wq.index == part).long().reshape(1, -1, *[1] * (ndim - 2))
         acc = accumulate(act, w * own, layer)
-        dim = layer.act.dim if layer.act.token else 0
+        dim = layer.input_quantizer.dim if layer.input_quantizer.token else 0
         own_base = base.narrow(dim, part if base.shape[dim] > 1 else 0, 1).double()
         y = y + acc.double() * own_base * wq.scale[:, part].double().reshape(out_shape)
         accs.append(acc)

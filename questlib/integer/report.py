@@ -25,14 +25,14 @@ def engine_report(unet: nn.Module) -> pd.DataFrame:
             rows.append((name.removesuffix(".processor"), module.engine, module.format, 0, 0))
         elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
             quantized = isinstance(module, QuantLayer) and (
-                module.wq is not None or module.act.enabled
+                module.weight_quantizer is not None or module.input_quantizer.enabled
             )
-            simulated = quantized and (module.act.enabled or module.weights_on)
+            simulated = quantized and (module.input_quantizer.enabled or module.weights_on)
             engine = "fake" if simulated else str(module.weight.dtype).removeprefix("torch.")
             size = module.weight.numel() * module.weight.element_size()
             packed = (
-                packed_size(module.weight.numel(), module.wq.bits)
-                if simulated and module.wq is not None
+                packed_size(module.weight.numel(), module.weight_quantizer.bits)
+                if simulated and module.weight_quantizer is not None
                 else size
             )
             rows.append((name, engine, "simulated" if simulated else "not quantized", packed, size))

@@ -38,7 +38,7 @@ def random_layer(
         StepGroups(torch.arange(2 * GROUPS), torch.arange(2 * GROUPS) // 2),
     )
     act = ActQuantizer(
-        "layer.act",
+        "layer.input_quantizer",
         act_bits,
         steps,
         channels,

@@ -17,18 +17,26 @@ class QuantLayer(nn.Module):
     """
 
     role: str
-    act: ActQuantizer
-    wq: WeightQuantizer | None
+    input_quantizer: ActQuantizer
+    weight_quantizer: WeightQuantizer | None
     w_hat: torch.Tensor | None
 
     def quantized_weight(self) -> torch.Tensor:
         if self.w_hat is not None:
             return self.w_hat
-        return self.weight if self.wq is None or not self.weights_on else self.wq(self.weight)
+        return (
+            self.weight
+            if self.weight_quantizer is None or not self.weights_on
+            else self.weight_quantizer(self.weight)
+        )
 
     @torch.no_grad()
     def freeze(self) -> None:
-        self.w_hat = self.wq(self.weight) if self.wq is not None and self.weights_on else None
+        self.w_hat = (
+            self.weight_quantizer(self.weight)
+            if self.weight_quantizer is not None and self.weights_on
+            else None
+        )
 
     def thaw(self) -> None:
         self.w_hat = None
@@ -36,12 +44,12 @@ class QuantLayer(nn.Module):
 
 class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.act(x), self.quantized_weight(), self.bias)
+        return F.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(self.act(x), self.quantized_weight(), self.bias)
+        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
 
 
 def convert_layer(
@@ -49,7 +57,12 @@ def convert_layer(
 ) -> None:
     """Turn a layer into its quantized class in place: same object, same parameters, same name in the model."""
     module.__class__ = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
-    module.role, module.act, module.wq, module.weights_on = role, act, wq, True
+    module.role, module.input_quantizer, module.weight_quantizer, module.weights_on = (
+        role,
+        act,
+        wq,
+        True,
+    )
     module.register_buffer(
         "w_hat", None, persistent=False
     )  # a buffer, so that .to() takes it along

@@ -74,7 +74,7 @@ def percentile_bounds(
     return best_lo, best_hi
 
 
-def search(
+def choose_qparams(
     x: torch.Tensor,
     lo: torch.Tensor,
     hi: torch.Tensor,

@@ -28,7 +28,7 @@ class WeightQuantizer(nn.Module):
         scales, zeros = [], []
         for part in range(int(index.max()) + 1):
             rows = w[:, index == part].flatten(1).float()  # [O, n]
-            s, z = range_search.search(rows, rows.amin(1), rows.amax(1), bits, method)
+            s, z = range_search.choose_qparams(rows, rows.amin(1), rows.amax(1), bits, method)
             scales.append(s), zeros.append(z)
         self.register_buffer("scale", torch.stack(scales, 1))
         self.register_buffer("zero_point", torch.stack(zeros, 1))

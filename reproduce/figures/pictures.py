@@ -16,7 +16,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 
 from questlib.calibration import Calibration
-from questlib.capture import recorded, run_time_layers
+from questlib.capture import capture_outputs, run_time_layers
 from questlib.observers import VALUES_PER_TENSOR
 from questlib.quantization import carrier, primitives, range_search
 from questlib.quantization.roles import TIME_ROLES, layer_roles
@@ -116,7 +116,7 @@ def channel_rows(x: torch.Tensor, dim: int) -> torch.Tensor:
 def grid(values: torch.Tensor, bits: int, search: str) -> torch.Tensor:
     """The 2^bits values, ascending, to which one quantizer rounds all of `values` [n]; its range from one of SEARCHES."""
     method, norm = SEARCHES[search]
-    scale, zero = range_search.search(
+    scale, zero = range_search.choose_qparams(
         _thin(values)[None], values.min()[None], values.max()[None], bits, method, norm=norm
     )
     return (torch.arange(2**bits) - zero) * scale
@@ -200,10 +200,10 @@ def channel_scales(
     norm: the searches minimize |error|^norm (QuantConfig.range_norm).
     """
     lo, hi = rows.amin(1), rows.amax(1)
-    one, zero = range_search.search(
+    one, zero = range_search.choose_qparams(
         _thin(rows.flatten())[None], lo.amin()[None], hi.amax()[None], bits, "mse", norm=norm
     )
-    free, free_zero = range_search.search(rows, lo, hi, bits, "mse", norm=norm)
+    free, free_zero = range_search.choose_qparams(rows, lo, hi, bits, "mse", norm=norm)
     shifts = carrier.block_shifts(free[None])
     base, ratio, carrier_zero = carrier.snap_to_carrier(rows, free, free_zero, shifts, bits, norm)
     tensor = (one.expand(len(rows)), zero.expand(len(rows)))
@@ -259,7 +259,7 @@ def channel_figure(rows: torch.Tensor, bits: int, norm: float) -> Figure:
 def time_outputs(unet: nn.Module, t: torch.Tensor) -> dict[str, torch.Tensor]:
     """Output [T, C] of each time-embedding layer for t int64 [T]."""
     names = [n for n, role in layer_roles(unet).items() if role in TIME_ROLES]
-    with recorded(unet, names) as outputs:
+    with capture_outputs(unet, names) as outputs:
         run_time_layers(unet, t.to(unet.device))
     return {n: outputs[n].cpu() for n in names}
 
@@ -317,7 +317,7 @@ def layer_errors(
     error, power = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
     for x, t in zip(calib.x[:, :samples], calib.t, strict=True):
         x, t = x.to(teacher.device), t.to(teacher.device)
-        with recorded(teacher, names) as targets, recorded(student, names) as own:
+        with capture_outputs(teacher, names) as targets, capture_outputs(student, names) as own:
             teacher(x, t), student(x, t)
         for n in names:
             error[n] += (own[n] - targets[n]).square().sum().item()

@@ -301,7 +301,7 @@ class Autoencoder(nn.Module):
             blocks = nn.ModuleList(
                 [VaeResBlock(c if j == 0 else width, width) for j in range(layers + 1)]
             )
-            up.insert(0, named(block=blocks))
+            up.prepare(0, named(block=blocks))
             c = width
             if level:
                 up[0].add_module("upsample", named(conv=nn.Conv2d(c, c, 3, padding=1)))

@@ -21,7 +21,7 @@ def test_errors_of_layers(pipe, calib, fast):
     found = formats.layer_errors(unet, pipe.unet, calib)
     assert set(found) == set(quant_layers(unet)) and all(0 < v < 1 for v in found.values())
     name = next(n for n, m in quant_layers(unet).items() if m.role == "conv")
-    alone = quant_layers(unet)[name].act
+    alone = quant_layers(unet)[name].input_quantizer
     set_mode(unet, acts=False)
     alone.enabled = True
     again = formats.layer_errors(unet, pipe.unet, calib)

@@ -7,7 +7,7 @@ from questlib.errors import CheckpointError, ConfigError
 from questlib.observers import Observer, init_ranges
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.model import act_quantizers
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 from questlib.quantization.step_groups import StepGroups
 
 
@@ -58,7 +58,7 @@ def test_bad_counts(pipe):
 @pytest.mark.parametrize("granularity", [{}, {"act_granularity": "token"}], ids=["preset", "token"])
 def test_ranges_are_set_for_every_group(pipe, calib, name, a, granularity):
     config = QuantConfig.preset(name, 4, a, calib_batch=8, **granularity)
-    q = insert(pipe.unet, config, calib.t)
+    q = prepare(pipe.unet, config, calib.t)
     init_ranges(q, calib, config)
     for act in act_quantizers(q):
         assert bool(act.calibrated) and act.observer is None
@@ -76,7 +76,7 @@ def test_softmax_is_unsigned_in_every_preset(pipe, calib):
     """Trap 4: no bit is wasted on negative values that do not occur."""
     for name, a in (("minmax", 8), ("quest-paper", 4), ("quest-release", 8), ("quest", 4)):
         config = QuantConfig.preset(name, 4, a, calib_batch=8)
-        q = insert(pipe.unet, config, calib.t)
+        q = prepare(pipe.unet, config, calib.t)
         init_ranges(q, calib, config)
         probs = [x for x in act_quantizers(q) if x.unsigned]
         assert probs and all(

@@ -76,15 +76,15 @@ def edit(path, change):
     ("change", "says"),
     [
         (lambda s: s.pop("conv_in.codes"), "missing: conv_in.codes"),
-        (lambda s: s.pop("conv_in.act.scale"), "missing: conv_in.act.scale"),
+        (lambda s: s.pop("conv_in.input_quantizer.scale"), "missing: conv_in.input_quantizer.scale"),
         (lambda s: s.update(extra=torch.zeros(1)), "unexpected: extra"),
         (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), r"wrong shape: conv_in.bias \[3\]"),
         (
             lambda s: s.update({"conv_in.codes": s["conv_in.codes"][:-1].clone()}),
             "expected .* bytes",
         ),
-        (lambda s: s["conv_in.act.scale"].fill_(float("nan")), "not finite: conv_in.act.scale"),
-        (lambda s: s["conv_in.act.calibrated"].fill_(False), "never calibrated: conv_in.act"),
+        (lambda s: s["conv_in.input_quantizer.scale"].fill_(float("nan")), "not finite: conv_in.input_quantizer.scale"),
+        (lambda s: s["conv_in.input_quantizer.calibrated"].fill_(False), "never calibrated: conv_in.input_quantizer"),
     ],
 )
 def test_damage_is_named(saved, change, says):

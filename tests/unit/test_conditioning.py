@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from questlib import Calibration, calibrate, finetune, quantize, save_pretrained
 from questlib.adaround import blocks
-from questlib.capture import recorded, run_time_layers
+from questlib.capture import capture_outputs, run_time_layers
 from questlib.diffusion.conditioning import Condition, Conditioning
 from questlib.diffusion.sampling import choose_scheduler, denoise
 from questlib.errors import ConfigError
@@ -253,7 +253,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
         params = [p for g in trainable(q, stage, config) for p in g["params"]]
         with (
             torch.no_grad(),
-            recorded(classes.unet, list(stage.layers) if stage.name == "tla" else []) as targets,
+            capture_outputs(
+                classes.unet, list(stage.layers) if stage.name == "tla" else []
+            ) as targets,
         ):
             run_time_layers(classes.unet, guided.t)
         local, total = losses(q, classes.unet, stage, config, batch, guided.t, targets)

@@ -8,7 +8,7 @@ from questlib.errors import ConfigError
 from questlib.observers import init_ranges
 from questlib.presets import PRESETS
 from questlib.quantization.model import act_quantizers
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -125,7 +125,7 @@ def test_keys_after_the_ranges_do_not_change_them(pipe, calib, fast):
     )
     found = []
     for config in (a, b.replace(te="finetune")):
-        q = insert(pipe.unet, config, calib.t)
+        q = prepare(pipe.unet, config, calib.t)
         init_ranges(q, calib, config)
         found.append([v for act in act_quantizers(q) for v in act.state_dict().values()])
     assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))

@@ -10,7 +10,7 @@ import tiny_pipelines as tiny
 import torch
 
 from questlib import QuantConfig, calibrate, finetune, quantize
-from questlib.distributed import device, mean, processes, share
+from questlib.distributed import broadcast_from, device, mean, processes
 from questlib.errors import ConfigError
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -54,7 +54,7 @@ def process(index: int, count: int, port: int, folder) -> None:
     torch.set_num_threads(1)
     state = processes()
     assert (state.num_processes, state.process_index, state.backend) == (count, index, "gloo")
-    shared = share({"a": torch.arange(3)} if index == count - 1 else None, count - 1)
+    shared = broadcast_from({"a": torch.arange(3)} if index == count - 1 else None, count - 1)
     assert shared["a"].tolist() == [0, 1, 2]
     assert mean(torch.tensor([float(index)])).item() == (count - 1) / 2
     torch.save(job(tiny.class_conditional(tokens=3), folder / "state"), folder / f"{index}.pt")
@@ -112,7 +112,7 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(two):
 
 def test_one_process_is_left_alone():
     x = {"a": torch.ones(2)}
-    assert share(x, 0) is x and mean(x["a"]) is x["a"] and str(device()) in ("cpu", "cuda")
+    assert broadcast_from(x, 0) is x and mean(x["a"]) is x["a"] and str(device()) in ("cpu", "cuda")
 
 
 def test_on_cuda_convolutions_are_float32(monkeypatch):

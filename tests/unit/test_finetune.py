@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from questlib import QuantConfig, finetune, quantize
-from questlib.capture import recorded, run_time_layers
+from questlib.capture import capture_outputs, run_time_layers
 from questlib.errors import CheckpointError, ConfigError
 from questlib.finetuning.losses import losses
 from questlib.finetuning.optimizer import StageAdam
@@ -30,7 +30,9 @@ def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name,
         }
         with (
             torch.no_grad(),
-            recorded(pipe.unet, list(stage.layers) if stage.name == "tla" else []) as targets,
+            capture_outputs(
+                pipe.unet, list(stage.layers) if stage.name == "tla" else []
+            ) as targets,
         ):
             run_time_layers(pipe.unet, calib.t)
         step = torch.arange(10) % 5  # every step, so that every group's scales are used
@@ -48,7 +50,7 @@ def test_local_losses_reach_their_own_layers_alone(pipe, calib, fast):
     q = quantize(pipe.unet, config, calib)
     stage = stages(q, config)[0]
     trainable(q, stage, config)
-    with torch.no_grad(), recorded(pipe.unet, list(stage.layers)) as targets:
+    with torch.no_grad(), capture_outputs(pipe.unet, list(stage.layers)) as targets:
         run_time_layers(pipe.unet, calib.t)
     local, _ = losses(
         q,
@@ -69,22 +71,22 @@ def test_local_losses_reach_their_own_layers_alone(pipe, calib, fast):
 
 def test_time_layers_see_what_the_whole_unet_gives_them(pipe, calib):
     names = [n for n, m in pipe.unet.named_modules() if n.endswith("time_emb_proj")]
-    with torch.no_grad(), recorded(pipe.unet, names) as short:
+    with torch.no_grad(), capture_outputs(pipe.unet, names) as short:
         run_time_layers(pipe.unet, calib.t[2:3])
-    with torch.no_grad(), recorded(pipe.unet, names) as whole:
+    with torch.no_grad(), capture_outputs(pipe.unet, names) as whole:
         pipe.unet(calib.x[2][:1], calib.t[2])
     assert names and all(torch.equal(short[n], whole[n]) for n in names)
 
 
 def test_targets_need_no_more_than_the_layers_of_interest(pipe, calib):
     names, ran = ["mid_block.attentions.0.to_q", "conv_in"], []
-    with torch.no_grad(), recorded(pipe.unet, names) as whole:
+    with torch.no_grad(), capture_outputs(pipe.unet, names) as whole:
         pipe.unet(calib.x[2], calib.t[2])
     handles = [
         m.register_forward_hook(lambda m, a, o, n=n: ran.append(n))
         for n, m in pipe.unet.named_modules()
     ]
-    with torch.no_grad(), recorded(pipe.unet, names, stop=True) as short:
+    with torch.no_grad(), capture_outputs(pipe.unet, names, stop=True) as short:
         pipe.unet(calib.x[2], calib.t[2])
         pytest.fail("went on after the last layer")
     for handle in handles:
@@ -114,7 +116,7 @@ def test_release_never_trains_the_time_embedding_scales(pipe, calib, fast):
     finetune(q, pipe.unet, calib, config)
     changed = {k for k, v in q.state_dict().items() if not torch.equal(v, before[k])}
     assert not any(k.startswith("time_embedding") for k in changed)
-    assert any("time_emb_proj.act.scale" in k for k in changed) and any(
+    assert any("time_emb_proj.input_quantizer.scale" in k for k in changed) and any(
         "to_q.weight" in k for k in changed
     )
     assert not any("conv" in k and k.endswith(".weight") for k in changed)
@@ -137,7 +139,9 @@ def test_finetuning_brings_the_model_closer(pipe, calib, fast):
     assert len(log["loss"]) == 90 and 0 < log["trained_fraction"] < 1 and log["seconds"] > 0
     assert all((a.scale > 0).all() for a in act_quantizers(q))
     for layer in quant_layers(q).values():  # selected weights stay on their quantization grid
-        assert torch.equal(layer.w_hat, layer.wq.decode(layer.wq.codes(layer.weight)))
+        assert torch.equal(
+            layer.w_hat, layer.weight_quantizer.decode(layer.weight_quantizer.codes(layer.weight))
+        )
 
 
 class Stop(Exception):
@@ -230,8 +234,8 @@ def test_scales_of_groups_that_are_not_visited_stay(pipe, calib, fast, monkeypat
     config = fast("quest-release", 8, 8, step_groups=5, tla_iters=10, cma_iters=0)
     q = quantize(pipe.unet, config, calib)
     names = (
-        "mid_block.resnets.0.conv1.act",
-        "mid_block.resnets.0.time_emb_proj.act",
+        "mid_block.resnets.0.conv1.input_quantizer",
+        "mid_block.resnets.0.time_emb_proj.input_quantizer",
     )  # TE layers: the local loss trains them, too
     scales = [q.get_submodule(name).scale for name in names]
     path, original = [], module.losses

@@ -22,7 +22,7 @@ from questlib.integer.synthetic import random_layer
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 
 
 def relative(a, b):
@@ -88,11 +88,11 @@ def test_random_layers(case, bits, split, seed):
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
     form = integer_form(layer, "layer")
     engines = [
-        layers.CpuLayer(form, layer.act.steps, **kw)
+        layers.CpuLayer(form, layer.input_quantizer.steps, **kw)
         for kw in ({}, {"exact": True}, {"split": True})
     ]
     for group in (0, 1):
-        layer.act.steps.current = group
+        layer.input_quantizer.steps.current = group
         expected, sums = layer(x), layer_forward(layer, x)[1]
         outs = [e(x) for e in engines]
         assert all(relative(y, expected) <= 1e-5 for y in outs)
@@ -119,15 +119,17 @@ def test_layers_with_a_grid_a_token(case, bits, split, carrier):
     )
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
     x = x * torch.logspace(-3, 3, x.shape[1 if kind == "linear" else 2]).unsqueeze(-1)
-    x.movedim(layer.act.dim, -1)[0, 0] = 0.0
+    x.movedim(layer.input_quantizer.dim, -1)[0, 0] = 0.0
     form = integer_form(layer, "layer")
-    assert form.token and form.format.endswith("token" + " carrier" * (layer.act.carrier))
+    assert form.token and form.format.endswith(
+        "token" + " carrier" * (layer.input_quantizer.carrier)
+    )
     engines = [
-        layers.CpuLayer(form, layer.act.steps, **kw)
+        layers.CpuLayer(form, layer.input_quantizer.steps, **kw)
         for kw in ({}, {"exact": True}, {"split": True})
     ]
     for group in (0, 1):
-        layer.act.steps.current = group
+        layer.input_quantizer.steps.current = group
         expected, (y, sums) = layer(x), layer_forward(layer, x)
         outs = [e(x) for e in engines]
         assert all(relative(y, expected) <= 1e-5 for y in (*outs, y))
@@ -141,7 +143,7 @@ def test_groups_and_channels_last():
         "conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1
     )
     x = torch.randn(2, 8, 6, 6)
-    engine = layers.CpuLayer(integer_form(layer, "layer"), layer.act.steps)
+    engine = layers.CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)
     y = engine(x.to(memory_format=torch.channels_last))
     assert relative(y, layer(x)) <= 1e-5 and torch.equal(y, engine(x))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -154,7 +156,7 @@ def test_half_precision_outside_the_integers(dtype):
         "conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1
     )
     x = torch.randn(2, 8, 6, 6).to(dtype)
-    y = layers.CpuLayer(integer_form(layer, "layer"), layer.act.steps)(x)
+    y = layers.CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)(x)
     assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(
         6 if dtype == torch.bfloat16 else 9
     )
@@ -298,7 +300,7 @@ def test_conditional_unet(fast):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    fake = insert(unet, fast("quest", 4, 4, adaround=False), torch.arange(4))
+    fake = prepare(unet, fast("quest", 4, 4, adaround=False), torch.arange(4))
     for act in act_quantizers(fake):
         for group in range(act.scale.shape[0]):
             zero = torch.full_like(
@@ -386,8 +388,8 @@ def test_older_instruction_sets_are_exact(isa):
     code = (
         "import torch, test_integer_engine as t; from questlib.integer import cpu\n"
         "layer = t.make_layer('linear', 8, 8, seed=0, in_features=64, out_features=16)\n"
-        "e = cpu.CpuLayer(t.integer_form(layer, 'x'), layer.act.steps)\n"
-        "layer.act.steps.current = 0; x = 9 * torch.randn(50, 64)\n"
+        "e = cpu.CpuLayer(t.integer_form(layer, 'x'), layer.input_quantizer.steps)\n"
+        "layer.input_quantizer.steps.current = 0; x = 9 * torch.randn(50, 64)\n"
         "assert torch.equal(e.accumulators(x)[0], t.layer_forward(layer, x)[1][0])\n"
         "print(cpu.saturates(), e.engine)"
     )
@@ -409,7 +411,7 @@ def test_older_instruction_sets_are_exact(isa):
 def test_one_output_number_by_number(case):
     kind, shape = CASES[case]
     layer = make_layer(kind, 4, 4, seed=1, carrier=True, **shape)
-    layer.act.steps.current = 1
+    layer.input_quantizer.steps.current = 1
     x = torch.randn(2, 3, 37) if kind == "linear" else torch.randn(2, 16, 9, 8)
     table, sums = one_output(layer, x, output=2, position=4)
     assert (

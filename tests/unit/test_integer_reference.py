@@ -38,7 +38,7 @@ def test_every_layer_of_a_quest_model_equals_its_simulation(pipe, calib, fast, w
 
 def test_carrier_layers_really_use_several_multipliers(pipe, calib, fast):
     q = quantize(pipe.unet, fast("quest", 4, 4), calib)
-    ratios = [m.act.ratio for m in quant_layers(q).values() if m.role == "conv"]
+    ratios = [m.input_quantizer.ratio for m in quant_layers(q).values() if m.role == "conv"]
     assert sum(len(r.unique()) > 2 for r in ratios) > len(ratios) / 2
 
 
@@ -90,6 +90,6 @@ def test_attention_products(pipe, calib, fast):
 def test_ratios_off_the_grid_are_refused(pipe, calib, fast):
     q = copy.deepcopy(quantize(pipe.unet, fast("quest", 4, 4), calib))
     q.quest_steps.current = 0
-    q.conv_in.act.ratio.fill_(11.0)
+    q.conv_in.input_quantizer.ratio.fill_(11.0)
     with pytest.raises(ConfigError, match=r"not m \* 2\^e"):
         layer_forward(q.conv_in, torch.randn(1, 3, 8, 8))

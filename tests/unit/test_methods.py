@@ -9,15 +9,15 @@ from torch.nn.utils import parametrize
 
 from questlib import QuantConfig, convert, finetune, from_pretrained, quantize, save_pretrained
 from questlib.adaround import reconstruct_time
-from questlib.baselines.low_rank import LowRank, attach, merge, trained_numbers
+from questlib.baselines.low_rank import LowRank, attach, count_trainable, merge
 from questlib.baselines.noise_correction import NoiseCorrection
-from questlib.capture import recorded, run_time_layers
+from questlib.capture import capture_outputs, run_time_layers
 from questlib.diffusion.sampling import denoise
 from questlib.errors import CheckpointError, ConfigError
 from questlib.finetuning.stages import stages
 from questlib.observers import init_ranges, samples_of_steps
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 from questlib.quantization.roles import TIME_ROLES
 
 
@@ -153,7 +153,7 @@ def test_efficientdm_trains_low_rank_updates_of_every_layer_and_scales_of_every_
     log = finetune(q, pipe.unet, calib, config)
     (stage,) = stages(q, config)
     assert set(stage.layers) == set(quant_layers(q)) and not stage.local
-    assert log["trained_weights"] == sum(trained_numbers(m, 2) for m in quant_layers(q).values())
+    assert log["trained_weights"] == sum(count_trainable(m, 2) for m in quant_layers(q).values())
     for name, layer in quant_layers(q).items():
         assert type(layer) is kinds[name] and not parametrize.is_parametrized(layer)
         change = (layer.weight - before[name]).flatten(1).double()
@@ -195,7 +195,7 @@ def test_updates_count_in_quantization_steps(pipe, calib, fast):
     q = quantize(pipe.unet, fast("efficientdm", 4, 4), calib)
     layers = list(quant_layers(q).values())[:3]
     attach(layers, 2, seed=0)
-    assert all(x.parametrizations.weight[0].unit == x.wq.scale.mean().item() for x in layers)
+    assert all(x.parametrizations.weight[0].unit == x.weight_quantizer.scale.mean().item() for x in layers)
     merge(layers)
     assert not any(map(parametrize.is_parametrized, layers))
 
@@ -207,13 +207,17 @@ def test_time_features_are_reconstructed_together(pipe, calib, fast):
 
     def error(q):
         set_mode(q, acts=False)
-        with torch.no_grad(), recorded(q, names) as own, recorded(pipe.unet, names) as target:
+        with (
+            torch.no_grad(),
+            capture_outputs(q, names) as own,
+            capture_outputs(pipe.unet, names) as target,
+        ):
             run_time_layers(q, calib.t), run_time_layers(pipe.unet, calib.t)
         return sum(
             ((own[n] - target[n]).square().mean() / target[n].square().mean()).item() for n in names
         )
 
-    q = insert(pipe.unet, config, calib.t)
+    q = prepare(pipe.unet, config, calib.t)
     init_ranges(q, calib, config)
     nearest = {n: m.weight.clone() for n, m in quant_layers(q).items()}
     before = error(freeze(q))
@@ -222,16 +226,16 @@ def test_time_features_are_reconstructed_together(pipe, calib, fast):
     assert error(q) < 0.7 * before
     changed = {m.role for n, m in quant_layers(q).items() if not torch.equal(m.weight, nearest[n])}
     assert changed == set(TIME_ROLES)
-    assert all(m.wq.alpha is None for m in quant_layers(q).values())
+    assert all(m.weight_quantizer.alpha is None for m in quant_layers(q).values())
 
 
 def test_ranges_of_time_layers_follow_the_step(pipe, calib, fast):
     q = quantize(pipe.unet, fast("tfmq-dm", 4, 8), calib)
     layers = quant_layers(q).values()
-    assert q.quest_steps.num_groups == 1 and {m.role for m in layers if m.act.token} == set(
-        TIME_ROLES
-    )
-    assert all((m.act.ratio == 1).all() for m in layers)
+    assert q.quest_steps.num_groups == 1 and {
+        m.role for m in layers if m.input_quantizer.token
+    } == set(TIME_ROLES)
+    assert all((m.input_quantizer.ratio == 1).all() for m in layers)
     convert(q, "cpu")(calib.x[0], calib.t[0])  # has an integer form
 
 

@@ -9,7 +9,7 @@ from questlib.config import QuantConfig
 from questlib.errors import ConfigError, NotCalibratedError
 from questlib.finetuning.stages import stages
 from questlib.quantization.model import act_quantizers, quant_layers, set_mode
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 from questlib.quantization.roles import layer_roles, skip_splits
 
 T = torch.tensor([801, 601, 401, 201, 1])
@@ -70,7 +70,7 @@ def test_conditional_unet_has_feed_forward_and_cross_attention():
         "context_kv",
         "context_kv",
     ]
-    q = insert(unet, QuantConfig.preset("quest"), T)
+    q = prepare(unet, QuantConfig.preset("quest"), T)
     set_mode(q, weights=False, acts=False)
     tuned = {
         c: set(stages(q, QuantConfig.preset("quest", cma_layers=c))[-1].layers)
@@ -104,7 +104,7 @@ def test_split_points_are_where_the_concatenation_joins(pipe):
 
 
 def test_all_off_equals_full_precision(pipe):
-    q = insert(pipe.unet, QuantConfig.preset("quest"), T)
+    q = prepare(pipe.unet, QuantConfig.preset("quest"), T)
     set_mode(q, weights=False, acts=False)
     x = torch.randn(3, 3, 8, 8)
     with torch.no_grad():
@@ -113,8 +113,8 @@ def test_all_off_equals_full_precision(pipe):
 
 
 def test_bits_by_role(pipe):
-    q = insert(pipe.unet, QuantConfig.preset("quest", 4, 4, te_act_bits=6), T)
-    bits = {n: m.act.bits for n, m in quant_layers(q).items()}
+    q = prepare(pipe.unet, QuantConfig.preset("quest", 4, 4, te_act_bits=6), T)
+    bits = {n: m.input_quantizer.bits for n, m in quant_layers(q).items()}
     assert bits["conv_in"] == bits["conv_out"] == 8
     assert bits["time_embedding.linear_1"] == bits["mid_block.resnets.0.time_emb_proj"] == 6
     assert bits["mid_block.attentions.0.to_q"] == 4
@@ -122,12 +122,14 @@ def test_bits_by_role(pipe):
         q.mid_block.attentions[0].processor.probs.bits == 8
         and q.mid_block.attentions[0].processor.q.bits == 4
     )
-    assert {m.wq.bits for m in quant_layers(q).values() if m.role not in ("first", "last")} == {4}
-    assert q.conv_in.wq.bits == q.conv_out.wq.bits == 8
-    paper = insert(pipe.unet, QuantConfig.preset("quest-paper", 4, 4), T)
+    assert {
+        m.weight_quantizer.bits for m in quant_layers(q).values() if m.role not in ("first", "last")
+    } == {4}
+    assert q.conv_in.weight_quantizer.bits == q.conv_out.weight_quantizer.bits == 8
+    paper = prepare(pipe.unet, QuantConfig.preset("quest-paper", 4, 4), T)
     assert (
         {a.bits for a in act_quantizers(paper)}
-        == {m.wq.bits for m in quant_layers(paper).values()}
+        == {m.weight_quantizer.bits for m in quant_layers(paper).values()}
         == {4}
     )  # fully quantized
 
@@ -143,22 +145,22 @@ def test_frozen_weights_move_with_the_model(pipe, calib, fast):
 
 
 def test_te_fp_leaves_time_layers_alone(pipe):
-    q = insert(pipe.unet, QuantConfig.preset("quest", te="fp"), T)
+    q = prepare(pipe.unet, QuantConfig.preset("quest", te="fp"), T)
     assert not any(m.role in ("time_embed", "time_proj") for m in quant_layers(q).values())
 
 
 def test_never_calibrated_raises_at_the_first_forward(pipe):
-    q = insert(pipe.unet, QuantConfig.preset("quest"), T)
-    with pytest.raises(NotCalibratedError, match="time_embedding.linear_1.act"):
+    q = prepare(pipe.unet, QuantConfig.preset("quest"), T)
+    with pytest.raises(NotCalibratedError, match="time_embedding.linear_1.input_quantizer"):
         q(torch.randn(1, 3, 8, 8), 401)
 
 
 def test_wrong_models_are_refused(pipe):
     with pytest.raises(ConfigError, match="expected a diffusers UNet2DModel.*found Linear"):
-        insert(nn.Linear(2, 2), QuantConfig(), T)
-    q = insert(pipe.unet, QuantConfig.preset("quest"), T)
+        prepare(nn.Linear(2, 2), QuantConfig(), T)
+    q = prepare(pipe.unet, QuantConfig.preset("quest"), T)
     with pytest.raises(ConfigError, match="quantized already"):
-        insert(q, QuantConfig(), T)
+        prepare(q, QuantConfig(), T)
 
 
 def test_a_copy_looks_up_its_own_steps(pipe, calib, fast):
@@ -177,12 +179,12 @@ def test_inputs_of_one_kind_of_layer(pipe):
     """Fig. 3: the others, and the attention products, stay in full precision; the kinds together are all layers."""
     seen = {}
     for kind in ("feed_forward", "linear", "conv", "all"):
-        q = insert(pipe.unet, QuantConfig.preset("quest-paper", 16, 6, act_layers=kind), T)
-        seen[kind] = {n for n, layer in quant_layers(q).items() if layer.act.enabled}
-        inputs = {id(layer.act) for layer in quant_layers(q).values()}
+        q = prepare(pipe.unet, QuantConfig.preset("quest-paper", 16, 6, act_layers=kind), T)
+        seen[kind] = {n for n, layer in quant_layers(q).items() if layer.input_quantizer.enabled}
+        inputs = {id(layer.input_quantizer) for layer in quant_layers(q).values()}
         products = [a for a in act_quantizers(q) if a.enabled and id(a) not in inputs]
         assert bool(products) == (kind == "all")
-        assert all(layer.wq is None for layer in quant_layers(q).values())
+        assert all(layer.weight_quantizer is None for layer in quant_layers(q).values())
     modules = dict(pipe.unet.named_modules())
     assert seen["conv"] == {n for n in seen["all"] if isinstance(modules[n], nn.Conv2d)}
     assert (
@@ -198,7 +200,7 @@ def test_everything_is_where_the_model_was(pipe):
     """On a GPU, too; the meta device stands for it. Weights at 16 bits: their ranges need values."""
     unet = copy.deepcopy(pipe.unet).to("meta")
     for preset in ("quest", "ptq-d"):
-        q = insert(unet, QuantConfig.preset(preset, 16, 4), torch.tensor([900, 500, 100]))
+        q = prepare(unet, QuantConfig.preset(preset, 16, 4), torch.tensor([900, 500, 100]))
         assert {t.device.type for t in (*q.parameters(), *q.buffers())} == {"meta"}
         inside = [v for m in q.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
         assert {t.device.type for t in inside} <= {"meta"}

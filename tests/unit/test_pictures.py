@@ -116,7 +116,7 @@ def test_channel_scales_follow_each_channel(pipe, calib, fast):
     q = quantize(pipe.unet, fast(), calib)
     layer = quant_layers(q)["conv_out"]
     x = layer_inputs(q, calib, ["conv_out"])["conv_out"]
-    assert channel_rows(x, layer.act.dim).shape == (
+    assert channel_rows(x, layer.input_quantizer.dim).shape == (
         layer.in_channels,
         x.numel() // layer.in_channels,
     )

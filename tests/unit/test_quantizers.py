@@ -13,12 +13,12 @@ from questlib.quantization.weight_quantizer import WeightQuantizer
 def act(bits=4, channels=6, groups=2, dim=1, index=None):
     steps = StepGroups(torch.arange(groups) * 100, torch.arange(groups))
     index = torch.zeros(channels, dtype=torch.int64) if index is None else index
-    return ActQuantizer("layer.act", bits, steps, channels, dim, index), steps
+    return ActQuantizer("layer.input_quantizer", bits, steps, channels, dim, index), steps
 
 
 def test_uncalibrated_raises_and_names_itself():
     q, _ = act()
-    with pytest.raises(NotCalibratedError, match="layer.act.*never calibrated"):
+    with pytest.raises(NotCalibratedError, match="layer.input_quantizer.*never calibrated"):
         q(torch.randn(2, 6, 3, 3))
 
 
@@ -51,7 +51,9 @@ def test_training_and_inference_paths_agree_exactly(dim):
 def token_act(bits, dim=-1, channels=6, index=None, carrier=True):
     steps = StepGroups(torch.arange(2) * 100, torch.arange(2))
     index = torch.zeros(channels, dtype=torch.int64) if index is None else index
-    q = ActQuantizer("layer.act", bits, steps, channels, dim, index, carrier=carrier, token=True)
+    q = ActQuantizer(
+        "layer.input_quantizer", bits, steps, channels, dim, index, carrier=carrier, token=True
+    )
     for g in (0, 1):
         ratio = torch.tensor([1.0, 2, 3, 5, 8, 1])[:channels] if q.carrier else None
         q.set_group(

@@ -9,11 +9,10 @@ from filelock import FileLock
 
 from questlib import quantize
 from questlib.adaround import blocks, pick_samples, reconstruct_acts, reconstruct_weights
-from questlib.capture import capture
 from questlib.errors import CheckpointError
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
-from questlib.quantization.prepare import insert
+from questlib.quantization.preparation import prepare
 
 
 def error(student, teacher, calib, acts):
@@ -26,7 +25,7 @@ def error(student, teacher, calib, acts):
 
 
 def test_blocks_cover_each_layer_once_in_order_of_execution(pipe, calib, fast):
-    q = insert(pipe.unet, fast(), calib.t)
+    q = prepare(pipe.unet, fast(), calib.t)
     set_mode(q, weights=False, acts=False)
     names = blocks(q, calib.batch(0, torch.arange(6)))
     covered = [n for b in names for n in quant_layers(q) if n == b or n.startswith(b + ".")]
@@ -51,24 +50,25 @@ def test_capture_gives_the_blocks_own_calls(pipe, calib):
 def test_adaround_beats_rounding_to_nearest(pipe, calib, fast):
     # nearest at 3 bits, so that rounding matters; the tiny model learns in 150 iterations a block
     config = fast("q-diffusion", 3, 8, adaround_iters=150, adaround_lr=1e-2, recon_samples=30)
-    q = insert(pipe.unet, config, calib.t)
+    q = prepare(pipe.unet, config, calib.t)
     init_ranges(q, calib, config)
     before = error(q, pipe.unet, calib, acts=False)
-    nearest = {n: m.wq.codes(m.weight) for n, m in quant_layers(q).items()}
+    nearest = {n: m.weight_quantizer.codes(m.weight) for n, m in quant_layers(q).items()}
     reconstruct_weights(q, pipe.unet, calib, config)
     after = error(q, pipe.unet, calib, acts=False)
     assert after < 0.8 * before
     moved = [
-        (nearest[n].int() - m.wq.codes(m.weight).int()).abs() for n, m in quant_layers(q).items()
+        (nearest[n].int() - m.weight_quantizer.codes(m.weight).int()).abs()
+        for n, m in quant_layers(q).items()
     ]
     assert max(int(d.max()) for d in moved) == 1  # up or down, never farther
     assert sum(int(d.sum()) for d in moved) > 0
-    assert all(m.wq.alpha is None for m in quant_layers(q).values())
+    assert all(m.weight_quantizer.alpha is None for m in quant_layers(q).values())
 
 
 def test_activation_stage_lowers_the_error_and_leaves_weights(pipe, calib, fast):
     config = fast("q-diffusion", 8, 4, act_iters=60, act_lr=5e-3, recon_samples=30)
-    q = insert(pipe.unet, config, calib.t)
+    q = prepare(pipe.unet, config, calib.t)
     init_ranges(q, calib, config)
     weights = {n: m.weight.clone() for n, m in quant_layers(q).items()}
     scales = copy.deepcopy([a.scale.detach() for a in act_quantizers(q)])

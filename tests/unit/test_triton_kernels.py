@@ -90,7 +90,7 @@ def test_a_grid_a_token(w, a, carrier, shift, weights, split):
     ):
         layer, steps = make_layer(module, w, a, carrier, split, shift=shift, token=True)
         x = torch.randn(shape) * torch.logspace(-3, 3, shape[-2]).unsqueeze(-1)
-        x.movedim(layer.act.dim, -1)[0, 0] = 0.0
+        x.movedim(layer.input_quantizer.dim, -1)[0, 0] = 0.0
         engine = compare(layer, steps, x, weights)
         assert engine.format.endswith("token" + " carrier" * carrier)
 

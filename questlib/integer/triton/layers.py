@@ -71,7 +71,7 @@ def column_order(shift: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
     for e in (3, 2, 1, 0):
         own = (shift == e).nonzero()[:, 0].int()
         blocks.append(nn.functional.pad(own, (0, -len(own) % CHANNEL_BLOCK), value=-1))
-        ends.insert(0, sum(map(len, blocks)))
+        ends.prepare(0, sum(map(len, blocks)))
     return torch.cat(blocks), ends[1:]
 
 

@@ -40,7 +40,7 @@ def _weight_bits(role: str, config: QuantConfig) -> int:
     return config.weight_bits if bits is None or config.weight_bits == OFF else bits
 
 
-def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.Module:
+def prepare(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.Module:
     """A deep copy of `unet` with quantizers in every Linear, Conv2d and attention; weights have their ranges, activations none.
 
     timesteps: the sampler's steps [T], from which the step groups are made. ConfigError for anything but a diffusers UNet.
@@ -70,7 +70,7 @@ def insert(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.
         split[splits.get(name, channels) :] = 1
         own_token = (token or config.ranges.te_token and role in TIME_ROLES) and sees_tokens(layer)
         act = ActQuantizer(
-            f"{name}.act",
+            f"{name}.input_quantizer",
             _act_bits(layer, role, config),
             steps,
             channels,
