@@ -1,10 +1,11 @@
-"""Full-size UNets with random weights through the whole of quantization on this machine: time and memory of each stage.
+"""Full-size UNets with random weights through the whole of quantization on this machine.
 
-    python benchmarks/full_size.py [--models sd14,ldm4-imagenet] [--out benchmarks/results/full_size.json]
+    python benchmarks/full_size.py [--models sd14,ldm4-imagenet] [--out FILE]
 
-Each model, in a process of its own: one batch of guided calibration, quantize (W4A4, preset quest: ranges, AdaRound with a few
-iterations a block), a few finetuning steps of both stages with `save_memory`, checkpoint. It shows that a paper-size model goes
-through, and what that takes; iterations are far too few to mean anything for quality.
+Time and memory of each stage. Each model runs in a process of its own: one batch of guided
+calibration, quantize (W4A4, preset quest: ranges, AdaRound with a few iterations a block), a few
+finetuning steps of both stages with `save_memory`, checkpoint. It shows that a paper-size model
+goes through, and what that takes; iterations are far too few to mean anything for quality.
 """
 
 from __future__ import annotations
@@ -17,21 +18,20 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
+from common import RESULTS, parser_of, read_models, write_json
+from cpu_unet import SD14
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 
-sys.path.insert(0, str(Path(__file__).parent))
-from cpu_unet import SD14  # noqa: E402
-
-import questlib  # noqa: E402
+import questlib
 from questlib.config import QuantConfig
-from questlib.finetuning.stages import stages
+from questlib.finetuning.stages import select_stages
 from reproduce.provenance import PeakMemory, provenance
 
-RESULT = Path(__file__).parent / "results" / "full_size.json"
+RESULT = RESULTS / "full_size.json"
 FEW = dict(
     adaround_iters=2,
     recon_samples=1,
@@ -42,7 +42,8 @@ FEW = dict(
     forward_batch=1,
     save_memory=True,
 )
-LDM4_IMAGENET = {  # CompVis cin256-v2; attention_head_dim is diffusers' name for the number of heads
+# CompVis cin256-v2; attention_head_dim is diffusers' name for the number of heads
+LDM4_IMAGENET = {
     "sample_size": 64,
     "in_channels": 3,
     "out_channels": 3,
@@ -52,21 +53,33 @@ LDM4_IMAGENET = {  # CompVis cin256-v2; attention_head_dim is diffusers' name fo
     "attention_head_dim": 1,
     "cross_attention_dim": 512,
 }
-MODELS = {  # UNet, scheduler, tokens and width of the context, guidance scale
-    "sd14": (
+
+
+class FullSize(NamedTuple):
+    """A full-size model."""
+
+    unet: dict[str, Any]
+    scheduler: Any
+    context: tuple[int, int]  # tokens, width
+    guidance_scale: float
+
+
+MODELS = {
+    "sd14": FullSize(
         SD14,
         PNDMScheduler(skip_prk_steps=True, steps_offset=1, set_alpha_to_one=False),
         (77, 768),
         7.5,
     ),
-    "ldm4-imagenet": (LDM4_IMAGENET, DDIMScheduler(clip_sample=False), (1, 512), 3.0),
+    "ldm4-imagenet": FullSize(LDM4_IMAGENET, DDIMScheduler(clip_sample=False), (1, 512), 3.0),
 }
 
 
 class RandomContext:
     """Stands in for a class embedder: a random context for each label."""
 
-    config, null_class = SimpleNamespace(num_classes=1000), 1000
+    config = SimpleNamespace(num_classes=1000)
+    null_class = 1000
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self.table = torch.randn(1001, *shape, generator=torch.Generator().manual_seed(0))
@@ -100,7 +113,8 @@ def measure(model: str, folder: Path) -> dict[str, Any]:
         size = timed("save", lambda: questlib.save_pretrained(student, folder))
     full = sum(p.numel() for p in unet.parameters()) * 4
     trained = {
-        s.name: sum(m.weight.numel() for m in s.layers.values()) for s in stages(student, config)
+        stage.name: sum(layer.weight.numel() for layer in stage.layers.values())
+        for stage in select_stages(student, config)
     }
     return {
         "parameters": full // 4,
@@ -128,9 +142,7 @@ def run(model: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--worker", nargs=2, metavar=("MODEL", "FOLDER"), help=argparse.SUPPRESS)
@@ -141,14 +153,10 @@ def main() -> None:
     unknown = sorted(set(args.models.split(",")) - set(MODELS))
     if unknown:
         parser.error(f"models are {', '.join(MODELS)}; found {', '.join(unknown)}")
-    found = json.loads(args.out.read_text())["models"] if args.out.is_file() else {}
+    found = read_models(args.out)
     for model in args.models.split(","):
         found[model] = run(model) | {"provenance": provenance()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(
-            json.dumps({"command": "python benchmarks/full_size.py", "models": found}, indent=1)
-            + "\n"
-        )
+        write_json(args.out, {"command": "python benchmarks/full_size.py", "models": found})
 
 
 if __name__ == "__main__":

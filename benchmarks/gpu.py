@@ -1,12 +1,16 @@
-"""The Triton engine on an NVIDIA GPU: correctness first, then peaks, layers, attention and the whole UNet of SD v1.4.
+"""The Triton engine on an NVIDIA GPU: is it right, and how fast is it?
 
-    python benchmarks/gpu.py                    # about 9 minutes on an H200; writes benchmarks/results/gpu.json as it goes
+    python benchmarks/gpu.py                    # about 9 minutes on an H200
     python benchmarks/gpu.py --budget 200 --sections correctness,peaks,layers
-    python benchmarks/gpu.py --interpret        # no GPU: the correctness section in Triton's interpreter, tiny shapes
+    python benchmarks/gpu.py --interpret        # no GPU: correctness in Triton's interpreter
 
-Needs torch with CUDA and triton, and the gpu_*.py beside it; without diffusers all but the UNet runs. Every time is the median
-of CUDA-graph replays between events, the L2 cache flushed before each, contenders in the order A B .. B A; `fraction` is the
-floor (the larger of operations / measured peak and bytes / measured bandwidth) over the time. Exit code 1 when a kernel is wrong.
+Correctness comes first, then peaks, layers, attention and the whole UNet of SD v1.4. The result,
+benchmarks/results/gpu.json, is written as it goes. Exit code 1 when a kernel is wrong. Needs torch
+with CUDA, triton and pydantic; without diffusers all but the UNet runs.
+
+Every time is the median of CUDA-graph replays between events, the L2 cache flushed before each,
+contenders in the order A B .. B A. `fraction` is the floor (the larger of operations / measured
+peak and bytes / measured bandwidth) over the time.
 """
 
 from __future__ import annotations
@@ -22,19 +26,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+from common import RESULTS, parser_of, write_json
 from gpu_check import attention_error, check, jobs
 from gpu_measure import Timer, attention_row, block_row, compile_layers, layer_row, unet_row
-from gpu_subjects import ATTENTIONS, BATCHES, ROOT, SHAPES, load_engine, random_unet
+from gpu_subjects import ATTENTIONS, BATCHES, SHAPES, load_engine, random_unet
 
 SECTIONS = ("correctness", "peaks", "layers", "attention", "blocks", "unet")
 
 
 class Report:
-    """The JSON result, rewritten after every section and every row, so that a time limit loses nothing."""
+    """The JSON result, written after every section and row, so that a time limit loses nothing."""
 
     def __init__(self, path: Path, budget: float) -> None:
-        self.path, self.end, self.data = path, time.monotonic() + budget, {"skipped": []}
+        self.path = path
+        self.end = time.monotonic() + budget
+        self.data: dict[str, Any] = {"skipped": []}
 
     def enough(self, what: str, seconds: float = 5.0) -> bool:
         """Whether `seconds` are left of the budget; if not, `what` is listed as skipped."""
@@ -45,29 +53,30 @@ class Report:
         return False
 
     def save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.data, indent=1) + "\n")
+        write_json(self.path, self.data)
 
 
 def correctness(report: Report, args) -> bool:
-    """Accumulators equal to the int64 reference bit for bit, outputs to the simulation: layers of every kind, every tile."""
+    """Layers of every kind, under every tile.
+
+    Accumulators must equal the oracle's bit for bit, and outputs the simulation.
+    """
     device = "cpu" if args.interpret else "cuda"
     todo = jobs(small=args.interpret)[:: 24 if args.quick else 1]
-    if (
-        device == "cuda" and args.shard is None
-    ):  # most of the time goes into compiling: one process a core
+    # Most of the time goes into compiling: one process a core.
+    if device == "cuda" and args.shard is None:
         found = [data["correctness"] for data in run_shards("correctness")]
     else:
         i, n = args.shard or (0, 1)
-        engine, form, reference = load_engine()
+        engine = load_engine()
         found = []
         for job in todo[i::n]:
-            checked, worst, failures = check(job, engine, form, reference, device)
+            checked, worst, failures = check(job, engine, device)
             found.append(dict(checked=checked, largest_relative_error=worst, failures=failures))
         if i == 0:
             for bits in (4, 8):
                 sizes = (2, 70, 77, 20) if args.interpret else (8, 300, 333, 40)
-                error = attention_error(engine, form, bits, device, *sizes)
+                error = attention_error(engine, bits, device, *sizes)
                 wrong = [] if error <= 0.01 else [f"attention A{bits}: mean error {error:.1e}"]
                 found.append(dict(checked=1, largest_relative_error=0.0, failures=wrong))
     report.data["correctness"] = dict(
@@ -79,14 +88,15 @@ def correctness(report: Report, args) -> bool:
 
 
 def run_shards(section: str, n: int | None = None, flags: tuple[str, ...] = ()) -> list[dict]:
-    """Run a section in n processes, each its share: kernels compile in parallel, into triton's cache on disk. Their results."""
+    """Run a section in n processes, each its share, and return their results.
+
+    Kernels compile in parallel, into triton's cache on disk.
+    """
     n = n or max(1, min(12, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder:
         outs = [Path(folder) / f"{i}.json" for i in range(n)]
-        command, one_thread = (
-            [sys.executable, __file__, "--sections", section, *flags],
-            os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+        command = [sys.executable, __file__, "--sections", section, *flags]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
         with contextlib.ExitStack() as stack:
             logs = [stack.enter_context(open(out.with_suffix(".log"), "w+")) for out in outs]
             running = [
@@ -103,16 +113,21 @@ def run_shards(section: str, n: int | None = None, flags: tuple[str, ...] = ()) 
                 if code not in (0, 1):
                     log.seek(0)
                     raise RuntimeError(
-                        f"a process of section {section} ended with code {code}: {log.read()[-2000:]}"
+                        f"a process of section {section} ended with code {code}: "
+                        f"{log.read()[-2000:]}"
                     )
         return [json.loads(out.read_text()) for out in outs]
 
 
 def peaks(report: Report, args) -> bool:
-    """Measured ceilings: operations a second of int8 and bf16 matrix products on random data, bytes a second of a copy."""
+    """Measured ceilings.
+
+    Operations a second of int8 and bf16 matrix products of random data, bytes a second of a copy.
+    """
     import torch
 
-    timer, n = Timer(), 8192
+    timer = Timer()
+    n = 8192
     a, b = (torch.randint(-128, 128, (n, n), device="cuda", dtype=torch.int8) for _ in range(2))
     x, y = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 255, (4 << 30,), device="cuda", dtype=torch.uint8)
@@ -138,23 +153,26 @@ def layers(report: Report, args) -> bool:
         compile_layers(*args.shard)
         return True
     run_shards("layers")
-    engine, form, _ = load_engine()
-    timer, rows = Timer(), report.data.setdefault("layers", [])
+    engine = load_engine()
+    timer = Timer()
+    rows = report.data.setdefault("layers", [])
     for batch in BATCHES:
         for shape in SHAPES:
             if report.enough(f"{shape}, batch {batch}"):
-                rows.append(layer_row(shape, batch, timer, report.data["peaks"], engine, form))
+                rows.append(layer_row(shape, batch, timer, report.data["peaks"], engine))
                 show(rows[-1])
                 report.save()
     return True
 
 
 def blocks(report: Report, args) -> bool:
-    engine, form, _ = load_engine()
-    timer, rows = Timer(), report.data.setdefault("blocks", [])
+    """A norm, a SiLU and a layer: what fusing them into the quantization gains."""
+    engine = load_engine()
+    timer = Timer()
+    rows = report.data.setdefault("blocks", [])
     for shape in [s for s in SHAPES if s.taps == 3 and s.stride == 1 and s.model == "sd14"]:
         if report.enough(f"norm, SiLU, {shape}", 15):
-            rows.append(block_row(shape, 2, timer, engine, form))
+            rows.append(block_row(shape, 2, timer, engine))
             show(rows[-1])
             report.save()
     return True
@@ -162,30 +180,30 @@ def blocks(report: Report, args) -> bool:
 
 def attention(report: Report, args) -> bool:
     """The fused quantized attention against torch's fused attention in float16."""
-    engine, form, _ = load_engine()
-    timer, rows = Timer(), report.data.setdefault("attention", [])
+    engine = load_engine()
+    timer = Timer()
+    rows = report.data.setdefault("attention", [])
     for batch in BATCHES:
         for sizes in ATTENTIONS:
             if report.enough(f"attention {sizes}, batch {batch}"):
-                rows.append(attention_row(*sizes, batch, timer, engine, form))
+                rows.append(attention_row(*sizes, batch, timer, engine))
                 show(rows[-1])
                 report.save()
     return True
 
 
 def unet(report: Report, args) -> bool:
-    """One step of SD v1.4's UNet: float16 eager and compiled, and ours at W4A4 and W8A8; time and peak memory."""
+    """One step of SD v1.4's UNet, time and peak memory: float16, and ours at W4A4 and W8A8."""
     import torch
 
     if importlib.util.find_spec("diffusers") is None:
         report.data["skipped"].append("unet: diffusers is not installed")
         return True
-    try:
-        from questlib.integer.conversion import convert
-    except ImportError as error:
-        report.data["skipped"].append(f"unet: questlib.integer.conversion is missing ({error})")
-        return True
-    timer, rows, half = Timer(), report.data.setdefault("unet", []), torch.float16
+    from questlib.integer.conversion import convert
+
+    timer = Timer()
+    rows = report.data.setdefault("unet", [])
+    half = torch.float16
 
     def plain():
         return random_unet("float").to(dtype=half, memory_format=torch.channels_last)
@@ -218,6 +236,7 @@ def unet(report: Report, args) -> bool:
 
 
 def show(row: dict) -> None:
+    """Print a row's times."""
     times = "  ".join(f"{n} {s * 1e6:.1f}" for n, s in row["seconds"].items())
     print(f"{row['shape']} batch {row['batch']} (us): {times}", flush=True)
 
@@ -253,12 +272,15 @@ def machine() -> dict:
     return found
 
 
+RUN = dict(zip(SECTIONS, (correctness, peaks, layers, attention, blocks, unet), strict=True))
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--budget", type=float, default=540, help="seconds; what does not fit is listed as skipped"
     )
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/gpu.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
     parser.add_argument(
         "--sections",
         default=",".join(SECTIONS),
@@ -276,15 +298,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--shard", type=lambda text: tuple(map(int, text.split("/"))), help=argparse.SUPPRESS
-    )  # run_shards' own
+    )
     args = parser.parse_args(argv)
     wanted = ["correctness"] if args.interpret else args.sections.split(",")
-    if unknown := [s for s in wanted if s not in SECTIONS]:
+    unknown = [s for s in args.sections.split(",") if s not in SECTIONS]
+    if unknown:
         parser.error(
             f"--sections: expected some of {', '.join(SECTIONS)}, found {', '.join(unknown)}"
         )
     if "layers" in wanted and "peaks" not in wanted and args.shard is None:
-        wanted.prepare(0, "peaks")
+        wanted.insert(0, "peaks")
     if args.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
     import torch
@@ -301,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in SECTIONS:
         if name in wanted and report.enough(name):
             start = time.monotonic()
-            good = globals()[name](report, args)
+            good = RUN[name](report, args)
             report.data.setdefault("section seconds", {})[name] = round(time.monotonic() - start, 1)
             report.save()
             print(

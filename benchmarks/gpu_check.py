@@ -1,10 +1,14 @@
-"""Is one layer right on the GPU? Accumulators against the int64 reference, outputs against the simulation, under every tile."""
+"""Is one layer right on the GPU, under every tile?
+
+Accumulators are compared with the oracle's, outputs with the simulation.
+"""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 from gpu_subjects import attention_parts, random_layer
 
@@ -22,6 +26,7 @@ class Job(NamedTuple):
 
 
 def jobs(small: bool) -> list[Job]:
+    """All layers to be checked, in every format; small: as the interpreter can take them."""
     from torch import nn
 
     cases = [
@@ -46,21 +51,25 @@ def jobs(small: bool) -> list[Job]:
     return [Job(*case, *of, seed) for seed, case in enumerate(cases) for of in formats]
 
 
-def check(job: Job, engine, form, reference, device: str) -> tuple[int, float, list[str]]:
+def check(job: Job, engine: SimpleNamespace, device: str) -> tuple[int, float, list[str]]:
     """(configurations checked, largest relative error in float32, what is wrong)"""
     import torch
 
     extra = {k: v for k, v in job.extra.items() if k != "shift" or job.a_bits <= 4}
     layer, steps = random_layer(job.make(), job.w_bits, job.a_bits, seed=job.seed, **extra)
-    steps.current = job.seed % 2
+    steps.select_group(job.seed % 2)
     x = torch.randn(job.size) * 2
-    _, accs = reference.layer_forward(layer, x)
-    expected, expected_half = layer(x), layer(x.half().float())
+    _, accs = engine.layer_forward(layer, x)
+    expected = layer(x)
+    expected_half = layer(x.half().float())
     name = (
         f"W{job.w_bits}A{job.a_bits} {job.kind} {type(layer).__name__} {tuple(layer.weight.shape)}"
     )
-    mine = engine.TritonLayer(form.integer_form(layer, name), steps, job.kind).to(device)
-    checked, worst, failures, sent = 0, 0.0, [], x.to(device)
+    mine = engine.TritonLayer(engine.integer_form(layer, name), steps, job.kind).to(device)
+    sent = x.to(device)
+    checked = 0
+    worst = 0.0
+    failures = []
 
     def error(y, of):
         return ((y.float().cpu() - of).abs().max() / of.abs().max()).item()
@@ -71,10 +80,12 @@ def check(job: Job, engine, form, reference, device: str) -> tuple[int, float, l
                 torch.equal(a.long().cpu(), b)
                 for a, b in zip(mine.accumulators(sent), accs, strict=True)
             )
-            full, half = error(mine(sent), expected), error(mine(sent.half()), expected_half)
-        except engine.tiles.triton.runtime.errors.OutOfResources:
+            full = error(mine(sent), expected)
+            half = error(mine(sent.half()), expected_half)
+        except engine.runtime.triton.runtime.errors.OutOfResources:
             continue  # a tile for larger GPUs; tuning passes it over
-        checked, worst = checked + 1, max(worst, full)
+        checked += 1
+        worst = max(worst, full)
         if not exact or not full <= 1e-5 or not half <= 2e-3:
             failures.append(f"{name} {config}: exact {exact}, error {full:.1e}, float16 {half:.1e}")
     engine.check_finite(mine)
@@ -85,21 +96,25 @@ def check(job: Job, engine, form, reference, device: str) -> tuple[int, float, l
     return checked, worst, failures
 
 
-def each_tile(engine, layer, device: str, seed: int):
-    """Tile configurations that serve this layer, one after the other in force; half of them with a split reduction."""
+def each_tile(engine: SimpleNamespace, layer, device: str, seed: int) -> Iterator[Any]:
+    """Tile configurations that serve this layer, one after the other in force.
+
+    Half of them have a split reduction. Each is compiled three times: a third of them is tried for
+    each layer.
+    """
     if device == "cpu":
         yield "interpreted"
         return
-    chosen, engine.tiles.CACHE = engine.tiles.CACHE, engine.tiles.ConfigCache()
+    part = layer.parts[0]
+    fit = [
+        c
+        for c in engine.tiles.CANDIDATES
+        if part.weight.shape[2] % c.bk == 0 and not (part.ends and c.bk > 64)
+    ]
+    chosen = engine.tiles.CACHE
+    engine.tiles.CACHE = engine.tiles.ConfigCache()
     try:
-        fit = [
-            c
-            for c in engine.tiles.CANDIDATES
-            if layer.weight0.shape[2] % c.bk == 0 and not (layer.ends[0] and c.bk > 64)
-        ]
-        for i, config in enumerate(
-            fit[seed % 3 :: 3]
-        ):  # each is compiled three times: a third of them for each layer
+        for i, config in enumerate(fit[seed % 3 :: 3]):
             config = config._replace(split=(1, 3)[(i + seed // 3) % 2])
             engine.tiles.CACHE.choose = functools.partial(fixed, config)
             yield config
@@ -107,17 +122,27 @@ def each_tile(engine, layer, device: str, seed: int):
         engine.tiles.CACHE = chosen
 
 
-def fixed(config, *_):
+def fixed(config: Any, *_: Any) -> Any:
+    """In place of `ConfigCache.choose`."""
     return config
 
 
 def attention_error(
-    engine, form, bits: int, device: str, heads: int, queries: int, keys: int, dim: int
+    engine: SimpleNamespace,
+    bits: int,
+    device: str,
+    heads: int,
+    queries: int,
+    keys: int,
+    dim: int,
 ) -> float:
-    """Mean error against fake quantization, relative to the largest output. Codes on a rounding edge may differ by one."""
+    """Mean error against fake quantization, relative to the largest output.
+
+    Codes on a rounding edge may differ by one.
+    """
     import torch
 
-    mine, acts = attention_parts(engine, form, bits, heads, dim, device)
+    mine, acts = attention_parts(engine, bits, heads, dim, device)
     q, k, v = (torch.randn(2, n, heads * dim) for n in (queries, keys, keys))
     fq, fk, fv = (
         a(x).unflatten(-1, (heads, dim)).transpose(1, 2)

@@ -1,4 +1,7 @@
-"""How fast is one subject on the GPU? A row of results each for a layer, a block, an attention and a whole UNet."""
+"""How fast is one subject on the GPU?
+
+A row of results each for a layer, a block, an attention and a whole UNet.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 from gpu_subjects import (
     BATCHES,
@@ -17,15 +22,18 @@ from gpu_subjects import (
     input_of,
     load_engine,
     module_of,
-    random_layer,
+    triton_layer,
 )
 
 
 def floor_seconds(operations: float, moved: float, peak: float, bandwidth: float) -> float:
+    """The least time for so many operations and bytes."""
     return max(operations / peak, moved / bandwidth)
 
 
 class Timer:
+    """Times contenders on the GPU."""
+
     def __init__(self) -> None:
         import torch
 
@@ -58,7 +66,9 @@ class Timer:
                     for _ in range(2 if warm else repeats):
                         self.flush.zero_()
                         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                        start.record(), replays[name](), end.record()
+                        start.record()
+                        replays[name]()
+                        end.record()
                         events.append((start, end))
                     torch.cuda.synchronize()
                     if not warm:
@@ -67,45 +77,43 @@ class Timer:
 
 
 def layer_row(
-    shape: Shape, batch: int, timer: Timer, ceiling: dict[str, float], engine, form
-) -> dict:
+    shape: Shape, batch: int, timer: Timer, ceiling: dict[str, float], engine: SimpleNamespace
+) -> dict[str, Any]:
+    """A layer in each format, also without its quantization, against the libraries' products."""
     import torch
 
     x = input_of(shape, batch, "cuda", torch.float16)
-    runs, stored = {}, {}
+    runs: dict[str, Callable] = {}
+    stored: dict[str, float] = {}  # bytes of a weight
     for name, w, a, kind, shift in FORMATS:
-        layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
-        mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
+        mine = triton_layer(engine, shape, w, a, kind, shift)
+        before = f"{name}, quantized before"
+        sent = mine.quantized(mine.rows(x), 0, 0)
         runs[name] = functools.partial(mine, x)
-        runs[f"{name}, quantized before"] = functools.partial(
-            mine.multiplied, *mine.quantized(mine.rows(x), 0, 0), 0, 0, x.dtype, mine.bias
-        )
-        stored[name] = stored[f"{name}, quantized before"] = 0.5 if kind == "packed" else 1.0
+        runs[before] = functools.partial(mine.multiplied, *sent, 0, 0, x.dtype, mine.bias)
+        stored[name] = 0.5 if kind == "packed" else 1.0
+        stored[before] = stored[name]
     for dtype in (torch.float16, torch.bfloat16):
         plain = module_of(shape).to("cuda", dtype)
         plain = plain.to(memory_format=torch.channels_last) if shape.taps == 3 else plain
         runs[str(dtype).removeprefix("torch.")] = functools.partial(plain, x.to(dtype))
     if shape.taps == 1 and batch * shape.pixels > 16:
-        a8 = torch.randint(
-            -127, 128, (batch * shape.pixels, shape.inputs), device="cuda", dtype=torch.int8
-        )
-        b8 = torch.randint(
-            -127, 128, (shape.outputs, shape.inputs), device="cuda", dtype=torch.int8
+        a8, b8 = (
+            torch.randint(-127, 128, (rows, shape.inputs), device="cuda", dtype=torch.int8)
+            for rows in (batch * shape.pixels, shape.outputs)
         )
         runs["torch._int_mm"] = functools.partial(torch._int_mm, a8, b8.T)
-    times, fraction = timer.compare(runs), {}
+    times = timer.compare(runs)
+    fraction = {}
     for name, seconds in times.items():
-        integer, before, product = "float" not in name, "before" in name, "_int_mm" in name
-        moved = shape.bytes(
-            batch,
-            1.0 if before or product else 2.0,
-            stored.get(name, 1.0 if integer else 2.0),
-            4.0 if product else 2.0,
-        )
+        integer = "float" not in name
+        product = "_int_mm" in name
+        act = 1.0 if product or "before" in name else 2.0
+        weight = stored.get(name, 1.0 if integer else 2.0)
+        moved = shape.bytes(batch, act, weight, 4.0 if product else 2.0)
         peak = ceiling["int8" if integer else "bf16"]
-        fraction[name] = (
-            floor_seconds(shape.operations(batch), moved, peak, ceiling["bandwidth"]) / seconds
-        )
+        floor = floor_seconds(shape.operations(batch), moved, peak, ceiling["bandwidth"])
+        fraction[name] = floor / seconds
     speedup = {n: times["float16"] / s for n, s in times.items() if n.startswith("W")}
     return dict(
         shape=str(shape),
@@ -117,38 +125,52 @@ def layer_row(
 
 
 def compile_layers(i: int, n: int) -> None:
-    """Run every tile that tuning would try, once, for this process's share of the shapes: afterwards they come from the cache."""
+    """Run every tile that tuning would try, once, for this process's share of the shapes.
+
+    Afterwards they come from triton's cache.
+    """
     import torch
 
-    engine, form, _ = load_engine()
-    engine.tiles.ConfigCache.load, engine.tiles.ConfigCache.save = (
-        lambda self: setattr(self, "path", Path()),
-    ) * 2
-    engine.tiles.ConfigCache.seconds = lambda self, config, run: run_once(engine, config, run)
+    engine = load_engine()
+
+    class Compiling(engine.tiles.ConfigCache):
+        """Reads and writes no choices, and times nothing."""
+
+        def load(self) -> Path:
+            return Path()
+
+        def save(self, path: Path) -> None:
+            pass
+
+        def seconds(self, config: Any, run: Callable) -> float:
+            return run_once(engine, config, run)
+
+    engine.tiles.CACHE = Compiling()
     for shape, (_, w, a, kind, shift) in list(itertools.product(SHAPES, FORMATS))[i::n]:
-        layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
-        mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
+        mine = triton_layer(engine, shape, w, a, kind, shift)
         for batch in BATCHES:
             mine(input_of(shape, batch, "cuda", torch.float16))
 
 
-def run_once(engine, config, run: Callable) -> float:
+def run_once(engine: SimpleNamespace, config: Any, run: Callable) -> float:
+    """Compile and run one configuration; a tile that this GPU cannot hold is passed over."""
     try:
         run(config)
-    except engine.tiles.triton.runtime.errors.OutOfResources:
+    except engine.runtime.triton.runtime.errors.OutOfResources:
         pass  # tuning will find the same
     return 0.0
 
 
-def block_row(shape: Shape, batch: int, timer: Timer, engine, form) -> dict:
-    """GroupNorm, SiLU and a convolution, as in a ResNet block: where quantization is fused into what stands before it."""
+def block_row(shape: Shape, batch: int, timer: Timer, engine: SimpleNamespace) -> dict[str, Any]:
+    """GroupNorm, SiLU and a convolution, as in a ResNet block.
+
+    Quantization is fused into what stands before it.
+    """
     import torch
     from torch import nn
 
-    x, norm = (
-        input_of(shape, batch, "cuda", torch.float16),
-        nn.GroupNorm(32, shape.inputs).to("cuda", torch.float16),
-    )
+    x = input_of(shape, batch, "cuda", torch.float16)
+    norm = nn.GroupNorm(32, shape.inputs).to("cuda", torch.float16)
     plain = nn.Sequential(norm, nn.SiLU(), module_of(shape).to("cuda", torch.float16)).to(
         memory_format=torch.channels_last
     )
@@ -162,16 +184,22 @@ def block_row(shape: Shape, batch: int, timer: Timer, engine, form) -> dict:
         return mine(x, norm=affine, silu=True)
 
     for name, w, a, kind, shift in FORMATS:
-        layer, steps = random_layer(module_of(shape).to("cuda"), w, a, shift=shift)
-        mine = engine.TritonLayer(form.integer_form(layer, str(shape)), steps, kind)
+        mine = triton_layer(engine, shape, w, a, kind, shift)
         runs[name] = functools.partial(fused, mine)
     runs["W8A8, not fused"] = functools.partial(nn.Sequential(norm, nn.SiLU(), mine), x)
     return dict(shape=f"norm, SiLU, {shape}", batch=batch, seconds=timer.compare(runs))
 
 
 def attention_row(
-    queries: int, keys: int, dim: int, batch: int, timer: Timer, engine, form, heads: int = 8
-) -> dict:
+    queries: int,
+    keys: int,
+    dim: int,
+    batch: int,
+    timer: Timer,
+    engine: SimpleNamespace,
+    heads: int = 8,
+) -> dict[str, Any]:
+    """An attention with operands of 4 and 8 bits against torch's fused attention."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -181,7 +209,7 @@ def attention_row(
     )
     runs = {}
     for bits in (4, 8):
-        mine, _ = attention_parts(engine, form, bits, heads, dim, "cuda")
+        mine, _ = attention_parts(engine, bits, heads, dim, "cuda")
         runs[f"A{bits}"] = functools.partial(mine.attend, q, k, v, heads, dim**-0.5)
     runs["float16"] = functools.partial(
         scaled_dot_product_attention,
@@ -190,23 +218,22 @@ def attention_row(
     return dict(shape=f"attention {queries}x{keys}x{dim}", batch=batch, seconds=timer.compare(runs))
 
 
-def unet_row(model, name: str, batch: int, timer: Timer) -> dict:
+def unet_row(model: Any, name: str, batch: int, timer: Timer) -> dict[str, Any]:
+    """One step of a whole UNet: seconds, peak memory, bytes of weights."""
     import torch
 
     x = torch.randn(batch, 4, 64, 64, device="cuda", dtype=torch.float16).to(
         memory_format=torch.channels_last
     )
-    t, text = (
-        torch.tensor(500, device="cuda"),
-        torch.randn(batch, 77, 768, device="cuda", dtype=torch.float16),
-    )
+    t = torch.tensor(500, device="cuda")
+    text = torch.randn(batch, 77, 768, device="cuda", dtype=torch.float16)
+    # Tunes, compiles, fills the tables of the time path, sets the step group.
     with torch.no_grad():
-        for _ in range(
-            2
-        ):  # tunes, compiles, fills the tables of the time path, sets the step group
+        for _ in range(2):
             model(x, t, text)
     if hasattr(model, "quest_hook"):
-        model.quest_hook.remove()  # it reads the timestep on the host, which a graph cannot hold
+        # It reads the timestep on the host, which a graph cannot hold.
+        model.quest_hook.remove()
     torch.cuda.reset_peak_memory_stats()
     seconds = timer.compare({name: functools.partial(model, x, t, text)})[name]
     weights = sum(v.numel() * v.element_size() for v in (*model.parameters(), *model.buffers()))

@@ -1,13 +1,19 @@
-"""AdaRound block reconstruction as in Q-Diffusion / BRECQ: the baseline of the tables, and where QuEST starts.
+"""AdaRound (Nagel et al. 2020): learned rounding of weights, block by block as in Q-Diffusion.
 
-Blocks in the order of execution: ResBlocks, attention blocks, and the single layers between them. For each, rounding is learned
-so that the quantized block, on inputs from the model quantized so far, reproduces the full-precision block's output.
+It is the weight quantization of the paper (Sec. 3.1) and of the methods it compares with. Blocks
+are reconstructed in the order in which they run (BRECQ, Li et al. 2021): ResBlocks, attention
+blocks, and the single layers between them. Each gets the inputs that the model quantized so far
+gives it, and its output is fitted to the full-precision block's.
+
+Here too are two relatives of it: Q-Diffusion's training of activation scales, block by block, and
+TFMQ-DM's reconstruction of the whole time path as one block.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -17,48 +23,54 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from tqdm import tqdm
 
+from questlib.alignment import alignment_error
 from questlib.calibration import Batch, Calibration
-from questlib.capture import capture_calls, capture_outputs, run_time_layers
+from questlib.capture import Call, capture_calls, capture_outputs, execution_order
 from questlib.config import QuantConfig
-from questlib.finetuning.losses import local_loss
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers, set_mode
 from questlib.quantization.roles import TIME_ROLES
+from questlib.quantization.time_path import run_time_layers
+from questlib.quantization.weight_quantizer import WeightQuantizer
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
-ROUND_WEIGHT, BETA_START, BETA_END, WARMUP = 0.01, 20.0, 2.0, 0.2  # AdaRound's regularizer
+
+ROUND_WEIGHT = 0.01  # lambda, the weight of the regularizer
+BETA_START = 20.0
+BETA_END = 2.0
+WARMUP = 0.2  # share of the iterations that run without the regularizer
+
+Loss = Callable[[int], torch.Tensor]  # of an iteration
+
+
+# ---- blocks and their data ----
 
 
 def blocks(unet: nn.Module, inputs: Batch) -> list[str]:
-    """Names of the units of reconstruction in the order in which a forward runs them; every layer is in exactly one."""
+    """Names of the units of reconstruction, in the order in which a forward pass runs them.
+
+    Every quantized layer that runs is in exactly one of them.
+
+    Args:
+        unet: the quantized UNet.
+        inputs: calls of the UNet; the first one is run to find the order.
+    """
     found: list[str] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
         for name, child in module.named_children():
             path = f"{prefix}{name}"
-            if isinstance(child, BLOCKS) or isinstance(child, QuantLayer):
-                if any(isinstance(m, QuantLayer) for m in child.modules()):
-                    found.append(path)
-            else:
+            if not isinstance(child, (*BLOCKS, QuantLayer)):
                 visit(child, f"{path}.")
+            elif any(isinstance(m, QuantLayer) for m in child.modules()):
+                found.append(path)
 
     visit(unet, "")
-    order: list[str] = []
-    handles = [
-        unet.get_submodule(n).register_forward_pre_hook(lambda m, a, n=n: order.append(n))
-        for n in found
-    ]
-    try:
-        with torch.no_grad():
-            inputs[:1].run(unet)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(dict.fromkeys(order))  # a block that never runs has nothing to reconstruct
+    return execution_order(unet, found, inputs[:1].run)
 
 
 def pick_samples(calib: Calibration, count: int, seed: int) -> Batch:
-    """`count` pairs (x_t, t), steps in equal shares."""
+    """Draw `count` pairs (x_t, t): all steps in turn, trajectories at random."""
     steps, n = calib.x.shape[:2]
     generator = torch.Generator().manual_seed(seed)
     step = torch.arange(count) % steps
@@ -66,119 +78,144 @@ def pick_samples(calib: Calibration, count: int, seed: int) -> Batch:
     return calib.batch(step, which)
 
 
-def _join(batches: list) -> Callable[[torch.Tensor], tuple[tuple, dict]]:
-    """Concatenate recorded calls; the result picks rows `idx` of every tensor argument."""
+class RecordedCalls:
+    """The arguments of a block's recorded calls, joined along the batch."""
 
-    def stack(values: list):
-        return torch.cat(values) if torch.is_tensor(values[0]) and values[0].ndim > 0 else values[0]
+    def __init__(self, calls: list[Call]) -> None:
+        first = calls[0]
+        self.args = [_joined([call.args[i] for call in calls]) for i in range(len(first.args))]
+        self.kwargs = {k: _joined([call.kwargs[k] for call in calls]) for k in first.kwargs}
 
-    args = [stack([b[0][i] for b in batches]) for i in range(len(batches[0][0]))]
-    kwargs = {k: stack([b[1][k] for b in batches]) for k in batches[0][1]}
-
-    def rows(idx: torch.Tensor) -> tuple[tuple, dict]:
-        def pick(v):
-            return v[idx] if torch.is_tensor(v) and v.ndim > 0 else v
-
-        return tuple(map(pick, args)), {k: pick(v) for k, v in kwargs.items()}
-
-    return rows
+    def rows(self, index: torch.Tensor) -> tuple[list[Any], dict[str, Any]]:
+        """Arguments and keywords of the samples `index` int64 [B]."""
+        args = [value[index] if _is_batched(value) else value for value in self.args]
+        kwargs = {k: v[index] if _is_batched(v) else v for k, v in self.kwargs.items()}
+        return args, kwargs
 
 
-def _each_block(
+def _is_batched(value: Any) -> bool:
+    return torch.is_tensor(value) and value.ndim > 0
+
+
+def _joined(values: list[Any]) -> Any:
+    """Tensors along the batch; of anything else, which is the same in all calls, the first."""
+    return torch.cat(values) if _is_batched(values[0]) else values[0]
+
+
+@dataclass
+class BlockData:
+    """A block of the quantized model, and what it is fitted to."""
+
+    block: nn.Module
+    calls: RecordedCalls
+    """What the block receives in the model quantized so far."""
+    targets: torch.Tensor
+    """Outputs of the full-precision block [N, ...]."""
+    groups: torch.Tensor
+    """Step group of each sample, int64 [N]."""
+
+
+def block_data(
     student: nn.Module,
     teacher: nn.Module,
     calib: Calibration,
     config: QuantConfig,
+    *,
     desc: str,
     progress: bool,
-) -> Iterator:
-    """For each block: the student's block, a function idx -> call arguments, the teacher's outputs, and the step groups [n]."""
+) -> Iterator[BlockData]:
+    """One block after another. Each is recorded when the ones before it are finished."""
     inputs = pick_samples(calib, config.adaround.samples, config.seed)
     groups = torch.as_tensor(student.quest_steps.lookup(inputs.t)).expand(len(inputs))
+    runs = [part.run for part in inputs.split(config.forward_batch)]
     for name in tqdm(blocks(student, inputs), desc=desc, disable=not progress, mininterval=2):
-        calls, _ = capture_calls(student, name, inputs, config.forward_batch)
-        _, targets = capture_calls(teacher, name, inputs, config.forward_batch)
-        yield student.get_submodule(name), _join(calls), torch.cat(targets), groups
+        calls = RecordedCalls(capture_calls(student, name, runs))
+        targets = torch.cat([call.output for call in capture_calls(teacher, name, runs)])
+        yield BlockData(student.get_submodule(name), calls, targets, groups)
 
 
-def _minimize(
-    block,
-    rows,
-    target,
-    groups,
-    steps,
-    params: list[dict],
-    iters: int,
-    config: QuantConfig,
-    regularizer=None,
-) -> None:
-    opt = torch.optim.Adam(params)
-    generator = torch.Generator().manual_seed(config.seed)
-    scale = 1.0 / target.pow(2).mean().clamp_min(
-        1e-8
-    )  # relative error: one regularizer weight serves every block
+# ---- one minimization for all ----
+
+
+def minimize(loss: Loss, groups: list[dict[str, Any]], iters: int) -> None:
+    """Minimize `loss` by Adam.
+
+    Args:
+        loss: called with the number of each iteration.
+        groups: Adam's parameter groups.
+        iters: number of iterations.
+    """
+    optimizer = torch.optim.Adam(groups)
     for i in range(iters):
-        idx = torch.randint(
-            len(target), (min(config.batch_size, len(target)),), generator=generator
-        )
-        steps.current = groups[idx]
-        args, kwargs = rows(idx)
-        loss = (block(*args, **kwargs) - target[idx]).pow(2).mean() * scale
-        if regularizer is not None:
-            loss = loss + regularizer(i)
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
+        value = loss(i)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        optimizer.step()
 
 
-def rounding_loss(layers: list[QuantLayer], i: int, iters: int) -> torch.Tensor | float:
-    """AdaRound's regularizer at iteration i: after a warm-up it draws every rounding to 0 or 1, ever more sharply."""
+def block_loss(student: nn.Module, data: BlockData, config: QuantConfig) -> Loss:
+    """The mean squared error of the block's output on random batches.
+
+    It is divided by the mean square of the targets, so that one weight of the regularizer serves
+    every block.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    scale = 1.0 / data.targets.pow(2).mean().clamp_min(1e-8)
+    size = min(config.batch_size, len(data.targets))
+
+    def loss(i: int) -> torch.Tensor:
+        index = torch.randint(len(data.targets), (size,), generator=generator)
+        # The block runs alone, without the UNet's hook that selects the step groups.
+        student.quest_steps.select_group(data.groups[index])
+        args, kwargs = data.calls.rows(index)
+        return (data.block(*args, **kwargs) - data.targets[index]).pow(2).mean() * scale
+
+    return loss
+
+
+def rounding_loss(quantizers: list[WeightQuantizer], i: int, iters: int) -> torch.Tensor | float:
+    """AdaRound's regularizer (Nagel et al. 2020, Eq. 24) at iteration i of `iters`:
+
+        lambda sum_layers mean_ij ( 1 - |2 h(V_ij) - 1|^beta )
+
+    h(V) in 0..1 is the rounding of a weight, down or up. The term pulls it to 0 or 1. beta falls
+    from 20 to 2, so that at first only weights near 0 or 1 are pulled, and all in the end. A
+    warm-up runs without the term. The paper's sum over a layer's weights is a mean here.
+    """
     progress = i / max(1, iters)
     if progress < WARMUP:
         return 0.0
     beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress - WARMUP) / (1 - WARMUP))
     return ROUND_WEIGHT * sum(
-        (1 - (2 * layer.weight_quantizer.rounding() - 1).abs().pow(beta)).mean() for layer in layers
+        (1 - (2 * quantizer.rounding() - 1).abs().pow(beta)).mean() for quantizer in quantizers
     )
 
 
-def _start(layers: list[QuantLayer]) -> list[nn.Parameter]:
-    for layer in layers:
+def learn_rounding(layers: list[QuantLayer], loss: Loss, config: QuantConfig) -> None:
+    """Learn the rounding of the layers' weights, then move each weight to where it was rounded.
+
+    The weight ends inside its learned rounding cell: rounding it to nearest gives AdaRound's code.
+    Layers whose weights are not quantized are left alone.
+    """
+    pairs = [(x, x.weight_quantizer) for x in layers if x.weight_quantizer is not None]
+    if not pairs:
+        return
+    for layer, _ in pairs:
         layer.thaw()
-    return [layer.weight_quantizer.start_adaround(layer.weight) for layer in layers]
-
-
-def _harden(layers: list[QuantLayer]) -> None:
-    for layer in layers:
-        layer.weight.data.copy_(layer.weight_quantizer.harden(layer.weight))
+    alphas = [quantizer.start_adaround(layer.weight) for layer, quantizer in pairs]
+    quantizers = [quantizer for _, quantizer in pairs]
+    iters = config.adaround.iters
+    minimize(
+        lambda i: loss(i) + rounding_loss(quantizers, i, iters),
+        [{"params": alphas, "lr": config.adaround.lr}],
+        iters,
+    )
+    for layer, quantizer in pairs:
+        layer.weight.data.copy_(quantizer.harden(layer.weight))
         layer.freeze()
 
 
-def reconstruct_time(
-    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig
-) -> None:
-    """AdaRound of all time-embedding layers as one block, on what it gives at every calibrated step: the temporal features that
-    the ResBlocks receive (TFMQ-DM, Huang et al. 2024: temporal information block and its reconstruction)."""
-    layers = [
-        m
-        for m in quant_layers(student).values()
-        if m.role in TIME_ROLES and m.weight_quantizer is not None
-    ]
-    names = [n for n, m in quant_layers(student).items() if m.role == "time_proj"]
-    t = calib.t.to(student.device)
-    with torch.no_grad(), capture_outputs(teacher, names) as targets:
-        run_time_layers(teacher, t)
-    opt = torch.optim.Adam([{"params": _start(layers), "lr": config.adaround.lr}])
-    for i in range(config.adaround.iters):
-        with capture_outputs(student, names) as own:
-            run_time_layers(student, t)
-        loss = local_loss(own, targets, normalize=True) + rounding_loss(
-            layers, i, config.adaround.iters
-        )
-        opt.zero_grad(set_to_none=True)
-        loss.backward()
-        opt.step()
-    _harden(layers)
+# ---- the three reconstructions ----
 
 
 def reconstruct_weights(
@@ -189,38 +226,52 @@ def reconstruct_weights(
     *,
     progress: bool = False,
 ) -> None:
-    """AdaRound, block by block, activations in full precision; each layer's weight ends inside its learned rounding cell."""
+    """AdaRound, block by block, with activations in full precision; see `config.adaround`.
+
+    Args:
+        student: the quantized UNet, whose weights are changed in place.
+        teacher: the full-precision UNet.
+        calib: the teacher's calls.
+        config: the run's configuration.
+        progress: whether to show a progress bar.
+    """
     set_mode(student, weights=True, acts=False)
     for layer in quant_layers(student).values():
         layer.freeze()
-    done = TIME_ROLES if config.adaround.temporal_block else ()
-    if done:
+    done: tuple[str, ...] = ()
+    if config.adaround.temporal_block:
         reconstruct_time(student, teacher, calib, config)
-    for block, rows, target, groups in _each_block(
-        student, teacher, calib, config, "adaround", progress
-    ):
+        done = TIME_ROLES
+    for data in block_data(student, teacher, calib, config, desc="adaround", progress=progress):
         layers = [
-            m
-            for m in block.modules()
-            if isinstance(m, QuantLayer) and m.weight_quantizer is not None and m.role not in done
+            module
+            for module in data.block.modules()
+            if isinstance(module, QuantLayer) and module.role not in done
         ]
-        if not layers:
-            continue
-        regularizer = functools.partial(rounding_loss, layers, iters=config.adaround.iters)
-        params = [{"params": _start(layers), "lr": config.adaround.lr}]
-        _minimize(
-            block,
-            rows,
-            target,
-            groups,
-            student.quest_steps,
-            params,
-            config.adaround.iters,
-            config,
-            regularizer,
-        )
-        _harden(layers)
+        learn_rounding(layers, block_loss(student, data, config), config)
     set_mode(student, weights=True, acts=True)
+
+
+def reconstruct_time(
+    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig
+) -> None:
+    """AdaRound of all time-embedding layers as one block (TFMQ-DM, Huang et al. 2024).
+
+    Its outputs are the temporal features that the ResBlocks receive, at every calibrated step.
+    """
+    layers = quant_layers(student)
+    projections = [name for name, layer in layers.items() if layer.role == "time_proj"]
+    time_layers = [layer for layer in layers.values() if layer.role in TIME_ROLES]
+    t = calib.t.to(student.device)
+    with torch.no_grad(), capture_outputs(teacher, projections) as targets:
+        run_time_layers(teacher, t)
+
+    def loss(i: int) -> torch.Tensor:
+        with capture_outputs(student, projections) as outputs:
+            run_time_layers(student, t)
+        return alignment_error(outputs, targets, relative=True)
+
+    learn_rounding(time_layers, loss, config)
 
 
 def reconstruct_acts(
@@ -231,22 +282,24 @@ def reconstruct_acts(
     *,
     progress: bool = False,
 ) -> None:
-    """Q-Diffusion's second stage: the activation scales of each block are trained on the block's output error, weights fixed."""
+    """Train the activation scales of each block on its output's error, with fixed weights.
+
+    This is Q-Diffusion's second stage; see `config.act_recon`. Learning rates are fractions of each
+    scale. For the arguments see `reconstruct_weights`.
+    """
     set_mode(student, weights=True, acts=True)
     for layer in quant_layers(student).values():
         layer.freeze()
-    for block, rows, target, groups in _each_block(
-        student, teacher, calib, config, "act scales", progress
-    ):
-        params = [
-            {"params": [q.scale], "lr": config.act_recon.lr * q.scale.detach().mean().item()}
-            for q in act_quantizers(block)
-            if q.enabled
+    for data in block_data(student, teacher, calib, config, desc="act scales", progress=progress):
+        scales = [quantizer.scale for quantizer in act_quantizers(data.block) if quantizer.enabled]
+        if not scales:
+            continue
+        groups = [
+            {"params": [scale], "lr": config.act_recon.lr * scale.detach().mean().item()}
+            for scale in scales
         ]
-        for group in params:
-            group["params"][0].requires_grad_(True)
-        _minimize(
-            block, rows, target, groups, student.quest_steps, params, config.act_recon.iters, config
-        )
-        for group in params:
-            group["params"][0].requires_grad_(False)
+        for scale in scales:
+            scale.requires_grad_(True)
+        minimize(block_loss(student, data, config), groups, config.act_recon.iters)
+        for scale in scales:
+            scale.requires_grad_(False)

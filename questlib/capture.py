@@ -1,78 +1,142 @@
-"""Hooks: outputs and calls of named layers, and forward passes that stop early."""
+"""Hooks on the named parts of a model: record what they receive and give, stop a run early.
+
+All of them stand on `hooks`, which removes what it registered however the block ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, Literal, NamedTuple
 
 import torch
-from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
-
-from questlib.calibration import Batch
-
-pass
-from contextlib import suppress
 
 
 class StopForward(Exception):
-    """Ends a forward pass of which nothing more is needed."""
+    """Raised in a hook to stop a forward pass early."""
 
 
 @contextmanager
-def capture_outputs(
-    unet: nn.Module, names: list[str], device: str | None = None, stop: bool = False
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Inside the block, the dict holds the last output of each named layer, with its gradient history; on `device` if given.
+def hooks(
+    model: nn.Module,
+    functions: Mapping[str, Callable[..., Any]],
+    kind: Literal["input", "output"] = "output",
+) -> Iterator[None]:
+    """Call a function at each forward pass of named submodules, inside the block.
 
-    stop: leave the block as soon as each of them has run, without what a UNet computes after the last one.
+    The block ends quietly when a function raises `StopForward`.
+
+    Args:
+        model: the model that has the submodules.
+        functions: by a submodule's dotted name ("" is the model itself). Each is called as
+            ``function(module, args, kwargs)`` before the submodule runs (kind "input"), or as
+            ``function(module, args, kwargs, output)`` after it (kind "output"). It returns None,
+            or what replaces the input or output (see torch's hooks).
+        kind: whether functions run before or after the submodules.
+
+    Example:
+        >>> def show(module, args, kwargs, output):
+        ...     print(output.sample.shape)
+        >>> with hooks(unet, {"": show}):
+        ...     unet(x, t)
     """
-    outputs: dict[str, torch.Tensor] = {}
-
-    def hook(name: str) -> Callable:
-        def keep(module: nn.Module, args: tuple, out: torch.Tensor) -> None:
-            outputs[name] = out if device is None else out.to(device)
-            if stop and len(outputs) == len(names):
-                raise StopForward
-
-        return keep
-
-    handles = [unet.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = []
     try:
-        yield outputs
-    except StopForward:
-        pass
+        for name, function in functions.items():
+            module = model.get_submodule(name)
+            if kind == "input":
+                handle = module.register_forward_pre_hook(function, with_kwargs=True)
+            else:
+                handle = module.register_forward_hook(function, with_kwargs=True)
+            handles.append(handle)
+        with suppress(StopForward):
+            yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def run_time_layers(unet: nn.Module, t: torch.Tensor) -> None:
-    """Run only the layers that map t to the embedding and its projections, t int64 [T] (Property 1: they see t alone)."""
-    steps = getattr(unet, "quest_steps", None)
-    if steps is not None:
-        steps.current = steps.lookup(t)
-    emb = unet.time_embedding(unet.time_proj(t).to(unet.dtype))  # [T, 4 * width]
-    for block in unet.modules():
-        if isinstance(block, ResnetBlock2D):
-            block.time_emb_proj(emb if block.skip_time_act else block.nonlinearity(emb))
+@contextmanager
+def capture_outputs(
+    model: nn.Module, names: Sequence[str], device: str | None = None, stop: bool = False
+) -> Iterator[dict[str, torch.Tensor]]:
+    """A dict that holds the last output of each named submodule, with its gradient history.
+
+    Args:
+        model: the model that has the submodules.
+        names: their dotted names.
+        device: where outputs are kept; None: where they are made.
+        stop: leave the block as soon as each of them has run, without the rest of the model.
+
+    Example:
+        >>> with capture_outputs(unet, ["conv_in"], stop=True) as outputs:
+        ...     unet(x, t)
+        >>> outputs["conv_in"].shape
+    """
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            outputs[name] = output if device is None else output.to(device)
+            if stop and len(outputs) == len(names):
+                raise StopForward
+
+        return hook
+
+    with hooks(model, {name: keep(name) for name in names}):
+        yield outputs
+
+
+class Call(NamedTuple):
+    """A submodule's call: ``output = submodule(*args, **kwargs)``."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    output: torch.Tensor
 
 
 @torch.no_grad()
-def capture_calls(unet: nn.Module, name: str, inputs: Batch, size: int = 64) -> tuple[list, list]:
-    """What block `name` received (by position or keyword) and gave in a run of the UNet: two lists, `size` inputs an entry."""
-    received, gave = [], []
+def capture_calls(
+    model: nn.Module, name: str, runs: Iterable[Callable[[nn.Module], object]]
+) -> list[Call]:
+    """The first call of a submodule in each run of the model.
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, out: torch.Tensor) -> None:
-        received.append((args, kwargs))
-        gave.append(out)
-        raise StopForward  # what comes after the block is not needed
+    A run stops after it.
 
-    handle = unet.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-    try:
-        for part in inputs.split(size):
-            with suppress(StopForward):
-                part.run(unet)
-    finally:
-        handle.remove()
-    return received, gave
+    Args:
+        model: the model that has the submodule.
+        name: its dotted name.
+        runs: functions that run the model once, such as ``batch.run`` of calibration batches.
+    """
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        calls.append(Call(args, kwargs, output))
+        raise StopForward
+
+    for run in runs:
+        with hooks(model, {name: hook}):
+            run(model)
+    return calls
+
+
+@torch.no_grad()
+def execution_order(
+    model: nn.Module, names: Sequence[str], run: Callable[[nn.Module], object]
+) -> list[str]:
+    """The named submodules in the order in which a run first calls them.
+
+    Those that the run does not call are left out.
+    """
+    order: dict[str, None] = {}  # a set that keeps its order
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            order.setdefault(name)
+
+        return hook
+
+    with hooks(model, {name: note(name) for name in names}, "input"):
+        run(model)
+    return list(order)

@@ -1,18 +1,41 @@
-"""Checkpoints: model.safetensors (packed integer weights, scales) and config.json. Loading gives bit-identical outputs.
+"""Checkpoints of quantized UNets. A loaded model has the same outputs, bit for bit.
 
-Per quantized layer NAME:
-  NAME.codes          uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a byte, the first in the low nibble;
-                      uint8 [n] otherwise. n = O * I * kh * kw, in the layer's own order (row-major)
-  NAME.wq.scale, NAME.wq.zero_point    float32, uint8 [O, P]; NAME.wq.index (only for split inputs)
-  *.scale float32 [G, P], *.zero_point, *.ratio uint8 [G, C] of each activation quantizer, where G is the number of step groups
-All else (biases, norms, layers left in full precision) is stored as it is.
+A checkpoint is a folder with two files.
+
+config.json
+  format      2
+  class       the diffusers class of the UNet
+  unet        its configuration
+  quant       the quantization's: `QuantConfig.to_dict()`, groups as nested objects
+  timesteps   the calibrated timesteps, in the sampler's order
+
+model.safetensors, for a quantized layer NAME with weight [O, I, kh, kw] or [O, I]
+  NAME.codes                         uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a
+                                     byte, the first in the low nibble; uint8 [n] for more bits.
+                                     n is the size of the weight, in row-major order
+  NAME.weight_quantizer.scale        float32 [O, P], P parts of a split input
+  NAME.weight_quantizer.zero_point   uint8 [O, P]
+  NAME.input_quantizer.*             those of an activation quantizer
+
+and for an activation quantizer, of a layer or of attention (NAME.processor.q, k, v, probs), with G
+step groups, P sets of parameters and C channels
+  scale        float32 [G, P]
+  zero_point   uint8 [G, C]
+  ratio        uint8 [G, C]
+  shift        uint8 [C]
+  calibrated   bool, 0-d
+
+All else (biases, norms, layers in full precision, the calibrated steps, a noise correction) is
+stored as it is in the model. Tensors named `index` follow from the configuration and are left out.
+
+Format 1 is read, too; see `from_format_1`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -20,22 +43,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from questlib.baselines.noise_correction import insert_correction
 from questlib.config import QuantConfig
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.files import atomic_path
 from questlib.integer.conversion import convert
-from questlib.integer.engines import LAYERS, choose_engine
+from questlib.integer.engines import choose_engine
 from questlib.integer.form import packed_size
+from questlib.integer.modules import IntegerAttention, IntegerLayer
+from questlib.quantization.carrier import split_ratio
+from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, step_groups
 from questlib.quantization.preparation import prepare
+from questlib.quantization.weight_quantizer import WeightQuantizer
 
-FORMAT = 1
+FORMAT = 2
 UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
-SMALL = ("zero_point", "ratio")  # integers below 256: stored as bytes, float32 in the model
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+# Tensors of whole numbers below 256: bytes in the file, float32 or int64 in the model.
+BYTES = ("zero_point", "ratio", "shift")
+
+Tensors = dict[str, torch.Tensor]
+
+
+# ---- codes of weights ----
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape -> uint8 [n]; up to 4 bits two consecutive codes share a byte, the first in the low nibble."""
+    """uint8 codes of any shape -> uint8 [n] bytes.
+
+    Up to 4 bits two consecutive codes share a byte, the first in the low nibble.
+    """
     flat = codes.flatten()
     if bits > 4:
         return flat.contiguous()
@@ -45,12 +87,17 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
-    """Inverse of `pack`. CheckpointError when the number of bytes does not fit `shape`, or a code exceeds `bits`."""
+    """The inverse of `pack`: uint8 codes of this shape.
+
+    Raises:
+        CheckpointError: the number of bytes does not fit the shape, or a code exceeds `bits`.
+    """
     n = shape.numel()
     expected = packed_size(n, bits)
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise CheckpointError(
-            f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, found {packed.numel()}"
+            f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, "
+            f"found {packed.numel()}"
         )
     codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
     if n and int(codes.max()) >= 2**bits:
@@ -58,47 +105,83 @@ def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     return codes.reshape(shape)
 
 
-def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
-    """Write a quantized UNet; returns the size of model.safetensors in bytes, as it is on disk. Files are replaced atomically.
+def coded_layers(unet: nn.Module) -> dict[str, tuple[QuantLayer, WeightQuantizer]]:
+    """The layers whose weights are stored as codes, each with its quantizer, by name."""
+    return {
+        name: (layer, layer.weight_quantizer)
+        for name, layer in quant_layers(unet).items()
+        if layer.weight_quantizer is not None
+    }
 
-    ConfigError for a plain UNet, and for one that `convert` made: its weights lie in the engine's own layout.
+
+def last_part(name: str) -> str:
+    """The last part of a tensor's dotted name."""
+    return name.rpartition(".")[2]
+
+
+# ---- saving ----
+
+
+def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
+    """Write a quantized UNet to a folder; files that are there already are replaced atomically.
+
+    Args:
+        unet: a quantized UNet, finetuned or not, before `questlib.convert`.
+        out_dir: the folder; it is made when it is missing.
+
+    Returns:
+        The size of model.safetensors on disk, in bytes.
+
+    Raises:
+        ConfigError: the UNet is not quantized, or runs in integers: its weights then lie in the
+            engine's own layout.
+        QuestError: the folder cannot be written.
+
+    Example:
+        >>> size = questlib.save_pretrained(unet, "ldm4-w4a4")
+        >>> unet = questlib.from_pretrained("ldm4-w4a4")
     """
-    step_groups(unet)
-    if any(isinstance(m, LAYERS) for m in unet.modules()):
+    steps = step_groups(unet)
+    if any(isinstance(module, IntegerLayer | IntegerAttention) for module in unet.modules()):
         raise ConfigError(
-            "save: expected a simulated UNet, found one that runs in integers; save it before it is converted"
+            "save: expected a simulated UNet, found one that runs in integers; "
+            "save it before it is converted"
         )
-    out = Path(out_dir)
-    state = dict(unet.state_dict())
-    for name, layer in quant_layers(unet).items():
-        if layer.weight_quantizer is not None:
-            del state[f"{name}.weight"]
-            state[f"{name}.codes"] = pack(
-                layer.weight_quantizer.codes(layer.weight.detach()), layer.weight_quantizer.bits
-            )
-    for name in list(state):
-        last = name.rsplit(".", 1)[-1]
-        if last in SMALL:
-            state[name] = state[name].to(torch.uint8)
-        elif last == "index":
-            del state[name]  # follows from the model's structure and the config
     config = {
         "format": FORMAT,
         "class": type(unet).__name__,
         "unet": dict(unet.config),
         "quant": unet.quest_config.to_dict(),
+        "timesteps": steps.timesteps.flip(0).tolist(),
     }
-    config["timesteps"] = unet.quest_steps.timesteps.flip(0).tolist()
+    state = stored_tensors(unet)
+    out = Path(out_dir)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        tmp = out / f"tmp{os.getpid()}"
-        save_file({k: v.detach().contiguous() for k, v in state.items()}, tmp)
-        os.replace(tmp, out / "model.safetensors")
-        tmp.write_text(json.dumps(config, indent=1, default=str))
-        os.replace(tmp, out / "config.json")
+        with atomic_path(out / WEIGHTS_FILE) as temporary:
+            save_file(state, temporary)
+        with atomic_path(out / CONFIG_FILE) as temporary:
+            temporary.write_text(json.dumps(config, indent=1, default=str))
     except OSError as error:
         raise QuestError(f"save: cannot write to {out}: {error.strerror}") from error
-    return (out / "model.safetensors").stat().st_size
+    return (out / WEIGHTS_FILE).stat().st_size
+
+
+def stored_tensors(unet: nn.Module) -> Tensors:
+    """What model.safetensors holds of a quantized UNet."""
+    state: Tensors = dict(unet.state_dict())
+    for name, (_, quantizer) in coded_layers(unet).items():
+        codes = quantizer.codes(state.pop(f"{name}.weight"))
+        state[f"{name}.codes"] = pack(codes, quantizer.bits)
+    stored = {}
+    for name, value in state.items():
+        if last_part(name) == "index":
+            continue
+        value = value.to(torch.uint8) if last_part(name) in BYTES else value
+        stored[name] = value.detach().contiguous()
+    return stored
+
+
+# ---- loading ----
 
 
 def from_pretrained(
@@ -112,86 +195,160 @@ def from_pretrained(
 ) -> nn.Module:
     """Load what `save_pretrained` wrote: a frozen quantized UNet.
 
-    engine: "fake", simulated quantization, whose outputs equal the saved model's bit for bit; or integers ("cpu", "reference",
-    "auto": see `questlib.integer.conversion`, also for the other choices).
-    CheckpointError for damaged files, missing or unexpected tensors; EngineError when the engine cannot run here or a layer has
-    no integer form.
+    Args:
+        path: the checkpoint's folder.
+        engine: "fake" is simulated quantization, with the outputs of the saved model bit for bit.
+            Others run in integers: "cpu", "triton", "reference", or "auto"; see
+            `questlib.convert`, also for the other arguments.
+        dtype: for an integer engine: of what is not quantized.
+        weights: for an integer engine: how weights are kept in memory.
+        fuse: for an integer engine: whether layers that follow each other are fused.
+        fallback: for an integer engine: whether layers without an integer form are simulated.
+
+    Raises:
+        CheckpointError: damaged files, missing or unexpected tensors, or an unknown format.
+        ConfigError: an unknown engine, or arguments that it does not have.
+        EngineError: the engine cannot run here, or a layer has no integer form.
+
+    Example:
+        >>> pipe.unet = questlib.from_pretrained("ldm4-w4a4", engine="auto")
     """
     if engine != "fake":
-        choose_engine(engine)  # before any long work
+        choose_engine(engine)  # an engine that cannot run is refused before any long work
     elif dtype != torch.float32 or weights != "packed" or fuse or fallback:
         raise ConfigError(
-            "dtype, weights, fuse and fallback are choices of the integer engines, not of engine 'fake'"
+            "dtype, weights, fuse and fallback are choices of the integer engines, "
+            "not of engine 'fake'"
         )
     path = Path(path)
+    config, state = read_files(path)
+    unet = build_unet(path, config)
+    load_tensors(path, unet, state)
+    check_calibrated(path, unet)
+    if engine == "fake":
+        return freeze(unet)
+    return convert(
+        unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
+    )
+
+
+def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Both files of a checkpoint, in format 2.
+
+    Raises:
+        CheckpointError: a file cannot be read, or the format is unknown.
+    """
     try:
-        config = json.loads((path / "config.json").read_text())
-        state = load_file(path / "model.safetensors")
+        config = json.loads((path / CONFIG_FILE).read_text())
+        state = load_file(path / WEIGHTS_FILE)
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(
             f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}"
         )
-    if config.get("format") != FORMAT or config.get("class") not in UNETS:
+    if config.get("format") == 1:
+        return config, from_format_1(path, state)
+    if config.get("format") != FORMAT:
         raise CheckpointError(
-            f"checkpoint {path}: expected format {FORMAT} of a diffusers UNet, found {config.get('format')} {config.get('class')}"
+            f"checkpoint {path}: expected format 1 or {FORMAT}, found {config.get('format')!r}"
+        )
+    return config, state
+
+
+def from_format_1(path: Path, state: Tensors) -> Tensors:
+    """The tensors of format 1 as format 2 has them, bit for bit.
+
+    Format 1 differs in three ways:
+    - a layer's quantizers are called `act` and `wq`, not `input_quantizer` and `weight_quantizer`;
+    - `shift`, the e of ratios m * 2^e, is missing; it follows from each channel's largest ratio;
+    - in config.json, the fields of `quant` are flat. `QuantConfig.from_dict` reads both.
+    """
+    names = {"act": "input_quantizer", "wq": "weight_quantizer"}
+    renamed: Tensors = {}
+    for name, value in state.items():
+        parts = name.split(".")
+        if len(parts) > 2 and parts[-2] in names:
+            parts[-2] = names[parts[-2]]
+        renamed[".".join(parts)] = value
+    for name in [name for name in renamed if last_part(name) == "ratio"]:
+        ratio = renamed[name].float()  # [G, C]
+        owner = name.removesuffix(".ratio")
+        try:
+            _, shift = split_ratio(ratio.amax(0), ratio, owner)
+        except ConfigError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}") from error
+        renamed[f"{owner}.shift"] = shift.to(torch.uint8)
+    return renamed
+
+
+def build_unet(path: Path, config: dict[str, Any]) -> nn.Module:
+    """A quantized UNet of this structure, whose tensors are still to be loaded.
+
+    Raises:
+        CheckpointError: `config` does not describe a quantized UNet.
+    """
+    if config.get("class") not in UNETS:
+        raise CheckpointError(
+            f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {config.get('class')!r}"
         )
     try:
+        own = {k: v for k, v in config["unet"].items() if not k.startswith("_")}
+        unet = UNETS[config["class"]].from_config(own)
         quant = QuantConfig.from_dict(config["quant"])
-        unet = UNETS[config["class"]].from_config(
-            {k: v for k, v in config["unet"].items() if not k.startswith("_")}
-        )
-        # ranges are overwritten below: skip the search
-        unet = prepare(
-            unet, quant.replace(weight_range="minmax"), torch.tensor(config["timesteps"])
-        )
+        unet = prepare(unet, quant, torch.tensor(config["timesteps"]), search_weights=False)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})"
         ) from error
-    unet.quest_config = quant
-    packed = {
-        n: state.pop(f"{n}.codes", None)
-        for n, layer in quant_layers(unet).items()
-        if layer.weight_quantizer is not None
-    }
-    missing = [f"{n}.codes" for n, v in packed.items() if v is None]
+    if quant.noise_correction:
+        insert_correction(unet)
+    return unet
+
+
+def load_tensors(path: Path, unet: nn.Module, state: Tensors) -> None:
+    """Load a checkpoint's tensors into the UNet that `build_unet` made; all must fit.
+
+    Raises:
+        CheckpointError: missing or unexpected tensors, wrong shapes, values that are not finite,
+            codes out of range.
+    """
+    layers = coded_layers(unet)
     own = unet.state_dict()
-    derived = {f"{n}.weight" for n in packed} | {k for k in own if k.rsplit(".", 1)[-1] == "index"}
-    missing += sorted(set(own) - set(state) - derived)
-    unexpected = sorted(set(state) - set(own))
+    expected = {name: value.shape for name, value in own.items() if last_part(name) != "index"}
+    for name in layers:
+        del expected[f"{name}.weight"]
+    codes = {f"{name}.codes" for name in layers}
+
+    missing = sorted((expected.keys() | codes) - state.keys())
+    unexpected = sorted(state.keys() - expected.keys() - codes)
     wrong = [
-        f"{k} {list(v.shape)} (expected {list(own[k].shape)})"
-        for k, v in state.items()
-        if k in own and v.shape != own[k].shape
+        f"{name} {list(state[name].shape)} (expected {list(shape)})"
+        for name, shape in expected.items()
+        if name in state and state[name].shape != shape
     ]
     if missing or unexpected or wrong:
         lists = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
         found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in lists if names)
-        raise CheckpointError(f"checkpoint {path} does not fit {config['class']}: {found}")
-    unet.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=False)
-    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
-    if bad:
-        raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(bad[:5])}")
-    for name, layer in quant_layers(unet).items():
-        if layer.weight_quantizer is not None:
-            layer.weight.data.copy_(
-                layer.weight_quantizer.decode(
-                    unpack(packed[name], layer.weight_quantizer.bits, layer.weight.shape)
-                )
-            )
-    uncalibrated = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
-    if quant.noise_correction and not bool(unet.quest_correction.calibrated):
-        uncalibrated.append("quest_correction")
-    if uncalibrated:
+        raise CheckpointError(f"checkpoint {path} does not fit {type(unet).__name__}: {found}")
+
+    infinite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if infinite:
+        raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(infinite[:5])}")
+
+    values = {name: state[name].to(own[name].dtype) for name in expected}
+    unet.load_state_dict(values, strict=False)
+    for name, (layer, quantizer) in layers.items():
+        unpacked = unpack(state[f"{name}.codes"], quantizer.bits, layer.weight.shape)
+        layer.weight.data.copy_(quantizer.decode(unpacked))
+
+
+def check_calibrated(path: Path, unet: nn.Module) -> None:
+    """Raise CheckpointError when a quantizer or the noise correction was never calibrated."""
+    found = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
+    if unet.quest_config.noise_correction and not bool(unet.quest_correction.calibrated):
+        found.append("quest_correction")
+    if found:
         raise CheckpointError(
-            f"checkpoint {path}: activation scales were never calibrated: {', '.join(uncalibrated[:5])}"
+            f"checkpoint {path}: activation scales were never calibrated: {', '.join(found[:5])}"
         )
-    return (
-        freeze(unet)
-        if engine == "fake"
-        else convert(
-            unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
-        )
-    )

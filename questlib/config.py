@@ -1,4 +1,4 @@
-"""What a run is: every choice that decides how a model is quantized and finetuned, in groups.
+"""Every choice that decides how a model is quantized and finetuned, in groups.
 
 Section numbers are those of the paper (arXiv 2402.03666v6).
 """
@@ -13,8 +13,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from questlib.errors import ConfigError
+from questlib.presets import preset_values
 
 OFF = 16  # a bit-width of 16 switches a quantizer off
+Granularity = Literal["tensor", "channel", "carrier", "token"]
+Search = Literal["minmax", "mse", "percentile"]
 
 
 def _check_bits(bits: int) -> int:
@@ -26,16 +29,19 @@ def _check_bits(bits: int) -> int:
 Bits = Annotated[int, AfterValidator(_check_bits)]
 Count = Annotated[int, Field(ge=1)]
 Iterations = Annotated[int, Field(ge=0)]
+Rank = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 def digest(values: Any) -> str:
-    """Sixteen hex digits that tell values from others: sha256 of their JSON with sorted keys."""
+    """Sixteen hex digits of values: sha256 of their JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Settings(BaseModel):
-    """A frozen group of choices: unknown names and values of another type are refused."""
+    """A frozen group of choices, which refuses unknown names and values of another type."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
@@ -45,22 +51,23 @@ class Settings(BaseModel):
 class RangeConfig(Settings):
     """How the range of each activation is found, and how many scales there are (Sec. 3.1)."""
 
-    act_granularity: Literal["tensor", "channel", "carrier", "token"] = "tensor"
+    act_granularity: Granularity = "tensor"
     """What has a scale of its own. tensor: a layer's input. channel: each of its channels; these
     scales cannot run in integers. carrier: each channel, by scales base * m_k * 2^e that do run in
     integers; only up to 4 bits, wider codes are per tensor. token: each token of linear layers and
-    1x1 convolutions, from the range of the token at hand, times static ratios m_k * 2^e."""
+    1x1 convolutions, from the range of the token at hand, times static ratios m_k * 2^e; all other
+    inputs as with carrier."""
 
-    act_range: Literal["minmax", "mse", "percentile"] = "mse"
+    act_range: Search = "mse"
     """The search for an activation's range: its extremes, the least error, or a percentile."""
 
-    range_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 2.0
+    range_norm: Power = 2.0
     """The "mse" search minimizes |x_hat - x|^range_norm. Above 2 it clips less (paper: 2)."""
 
     act_symmetric: bool = False
     """Whether activation ranges are symmetric around zero."""
 
-    act_ema: Annotated[float, Field(ge=0, lt=1)] | None = None
+    act_ema: Momentum | None = None
     """Weight of the past in a running min-max over calibration batches (release: 0.95); None: the
     true extremes."""
 
@@ -128,7 +135,7 @@ class FinetuningConfig(Settings):
     """Layers of CMA. attention: all attention-related layers (paper). all: every layer of the
     model, full finetuning. For the others see `questlib.finetuning.stages.CMA_ROLES`."""
 
-    lora_rank: Iterations = 0
+    lora_rank: Rank = 0
     """Rank of low-rank updates that CMA trains in place of the weights (EfficientDM); 0: none."""
 
     local_loss: bool = True
@@ -164,7 +171,7 @@ class FinetuningConfig(Settings):
 
 
 class QuantConfig(Settings):
-    """How a model is quantized and finetuned. Frozen; what is unknown or out of range is refused.
+    """How a model is quantized and finetuned. Frozen.
 
     A field of a group is set by its dotted name, or by a keyword that names it alone:
     ``tla_iters``, ``finetuning.tla_iters`` and ``finetuning=dict(tla_iters=...)`` are the same.
@@ -269,14 +276,15 @@ class QuantConfig(Settings):
         Raises:
             ConfigError: an unknown preset or name, or a value outside its range.
         """
-        from questlib.presets import preset_values
-
         bits = {"weight_bits": weight_bits, "act_bits": act_bits}
         return cls(preset_name=name, **bits, **preset_values(name, act_bits)).replace(**overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:
-        """The configuration of `to_dict`, or of a checkpoint of format 1, whose names are flat."""
+        """The configuration that `to_dict` wrote, or that a checkpoint of format 1 holds.
+
+        Format 1 has flat names, which are today's keywords.
+        """
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -284,7 +292,11 @@ class QuantConfig(Settings):
         return self.model_dump()
 
     def replace(self, **changes: Any) -> QuantConfig:
-        """A copy with other values. ConfigError as for a new configuration."""
+        """A copy with other values.
+
+        Raises:
+            ConfigError: an unknown name, or a value outside its range.
+        """
         return type(self)(**_merged(self.to_dict(), _nested(changes)))
 
     def get(self, name: str) -> Any:
@@ -294,14 +306,18 @@ class QuantConfig(Settings):
             value = getattr(value, part)
         return value
 
-    # ---- keys of cached products: what decides each stage's numbers, and nothing else ----
+    # ---- keys of cached results: what decides each stage's numbers, and nothing else ----
 
     def hash(self) -> str:
         """Key of everything."""
         return digest(self.to_dict())
 
     def range_key(self) -> str:
-        """Key of the activation ranges, which are searched with full-precision weights."""
+        """Key of the activation ranges.
+
+        They are searched with full-precision weights. `forward_batch` decides which values of a
+        batch are kept for the search.
+        """
         values = {"ranges": self.ranges.model_dump(), "te": self.te == "fp"}
         names = ["act_bits", "softmax_bits", "first_last_act_bits", "te_act_bits", "act_layers"]
         names += ["split_skip", "forward_batch", "seed"]
@@ -311,7 +327,7 @@ class QuantConfig(Settings):
         return digest(values | {name: getattr(self, name) for name in names})
 
     def adaround_key(self) -> str:
-        """Key of the rounded weights, on which activation bits have no influence."""
+        """Key of the weights that AdaRound gives, with activations in full precision."""
         values = {"adaround": self.adaround.model_dump(), "te": self.te == "fp"}
         names = ["weight_bits", "first_last_weight_bits", "weight_range", "split_skip"]
         names += ["batch_size", "seed"]
@@ -366,10 +382,12 @@ def field_path(name: str) -> list[str]:
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by any name -> by field, each group a `Settings` or a dict of its own fields."""
+    """Values by any name -> values by field, each group as a dict of its own fields."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         path = field_path(name)
+        if isinstance(value, Settings):
+            value = value.model_dump()
         if path[0] in GROUPS and isinstance(value, bool) and len(path) == 1:
             path = [path[0], "enabled"]
         if len(path) == 1 and isinstance(value, Mapping):
@@ -383,7 +401,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """`changes` over `values`, inside the groups too."""
+    """`values` with `changes` in their place, inside the groups too."""
     merged = dict(values)
     for name, value in changes.items():
         own = merged.get(name)
@@ -392,7 +410,7 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 def _sentence(error: ValidationError) -> str:
-    """One line of the first thing that is wrong."""
+    """One line about the first thing that is wrong."""
     first = error.errors()[0]
     words = first["msg"].removeprefix("Value error, ").replace("Input should be", "expected")
     if not first["loc"]:
@@ -402,7 +420,7 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _described(settings: type[Settings], prefix: str = "") -> Iterator[str]:
-    """A line for each field of a group: name, default, meaning."""
+    """One line for each field of a group: its name, default and meaning."""
     for name, field in settings.model_fields.items():
         if name in GROUPS:
             yield ""

@@ -1,4 +1,7 @@
-"""Several processes on one job (`accelerate launch`). With one process everything here gives back what it got."""
+"""Several processes on one job (`accelerate launch`), and the device that each of them uses.
+
+With a single process every function here returns what it was given.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +11,69 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 
-PATIENCE = timedelta(
-    days=2
-)  # without a common cache each process runs AdaRound: hours, at whose end some are minutes ahead
+# How long a process waits for the others. Without a common cache each process runs AdaRound
+# itself, which takes hours, and some finish minutes before others.
+PATIENCE = timedelta(days=2)
 
 
 def processes() -> PartialState:
-    """The processes of this job. On a machine without CUDA they are CPU processes that talk by gloo, whatever launched them."""
+    """The processes of this job.
+
+    Without CUDA they are CPU processes that communicate by gloo, however they were launched.
+    """
     return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def device() -> torch.device:
-    """Of this process. Plain "cpu", not "cpu:0": moving to that copies, which changes strides of single samples and so bits.
+    """The device of this process.
 
-    On CUDA convolutions are switched from TF32, torch's default, to float32: the linear layers are, and integers are exact.
+    On a CPU it is plain "cpu", not "cpu:0". Moving a tensor to "cpu:0" copies it, which changes the
+    strides of single samples, and with them the last bits of results.
     """
     found = processes().device
-    if found.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = False
     return torch.device("cpu") if found.type == "cpu" else found
 
 
+def use_full_float32() -> None:
+    """Switch TF32 off for the whole process: CUDA computes in float32 with all its bits.
+
+    PyTorch uses TF32, which keeps 10 of 23 bits, for convolutions unless told otherwise. Simulated
+    quantization then differs from integers, which are exact. Command lines and drivers call this
+    once before they load a model; a program that uses questlib as a library decides for itself.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def broadcast_from(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[str, torch.Tensor]:
-    """The tensors of process `owner`, on every process, on the CPU and bit for bit; what the others pass does not count."""
+    """Give every process the tensors of one process, bit for bit.
+
+    All processes must call this together.
+
+    Args:
+        tensors: those to share, in process `owner`; ignored in the others, which may pass None.
+        owner: index of the process whose tensors are shared.
+
+    Returns:
+        The owner's tensors, on the CPU. A single process gets back the very dict that it passed.
+
+    Raises:
+        ValueError: the owner passed None.
+    """
     state = processes()
-    if state.num_processes == 1:
+    is_owner = state.process_index == owner
+    if is_owner and tensors is None:
+        raise ValueError(f"broadcast_from: process {owner} owns the tensors but passed None")
+    if state.num_processes == 1 and tensors is not None:
         return tensors
-    mine = state.process_index == owner
-    shapes = [{k: (v.shape, v.dtype) for k, v in tensors.items()} if mine else None]
-    broadcast_object_list(shapes, from_process=owner)
-    return {
-        k: broadcast(
-            (tensors[k].contiguous() if mine else torch.empty(shape, dtype=dtype)).to(device()),
-            owner,
-        ).cpu()
-        for k, (shape, dtype) in shapes[0].items()
-    }
+    own = tensors if is_owner and tensors is not None else {}
+    described = [{name: (value.shape, value.dtype) for name, value in own.items()}]
+    broadcast_object_list(described, from_process=owner)
+    shared = {}
+    for name, (shape, dtype) in described[0].items():
+        value = own[name].contiguous() if is_owner else torch.empty(shape, dtype=dtype)
+        shared[name] = broadcast(value.to(device()), owner).cpu()
+    return shared
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:
@@ -53,7 +83,10 @@ def mean(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def synchronize(module: torch.nn.Module) -> None:
-    """Give every process the parameters and buffers of process 0: rounding on different devices may differ in the last bits."""
+    """Give every process the parameters and buffers of process 0.
+
+    Rounding on different devices may differ in the last bits; from here on it does not matter.
+    """
     if processes().num_processes > 1:
         for value in (*module.parameters(), *module.buffers()):
             broadcast(value.data, 0)

@@ -1,10 +1,13 @@
-"""Typed errors. Each message is one line that says what was expected and what was found."""
+"""Typed errors. Each message is one line: what was expected, and what was found."""
 
 from __future__ import annotations
 
 
 class QuestError(Exception):
-    """Base of all errors that a user can cause; the command line prints it and exits with code 2."""
+    """Base of all errors that a user can cause.
+
+    The command line prints its message and exits with code 2.
+    """
 
 
 class ConfigError(QuestError, ValueError):
@@ -24,7 +27,10 @@ class MetricError(QuestError, ValueError):
 
 
 class EngineError(QuestError, RuntimeError):
-    """A layer cannot run in integers on the engine asked for, or its input is not finite; the message names the layer."""
+    """A layer cannot run in integers on an engine, or its input is not finite.
+
+    The message names the layer.
+    """
 
 
 class TimestepWarning(UserWarning):

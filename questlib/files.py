@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from questlib.errors import ConfigError
 
 
 def check_writable(folder: Path) -> None:
-    """Make `folder`; ConfigError unless a file can be made in it: found out before any long work."""
+    """Make `folder` and try to write in it, before any long work.
+
+    Raises:
+        ConfigError: the folder cannot be made, or no file can be made in it.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -19,7 +28,36 @@ def check_writable(folder: Path) -> None:
 
 
 def check_new(out: Path) -> None:
-    """ConfigError unless a folder `out` can be made, or is there and empty: before any long work."""
+    """Check, before any long work, that a folder `out` can be made, or is there and empty.
+
+    Raises:
+        ConfigError: something is there already, or the place cannot be written.
+    """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not an empty folder; nothing is overwritten")
     check_writable(out.parent)
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path`, which takes its place when the block ends.
+
+    A reader of `path` sees the old file (or folder) or the new one, never half of it. When the
+    block raises, `path` stays as it was and what was written is removed.
+
+    Example:
+        >>> with atomic_path("log.json") as temporary:
+        ...     temporary.write_text("{}")
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    owner = f"{os.getpid()}-{threading.get_ident()}"
+    temporary = path.with_name(f"{path.name}.{owner}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)

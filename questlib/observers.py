@@ -2,115 +2,151 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from questlib.calibration import Calibration
-from questlib.config import OFF, QuantConfig
+from questlib.config import OFF, QuantConfig, RangeConfig
 from questlib.quantization import carrier, range_search
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.model import act_quantizers, set_mode
 
-# of each quantizer's input, kept for the range search
+# How many values of a quantizer's inputs are kept for the range search:
 VALUES_PER_CHANNEL = 2048  # of a batch, where channels have scales of their own
 VALUES_IN_ALL = 20 * VALUES_PER_CHANNEL  # of all batches and step groups, likewise
-VALUES_PER_TENSOR = 65536  # of a batch, where they share one
+VALUES_PER_TENSOR = 65536  # of a batch, where channels share a scale
+
+# PTQ4DM (Shang et al. 2023, Sec. 3.3): timesteps from N(mu, T / 2) with mu <= T / 2
+TRAIN_STEPS = 1000
+NORMAL_MEAN = 0.4
+NORMAL_STD = 0.5
+
+
+class FreeRange(NamedTuple):
+    """The ranges of single channels, before they are snapped to the carrier grid."""
+
+    values: torch.Tensor  # a sample of the inputs [C, n], on the CPU
+    scale: torch.Tensor  # [C]
+    zero_point: torch.Tensor  # [C]
 
 
 class Observer:
-    """Extremes and a fixed-size sample of what reaches one quantizer, per channel, for the step group that is being seen."""
+    """What reaches one quantizer in one step group: extremes and a fixed-size sample.
+
+    Args:
+        quantizer: whose range is searched.
+        ranges: how.
+        seed: of the sample.
+        batches: number of batches that the quantizer sees, of all step groups together.
+    """
 
     def __init__(
-        self, quantizer: ActQuantizer, config: QuantConfig, seed: int, batches: int
+        self, quantizer: ActQuantizer, ranges: RangeConfig, seed: int, batches: int
     ) -> None:
-        """batches: that this quantizer sees, of all step groups together."""
-        self.q, self.ema, self.snapped = (
-            quantizer,
-            config.ranges.act_ema,
-            quantizer.carrier or quantizer.token,
-        )
-        self.per_channel = self.snapped or quantizer.scale.shape[1] == len(quantizer.index) > 1
+        self.quantizer = quantizer
+        self.ranges = ranges
         self.generator = torch.Generator().manual_seed(seed)
-        self.keep = max(1, min(VALUES_PER_CHANNEL, VALUES_IN_ALL // batches))
-        self.lo = self.hi = None
-        self.values: list[torch.Tensor] = []
+        self.channels = len(quantizer.index)
+        # values of each channel that are kept of a batch
+        if quantizer.granularity == "tensor":
+            self.keep = max(1, VALUES_PER_TENSOR // self.channels)
+        else:
+            self.keep = max(1, min(VALUES_PER_CHANNEL, VALUES_IN_ALL // batches))
+        self.extremes: tuple[torch.Tensor, torch.Tensor] | None = None  # [C] each
+        self.values: list[torch.Tensor] = []  # [C, n] of each batch
 
     def update(self, x: torch.Tensor) -> None:
-        channels = len(self.q.index)
-        rows = (
-            x.movedim(self.q.dim, 0).reshape(channels, -1) if channels > 1 else x.reshape(1, -1)
-        )  # [C, n]
-        lo, hi = rows.amin(1), rows.amax(1)
-        if self.lo is None:
-            self.lo, self.hi = lo, hi
-        elif self.ema is not None:
-            self.lo, self.hi = (
-                self.ema * a + (1 - self.ema) * b for a, b in ((self.lo, lo), (self.hi, hi))
-            )
+        """Take in one batch of the quantizer's inputs."""
+        if self.channels > 1:
+            rows = x.movedim(self.quantizer.dim, 0).reshape(self.channels, -1)  # [C, n]
         else:
-            self.lo, self.hi = torch.minimum(self.lo, lo), torch.maximum(self.hi, hi)
-        keep = self.keep if self.per_channel else max(1, VALUES_PER_TENSOR // channels)
-        pick = torch.randint(rows.shape[1], (min(keep, rows.shape[1]),), generator=self.generator)
+            rows = x.reshape(1, -1)
+        lo = rows.amin(1)
+        hi = rows.amax(1)
+        if self.extremes is not None:
+            past_lo, past_hi = self.extremes
+            ema = self.ranges.act_ema
+            if ema is None:
+                lo = torch.minimum(past_lo, lo)
+                hi = torch.maximum(past_hi, hi)
+            else:
+                lo = ema * past_lo + (1 - ema) * lo
+                hi = ema * past_hi + (1 - ema) * hi
+        self.extremes = (lo, hi)
+        count = min(self.keep, rows.shape[1])
+        pick = torch.randint(rows.shape[1], (count,), generator=self.generator)
         self.values.append(rows[:, pick.to(rows.device)])
 
-    def finish(self, group: int, config: QuantConfig) -> None:
-        """Search the ranges of one group and write them into the quantizer."""
-        q = self.q
-        x = torch.cat(self.values, 1)  # [C, n]
-        symmetric = config.ranges.act_symmetric and not q.unsigned
-        if self.snapped or (self.per_channel and len(q.index) > 1):
-            scale, zero = range_search.choose_qparams(
-                x,
-                self.lo,
-                self.hi,
-                q.bits,
-                config.ranges.act_range,
-                symmetric,
-                config.ranges.range_norm,
-            )
-            if self.snapped:
-                self.free = (
-                    x.cpu(),
-                    scale,
-                    zero,
-                )  # snapped once all groups are known: the shifts are common
-            else:
-                q.set_group(group, scale, zero)
-        else:
-            scales, zeros = [], []
-            for part in range(q.scale.shape[1]):
-                own = (q.index if q.scale.shape[1] > 1 else torch.zeros_like(q.index)) == part
-                lo, hi = self.lo[own].amin()[None], self.hi[own].amax()[None]
-                s, z = range_search.choose_qparams(
-                    x[own].reshape(1, -1),
-                    lo,
-                    hi,
-                    q.bits,
-                    config.ranges.act_range,
-                    symmetric,
-                    config.ranges.range_norm,
-                )
-                scales.append(s), zeros.append(z)
-            q.set_group(group, torch.cat(scales), torch.cat(zeros)[q.index])
+    def channel_ranges(self) -> FreeRange:
+        """Search a range for each channel."""
+        x, lo, hi = self._seen()
+        scale, zero_point = self._choose(x, lo, hi)
+        return FreeRange(x, scale, zero_point)
+
+    def part_ranges(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search a range for each part of the input: scale [P], zero point [C]."""
+        x, lo, hi = self._seen()
+        index = self.quantizer.index
+        found = []
+        for part in range(self.quantizer.scale.shape[1]):
+            own = index == part
+            ends = (lo[own].amin()[None], hi[own].amax()[None])
+            found.append(self._choose(x[own].reshape(1, -1), *ends))
+        scale = torch.cat([s for s, _ in found])
+        zero_point = torch.cat([z for _, z in found])
+        return scale, zero_point[index]
+
+    def _seen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A sample of all inputs [C, n], and their extremes [C]."""
+        if self.extremes is None:
+            raise RuntimeError(f"{self.quantizer.name}: no input was observed")
+        return torch.cat(self.values, 1), *self.extremes
+
+    def _choose(
+        self, x: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return range_search.choose_qparams(
+            x,
+            lo,
+            hi,
+            self.quantizer.bits,
+            self.ranges.act_range,
+            self.ranges.act_symmetric and not self.quantizer.unsigned,
+            self.ranges.range_norm,
+        )
 
 
-def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
-    """Snap all groups' free scales to the carrier grid, each part of a split input with a base (per token: a clip) of its own."""
+def snap_ranges(quantizer: ActQuantizer, free: list[FreeRange], norm: float) -> None:
+    """Snap the free ranges of all step groups to the carrier grid, or to grids of single tokens.
+
+    Each part of a split input has a base of its own (per token: a clip). The shift e is the same in
+    all groups.
+
+    Args:
+        quantizer: gets scale, ratio, shift and zero point.
+        free: the ranges of each step group.
+        norm: of the error that is minimized.
+    """
     for part in range(quantizer.scale.shape[1]):
         own = quantizer.index == part
-        shift = carrier.block_shifts(torch.stack([s[own] for _, s, _ in free]))
-        shift = shift if quantizer.shifts else torch.zeros_like(shift)
-        for group, (x, s, z) in enumerate(free):
-            x = x.to(s.device)[own]
+        shift = carrier.block_shifts(torch.stack([scale[own] for _, scale, _ in free]))
+        if not quantizer.shifts:
+            shift = torch.zeros_like(shift)
+        with torch.no_grad():
+            # more bits leave no room for ratios
+            quantizer.shift[own] = shift.long() if quantizer.carrier else 0
+        for group, (values, scale, zero_point) in enumerate(free):
+            x = values.to(scale.device)[own]
+            s = scale[own]
             if quantizer.token:
-                (base, ratio), zero = (
-                    carrier.snap_to_tokens(x, s[own], shift, quantizer.bits, norm),
-                    torch.zeros_like(z[own]),
-                )
+                base, ratio = carrier.snap_to_tokens(x, s, shift, quantizer.bits, norm)
+                zero = torch.zeros_like(s)
             else:
                 base, ratio, zero = carrier.snap_to_carrier(
-                    x, s[own], z[own], shift, quantizer.bits, norm
+                    x, s, zero_point[own], shift, quantizer.bits, norm
                 )
             with torch.no_grad():
                 quantizer.scale[group, part] = base
@@ -118,24 +154,24 @@ def _snap(quantizer: ActQuantizer, free: list[tuple], norm: float) -> None:
                 quantizer.zero_point[group, own] = zero
 
 
-TRAIN_STEPS, NORMAL_MEAN, NORMAL_STD = (
-    1000,
-    0.4,
-    0.5,
-)  # PTQ4DM (Shang et al. 2023, Sec. 3.3): N(mu, T / 2) with mu <= T / 2
+def samples_of_steps(t: torch.Tensor, ranges: RangeConfig, generator: torch.Generator) -> list[int]:
+    """How many samples each sampler step gives to the range search, `calib_batch` together.
 
+    "uniform": all steps give equally many, rounded up. "normal": timesteps are drawn from a normal
+    distribution, and each draw goes to the nearest step; some steps can have none (PTQ4DM).
 
-def samples_of_steps(t: torch.Tensor, config: QuantConfig, generator: torch.Generator) -> list[int]:
-    """How many samples each of these steps gives to the range search, `calib_batch` together.
-
-    "normal": timesteps are drawn from a normal distribution, and each goes to the nearest of the steps; several can have none.
+    Args:
+        t: the timesteps of the steps [T].
+        ranges: `calib_steps` and `calib_batch`.
+        generator: draws the timesteps.
     """
-    if config.ranges.calib_steps == "uniform":
-        return [max(1, -(-config.ranges.calib_batch // len(t)))] * len(t)
-    counts, drawn = torch.zeros(len(t), dtype=torch.int64), 0
-    while drawn < config.ranges.calib_batch:  # what falls outside is drawn again
+    if ranges.calib_steps == "uniform":
+        return [max(1, -(-ranges.calib_batch // len(t)))] * len(t)
+    counts = torch.zeros(len(t), dtype=torch.int64)
+    drawn = 0
+    while drawn < ranges.calib_batch:
         wanted = TRAIN_STEPS * (NORMAL_MEAN + NORMAL_STD * torch.randn(1, generator=generator))
-        if 0 <= wanted < TRAIN_STEPS:
+        if 0 <= wanted < TRAIN_STEPS:  # what falls outside is drawn again
             counts[(t - wanted).abs().argmin()] += 1
             drawn += 1
     return counts.tolist()
@@ -145,37 +181,55 @@ def samples_of_steps(t: torch.Tensor, config: QuantConfig, generator: torch.Gene
 def init_ranges(
     unet: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False
 ) -> None:
-    """Set every activation quantizer of an inserted UNet from full-precision activations, one step group after another.
+    """Set every activation quantizer of a prepared UNet from full-precision activations.
 
-    Each group sees `calib_batch` samples, spread over its steps.
+    One step group after another: each sees `calib_batch` samples, spread over its steps.
+
+    Args:
+        unet: made by `questlib.quantization.preparation.prepare`.
+        calib: inputs of the full-precision UNet.
+        config: `ranges`, `forward_batch` and `seed` of the quantization.
+        progress: show a progress bar.
     """
+    ranges = config.ranges
     set_mode(unet, weights=False)
     quantizers = [q for q in act_quantizers(unet) if q.bits != OFF]
-    free: dict[int, list] = {}
     groups = unet.quest_steps.num_groups
     group_of_step = torch.tensor([unet.quest_steps.lookup(t) for t in calib.t])
     generators = [torch.Generator().manual_seed(config.seed + group) for group in range(groups)]
     steps = [(group_of_step == group).nonzero().flatten().tolist() for group in range(groups)]
     counts = [
-        samples_of_steps(calib.t[own], config, generator)
+        samples_of_steps(calib.t[own], ranges, generator)
         for own, generator in zip(steps, generators, strict=True)
     ]
     batches = sum(-(-count // config.forward_batch) for of in counts for count in of)
+
+    # of the quantizers with ratios, which are snapped once all groups are known
+    free: list[list[FreeRange]] = [[] for _ in quantizers]
     for group in tqdm(range(groups), desc="ranges", disable=not progress):
-        for i, q in enumerate(quantizers):
-            q.observer = Observer(q, config, 1000 * group + i, batches)
+        observers = [
+            Observer(q, ranges, 1000 * group + i, batches) for i, q in enumerate(quantizers)
+        ]
+        for q, observer in zip(quantizers, observers, strict=True):
+            q.observer = observer
         generator = generators[group]
         for step, count in zip(steps[group], counts[group], strict=True):
             pick = torch.randperm(calib.x.shape[1], generator=generator)[:count]
             for batch in calib.batch(step, pick).split(config.forward_batch):
                 batch.run(unet)
-        for i, q in enumerate(quantizers):
-            observer, q.observer = q.observer, None
-            observer.finish(group, config)
-            if hasattr(observer, "free"):
-                free.setdefault(i, []).append(observer.free)
-    for i, q in enumerate(quantizers):
-        if i in free:
-            _snap(q, free[i], config.ranges.range_norm)
+        for q, observer, own_free in zip(quantizers, observers, free, strict=True):
+            q.observer = None
+            if q.granularity == "tensor":
+                q.set_group(group, *observer.part_ranges())
+                continue
+            found = observer.channel_ranges()
+            if q.granularity == "channel":
+                q.set_group(group, found.scale, found.zero_point)
+            else:
+                own_free.append(found._replace(values=found.values.cpu()))
+
+    for q, own_free in zip(quantizers, free, strict=True):
+        if own_free:
+            snap_ranges(q, own_free, ranges.range_norm)
         q.calibrated.fill_(True)
     set_mode(unet, weights=True)

@@ -1,27 +1,31 @@
-"""quantize(unet, config, calib): insert quantizers, search ranges, AdaRound when the preset has it."""
+"""Post-training quantization: everything before finetuning (paper, Sec. 3.1)."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TypedDict
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from questlib.adaround import reconstruct_acts, reconstruct_weights
-from questlib.baselines.noise_correction import estimate_correction
+from questlib.baselines.noise_correction import estimate_correction, insert_correction
 from questlib.calibration import Calibration
 from questlib.config import OFF, QuantConfig
-from questlib.errors import CheckpointError
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers
 from questlib.quantization.preparation import prepare
-from questlib.versions import STAGE_VERSIONS
+from questlib.stage_cache import StageCache, seconds_of
+
+
+class QuantizationLog(TypedDict):
+    """`quest_log` of a quantized UNet."""
+
+    seconds: dict[str, float]
+    """Of each stage. Where a stage was read from the cache: what it took when it was computed."""
+    ranges_cached: bool
+    reconstruct_cached: bool
 
 
 def quantize(
@@ -32,96 +36,87 @@ def quantize(
     cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """A quantized copy of `unet`: the same diffusers class, fake-quantized, ready to sample or to be finetuned.
+    """Quantize a copy of `unet`: insert quantizers, search their ranges, then AdaRound if chosen.
 
-    cache_dir: where activation ranges and AdaRound's weights are kept, named by what made them (config.range_key, weight_key and
-    the calibration), so that presets which agree on them share one run. `quest_log` on the result holds the seconds of each
-    stage (as first computed, when cached; "ranges" are the weights', too).
+    Args:
+        unet: a full-precision diffusers UNet; it is not changed.
+        config: the run's configuration.
+        calib: the UNet's calls, from `questlib.calibrate`.
+        cache_dir: folder where activation ranges and AdaRound's weights are kept. Configurations
+            that agree on everything which decides them (`QuantConfig.range_key`, `adaround_key`)
+            share them.
+        progress: whether to show progress bars.
+
+    Returns:
+        A UNet of the same diffusers class with simulated quantization, ready to sample or to be
+        finetuned. Its attribute `quest_log` is a `QuantizationLog`.
+
+    Raises:
+        ConfigError: `unet` is not a diffusers UNet, or is quantized already.
+        CheckpointError: a cached file is damaged.
+
+    Example:
+        >>> calib = questlib.calibrate(pipe, num_samples=64, num_inference_steps=20)
+        >>> config = questlib.QuantConfig.preset("quest", 4, 4)
+        >>> unet = questlib.quantize(pipe.unet, config, calib)
     """
-    clock = time.perf_counter()
+    start = time.perf_counter()
     student = prepare(unet, config, calib.t)
-    log = {
-        "seconds": {"ranges": time.perf_counter() - clock, "reconstruct": 0.0},
+    if config.noise_correction:
+        insert_correction(student)
+    log: QuantizationLog = {
+        "seconds": {"ranges": time.perf_counter() - start, "reconstruct": 0.0},
         "ranges_cached": False,
         "reconstruct_cached": False,
     }
-    seconds, log["ranges_cached"] = _kept(
-        cache_dir,
+    cache = StageCache(cache_dir, calib.hash())
+
+    ranges = cache.fill(
         "ranges",
         config.range_key(),
-        calib,
-        {
-            f"{q.name}.{key}": value
-            for q in act_quantizers(student)
-            for key, value in q.state_dict().items()
-        },
+        _activation_ranges(student),
         lambda: init_ranges(student, calib, config, progress=progress),
     )
-    log["seconds"]["ranges"] += seconds
+    log["seconds"]["ranges"] += ranges.seconds
+    log["ranges_cached"] = ranges.cached
+
     if config.adaround.enabled and config.weight_bits != OFF:
-        log["seconds"]["reconstruct"], log["reconstruct_cached"] = _kept(
-            cache_dir,
+        rounded = cache.fill(
             "adaround",
             config.adaround_key(),
-            calib,
-            {
-                name: layer.weight.detach()
-                for name, layer in quant_layers(student).items()
-                if layer.weight_quantizer is not None
-            },
+            _quantized_weights(student),
             lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
         )
+        log["seconds"]["reconstruct"] = rounded.seconds
+        log["reconstruct_cached"] = rounded.cached
+
     if config.act_recon.enabled and config.act_bits != OFF:
-        log["seconds"]["reconstruct"] += _seconds(
+        log["seconds"]["reconstruct"] += seconds_of(
             lambda: reconstruct_acts(student, unet, calib, config, progress=progress)
         )
+
     student.quest_log = log
     freeze(student)
     if config.noise_correction:
-        log["seconds"]["correction"] = _seconds(lambda: estimate_correction(student, calib, config))
+        log["seconds"]["correction"] = seconds_of(
+            lambda: estimate_correction(student, calib, config)
+        )
     return student
 
 
-def _seconds(make: Callable[[], None]) -> float:
-    """How long `make` takes."""
-    clock = time.perf_counter()
-    make()
-    return time.perf_counter() - clock
+def _activation_ranges(student: nn.Module) -> dict[str, torch.Tensor]:
+    """What the stage "ranges" sets."""
+    return {
+        f"{quantizer.name}.{key}": value
+        for quantizer in act_quantizers(student)
+        for key, value in quantizer.state_dict().items()
+    }
 
 
-def _kept(
-    cache_dir: str | Path | None,
-    stage: str,
-    key: str,
-    calib: Calibration,
-    tensors: dict[str, torch.Tensor],
-    make: Callable[[], None],
-) -> tuple[float, bool]:
-    """Fill `tensors` in place from the cache's file, or by `make`, whose result the file then keeps.
-
-    The file is named by the stage, the version of its numbers, this key and the calibration.
-
-    Returns the seconds that `make` took, now or when the file was written, and whether they were read.
-    """
-    if cache_dir is None:
-        return _seconds(make), False
-    name = f"{stage}-v{STAGE_VERSIONS[stage]}-{key}-{calib.hash()}.safetensors"
-    cache = Path(cache_dir) / name
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cache}.lock"):  # two tables that run beside each other make it once
-        if cache.exists():
-            try:
-                state = load_file(cache)
-                for name, tensor in tensors.items():
-                    tensor.copy_(state[name])
-                return float(state["seconds"]), True
-            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-                raise CheckpointError(
-                    f"quantize: {cache} cannot be read ({error!r}); remove it to make it again"
-                ) from error
-        seconds = _seconds(make)
-        tmp = cache.with_suffix(f".tmp{os.getpid()}")
-        state = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-        save_file(state | {"seconds": torch.tensor(seconds, dtype=torch.float64)}, tmp)
-        os.replace(tmp, cache)
-    return seconds, False
+def _quantized_weights(student: nn.Module) -> dict[str, torch.Tensor]:
+    """What the stage "adaround" sets: weights that round to their learned codes."""
+    return {
+        name: layer.weight.detach()
+        for name, layer in quant_layers(student).items()
+        if layer.weight_quantizer is not None
+    }

@@ -1,4 +1,4 @@
-"""The version of each stage's numbers; products and caches are named by it.
+"""The version of each stage's numbers; results and caches are named by it.
 
 A version is raised by hand when the numbers of its stage change, not when code is moved or tidied.
 tests/test_golden_bits.py fails, and names the stage, when its numbers change and its version does
@@ -20,5 +20,5 @@ STAGE_VERSIONS: dict[str, int] = {
 
 
 def versions(*stages: str) -> dict[str, int]:
-    """Those of the named stages."""
+    """The versions of the named stages."""
     return {stage: STAGE_VERSIONS[stage] for stage in stages}

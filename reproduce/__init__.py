@@ -1,18 +1,34 @@
-"""The driver: runs the paper's tables at one of three scales, keeps every stage's product, and reports the results."""
+"""The driver: it runs the paper's tables at one of three scales and reports the results."""
 
-import os
+from __future__ import annotations
 
-# OpenMP threads that spin long while they wait slow each other down as soon as anything else runs on the machine; threads that
-# never spin make many small operations slow. One UNet step of mini-ldm4, two threads: 0.16 s idle with any setting; beside one
-# busy process 0.53 s with GNU's default (300,000), 0.28 s with 2,000. Table 3 at smoke scale: 2 minutes without spinning, 1 with.
-# It must be said before torch is loaded; notebook kernels inherit it.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-# Memory that is given back to the system after each operation comes back as fresh pages, which cost more than the arithmetic on
-# them. glibc keeps up to 4 GiB for the next operation, in pages of 2 MiB: a step of finetuning mini-ldm4 takes a tenth
-# less time, a UNet step on 100 images a seventh (3,000 and 24,000 page faults before, 10 after); peak memory stays the same.
-# It is read when a process starts: the kernels that run the notebooks have it, this process has not.
-os.environ.setdefault(
-    "GLIBC_TUNABLES",
-    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296",
-)
+if TYPE_CHECKING:
+    from reproduce.table_run import TableRun
+
+
+def notebook(table: str, names: Mapping[str, Any]) -> TableRun:
+    """What a table's notebook shows, as its upper-case variables choose it.
+
+    Args:
+        table: name of a table, e.g. "table3".
+        names: the notebook's `globals()`. SCALE, ROWS, SEEDS and the other fields of
+            `reproduce.choices.Choices` are read from it.
+
+    Raises:
+        ConfigError: an unknown table, choice or value; nothing has been run then.
+
+    Example:
+        >>> SCALE = "smoke"
+        >>> run = reproduce.notebook("table3", globals())
+        >>> run.execute()
+        >>> run.verdicts()
+    """
+    from reproduce.environment import set_defaults
+
+    set_defaults()  # before torch is loaded
+    from reproduce.table_run import TableRun
+
+    return TableRun.from_notebook(table, names)

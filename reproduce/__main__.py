@@ -1,4 +1,8 @@
-"""python -m reproduce TABLE --scale smoke|mini|paper [--dry-run]; python -m reproduce sample | readme | notebooks | site."""
+"""Reproduce the paper's tables: python -m reproduce TABLE --scale smoke|mini|paper.
+
+This module loads nothing heavy, so that `--help` and wrong input are answered at once. Each
+command imports what it needs when it runs.
+"""
 
 from __future__ import annotations
 
@@ -7,127 +11,202 @@ import signal
 import sys
 from pathlib import Path
 
-from questlib.errors import ConfigError, QuestError
-from reproduce.plan import make_plan
-from reproduce.scales import SCALES
+from questlib import arguments
+from questlib.errors import ConfigError
+from questlib.files import check_writable
+from questlib.integer.engines import ENGINES
+from reproduce import choices, environment
 from reproduce.tables.registry import all_tables
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        """One line, exit code 2."""
-        print(f"python -m reproduce: {message}", file=sys.stderr)
-        raise SystemExit(2)
+def run_table(args: argparse.Namespace) -> int:
+    """Make a table's rows and report them; exit code 1 if a row failed."""
+    from reproduce.plan import make_plan
 
-
-def parser() -> Parser:
-    p = Parser(prog="python -m reproduce", description=__doc__)
-    p.add_argument(
-        "what",
-        help=f"{', '.join(all_tables())}; sample: see sample --help; readme: write its generated blocks; "
-        "notebooks: execute them in place; site: all of it as HTML",
-    )
-    p.add_argument("--scale", default="mini", help=f"{', '.join(SCALES)} (default: mini)")
-    p.add_argument("--cells", help="some of the table's cells, separated by commas (default: all)")
-    p.add_argument("--seeds", help="numbers separated by commas (default: the scale's)")
-    p.add_argument(
-        "--keep-seeds",
-        action="store_true",
-        help="other seeds that a row's earlier result has stay in it",
-    )
-    p.add_argument(
-        "--stored",
-        action="store_true",
-        help="show the rows that results has, run nothing: a minute at any scale",
-    )
-    p.add_argument(
-        "--unfinished",
-        action="store_true",
-        help="run only rows that results lacks, or has of other code or settings",
-    )
-    p.add_argument("--features", help="mini or inception (default: the scale's)")
-    p.add_argument(
-        "--engine",
-        help="fake (simulated), cpu, triton or reference (integers); results in TABLE-ENGINE (default: fake)",
-    )
-    p.add_argument(
-        "--model", help="embedded name, diffusers folder or hub id (default: the scale's)"
-    )
-    p.add_argument(
-        "--reference",
-        help="for FID: embedded name, folder of images, .npz or .safetensors (default: the scale's)",
-    )
-    p.add_argument(
-        "--captions",
-        help="prompts of Stable Diffusion: COCO's captions_val2014.json (default: the scale's)",
-    )
-    p.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="what each cell is, would take and would lack; nothing is run",
-    )
-    p.add_argument(
-        "--results",
-        type=Path,
-        default=Path("results"),
-        help="result JSON, tables, notebooks (default: results)",
-    )
-    p.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs"),
-        help="products of the stages, to go on from (default: runs)",
-    )
-    p.add_argument(
-        "--out", type=Path, default=Path("site"), help="folder of the HTML site (default: site)"
-    )
-    p.add_argument(
-        "--json",
-        action="store_true",
-        help="print the results as JSON to stdout, and nothing else there",
-    )
-    return p
-
-
-def reproduce_table(args: argparse.Namespace) -> int:
-    seeds = None
-    if args.seeds is not None:
-        try:
-            seeds = [int(s) for s in args.seeds.split(",")]
-        except ValueError as error:
-            raise ConfigError(
-                f"seeds: expected whole numbers separated by commas, found {args.seeds!r}"
-            ) from error
-    plan = make_plan(
-        args.what,
-        scale=args.scale,
-        cells=args.cells.split(",") if args.cells is not None else None,
-        seeds=seeds,
-        features=args.features,
-        engine=args.engine,
-        model=args.model,
-        reference=args.reference,
-        captions=args.captions,
-        results=args.results,
-        work=args.work,
-        keep_seeds=args.keep_seeds,
-        stored=args.stored,
-        dry=args.dry_run,
-    )
+    plan = make_plan(args.command, choices.from_arguments(args), dry=args.dry_run)
     if args.dry_run:
         from reproduce import estimate
 
         print(estimate.dry_run(plan))
         return 0
-    from reproduce import notebooks  # here: bad input is answered before the slow imports
+    from reproduce import notebooks
     from reproduce.reporting import report
+    from reproduce.results import Status
 
     plan = notebooks.unfinished(plan) if args.unfinished else plan
     notebooks.preflight(plan)
     results = notebooks.run(plan)
-    print(report.as_json(plan, results) if args.json else report.terminal(plan, results))
-    asked = {c.id for c in plan.cells}
-    return int(any(r["status"] == "failed" for r in results if r["cell"] in asked))
+    print(report.as_json(results) if args.json else report.terminal(results))
+    return int(any(results[row.id].status == Status.FAILED for row in plan.rows))
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """Draw a folder of samples."""
+    from reproduce import sample
+
+    sample.run(args)
+
+
+def run_readme(args: argparse.Namespace) -> None:
+    """Write the README's generated blocks."""
+    from reproduce.reporting import readme
+
+    changed = readme.update(Path("README.md"), args.results, args.work)
+    print("README.md written" if changed else "README.md was up to date")
+
+
+def run_notebooks(args: argparse.Namespace) -> None:
+    """Execute notebooks in place."""
+    from reproduce import notebooks
+
+    notebooks.execute_in_place(args.paths or sorted(notebooks.NOTEBOOKS.glob("*.ipynb")))
+
+
+def run_site(args: argparse.Namespace) -> None:
+    """Write the HTML site."""
+    from reproduce.reporting import site
+
+    print(f"{site.build(args.out, args.results)} pages: {args.out / 'index.html'}")
+
+
+def run_export(args: argparse.Namespace) -> None:
+    """Write samples in the format of ADM's evaluator."""
+    from reproduce.evaluation.adm import export_npz
+
+    count, height, width = export_npz(args.samples, args.out, args.count)[:3]
+    print(f"{args.out}: arr_0, {count} images of {height}x{width}")
+
+
+def run_reference(args: argparse.Namespace) -> None:
+    """Write reference statistics for FID."""
+    from reproduce.evaluation.reference import load_reference, save_reference
+
+    if args.out.suffix != ".safetensors" or args.out.exists():
+        found = f"{args.out} exists" if args.out.exists() else str(args.out)
+        raise ConfigError(f"reference: expected a new file OUT.safetensors, found {found}")
+    check_writable(args.out.parent)
+    real = load_reference(args.images, args.features)
+    if real.pooled is None or real.size is None:
+        raise ConfigError(f"{args.images}: statistics without images can be used as they are")
+    save_reference(real, args.out, args.features)
+    height, width = real.size
+    print(f"{args.out}: {args.features} features of {real.num_images} images of {height}x{width}")
+
+
+def add_table(parser: argparse.ArgumentParser) -> None:
+    """The options of a table: its choices, and what is done with them."""
+    choices.add_options(parser)
+    parser.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="run only rows that the results lack, or have of other code or settings",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what each row is, would take and would lack; run nothing",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the results as JSON to stdout, and nothing else there",
+    )
+    parser.set_defaults(run=run_table)
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """The options of `sample`."""
+    parser.add_argument("--model", required=True, help="embedded name, diffusers folder or hub id")
+    parser.add_argument("--num-samples", type=int, required=True, help="number of samples")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
+    parser.add_argument(
+        "--unet", type=Path, help="checkpoint of a quantized UNet, in place of the pipeline's own"
+    )
+    parser.add_argument(
+        "--engine",
+        default="fake",
+        help=f"for --unet: fake (simulated), {', '.join(ENGINES)} (default: fake)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        help="samples a shard; part of what fixes their bits (default: 32)",
+    )
+    arguments.add_sampling(parser)
+    parser.set_defaults(run=run_sample)
+
+
+def add_readme(parser: argparse.ArgumentParser) -> None:
+    """The options of `readme`."""
+    parser.add_argument("--results", type=Path, default=Path("results"), help="(default: results)")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="(default: runs)")
+    parser.set_defaults(run=run_readme)
+
+
+def add_notebooks(parser: argparse.ArgumentParser) -> None:
+    """The options of `notebooks`."""
+    parser.add_argument("paths", type=Path, nargs="*", help="notebooks (default: all)")
+    parser.set_defaults(run=run_notebooks)
+
+
+def add_site(parser: argparse.ArgumentParser) -> None:
+    """The options of `site`."""
+    parser.add_argument("--out", type=Path, default=Path("site"), help="folder (default: site)")
+    parser.add_argument("--results", type=Path, default=Path("results"), help="(default: results)")
+    parser.set_defaults(run=run_site)
+
+
+def add_export(parser: argparse.ArgumentParser) -> None:
+    """The options of `export-npz`."""
+    parser.add_argument("samples", type=Path, help="folder of samples (run.json and shards)")
+    parser.add_argument("out", type=Path, help="a new file, OUT.npz")
+    parser.add_argument("--count", type=int, help="the first COUNT samples (default: all)")
+    parser.set_defaults(run=run_export)
+
+
+def add_reference(parser: argparse.ArgumentParser) -> None:
+    """The options of `reference`."""
+    parser.add_argument(
+        "images",
+        type=Path,
+        help="folder of PNG or JPEG files, or .npz with arr_0 uint8 [N, H, W, 3]",
+    )
+    parser.add_argument("out", type=Path, help="a new file, OUT.safetensors")
+    parser.add_argument(
+        "--features",
+        choices=choices.FEATURES,
+        default="inception",
+        help="features of the statistics (default: inception)",
+    )
+    parser.set_defaults(run=run_reference)
+
+
+# Beside the tables. Name: help, and what adds its options.
+COMMANDS = {
+    "sample": ("draw a folder of samples, by any number of processes", add_sample),
+    "export-npz": (
+        "write a folder of samples as ADM's .npz (arr_0 uint8 [N, H, W, 3])",
+        add_export,
+    ),
+    "reference": ("take the reference statistics for FID once, from images", add_reference),
+    "readme": ("write the README's generated blocks", add_readme),
+    "notebooks": ("execute notebooks in place", add_notebooks),
+    "site": ("write notebooks and tables as an HTML site", add_site),
+}
+
+
+def parser() -> arguments.Parser:
+    """The parser of `python -m reproduce`."""
+    whole = arguments.Parser(
+        prog="python -m reproduce", description="Reproduce the paper's tables and figures."
+    )
+    commands = whole.add_subparsers(dest="command", required=True, metavar="TABLE or COMMAND")
+    for name, table in all_tables().items():
+        add_table(commands.add_parser(name, help=table.title, description=table.title))
+    for name, (about, add_arguments) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=about, description=about))
+    return whole
 
 
 def stopped(number: int, frame: object) -> None:
@@ -136,42 +215,12 @@ def stopped(number: int, frame: object) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv) if argv[:1] != ["sample"] else None
+    """Run the command line and return its exit code."""
+    environment.set_defaults()  # before torch is loaded
     signal.signal(signal.SIGTERM, stopped)
-    try:
-        if args is None:
-            from reproduce import sample
-
-            return sample.run(
-                sample.add_arguments(Parser(prog="python -m reproduce sample")).parse_args(argv[1:])
-            )
-        if args.what == "readme":
-            from reproduce.reporting import readme
-
-            changed = readme.update(Path("README.md"), args.results, args.work)
-            print("README.md written" if changed else "README.md was up to date")
-            return 0
-        if args.what == "notebooks":
-            from reproduce import notebooks
-
-            notebooks.execute_in_place(sorted(notebooks.NOTEBOOKS.glob("*.ipynb")))
-            return 0
-        if args.what == "site":
-            from reproduce.reporting import site
-
-            print(f"{site.build(args.out, args.results)} pages: {args.out / 'index.html'}")
-            return 0
-        return reproduce_table(args)
-    except QuestError as error:
-        print(f"python -m reproduce: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "python -m reproduce: interrupted; the same command goes on where this stopped",
-            file=sys.stderr,
-        )
-        return 130
+    return arguments.run(
+        parser(), argv, interrupted="interrupted; the same command goes on where this stopped"
+    )
 
 
 if __name__ == "__main__":

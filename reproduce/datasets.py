@@ -1,7 +1,8 @@
-"""The paper's data sets: at each scale the model that stands for it, and how that model is sampled.
+"""The paper's data sets: at each scale the model that stands for one, and how it is sampled.
 
-At `paper` scale these are the settings of the official release (sampler, steps, eta, guidance, calibration), of the paper's own
-text for numbers of samples. At `mini` and `smoke` scale embedded models stand in.
+At `paper` scale sampler, steps, eta, guidance and calibration are those of the official release,
+and the numbers of samples those of the paper's text. At `mini` and `smoke` scale embedded models
+stand in.
 """
 
 from __future__ import annotations
@@ -14,12 +15,28 @@ from types import MappingProxyType
 from typing import Any
 
 from questlib.config import OFF
-from reproduce.evaluation.clip_score import CLIP_MODEL, COCO_PROMPTS
-from reproduce.models.loading import MINI
+from reproduce.evaluation.constants import CLIP_MODEL, COCO_PROMPTS
+from reproduce.models.embedded import MINI
 
-EMOJI = "mini-ldm4"  # its folder has the reference statistics of the images that all emoji models were trained on
+# Its folder has the reference statistics of the images that all emoji models were trained on.
+EMOJI = "mini-ldm4"
 MINI_CLIP = f"local-dir:{MINI / 'mini-clip'}"
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn."""
+
+    sampler: str
+    num_inference_steps: int
+    eta: float
+    guidance_scale: float
+
+    def __str__(self) -> str:
+        guidance = f", guidance {self.guidance_scale:g}" if self.guidance_scale != 1 else ""
+        steps = f"{self.num_inference_steps} steps"
+        return f"{self.sampler.upper()} {steps}, eta {self.eta:g}{guidance}"
 
 
 @dataclass(frozen=True)
@@ -28,46 +45,72 @@ class Setting:
 
     num_inference_steps: int
     samples_per_seed: int
-    calib_samples: int  # trajectories of the full-precision model
+    calib_samples: int
+    """Trajectories of the full-precision model."""
+
     sample_batch: int
-    model: str | None = None  # an embedded name; None: a folder or hub id must be given
-    reference: str | None = None  # for FID: an embedded name; None: a file or folder must be given
-    captions: str | None = (
-        None  # prompts in COCO's annotations format; None: none, or a file must be given
-    )
+    model: str | None = None
+    """An embedded name; None: a folder or hub id must be given."""
+
+    reference: str | None = None
+    """Reference statistics for FID: an embedded name; None: a file or folder must be given."""
+
+    captions: str | None = None
+    """Prompts in COCO's annotations format; None: there are none, or a file must be given."""
+
     sampler: str = "ddim"
     eta: float = 0.0
     guidance_scale: float = 1.0
-    features: str | None = None  # None: the scale's; "none": no features, and no FID
+    features: str | None = None
+    """Features of the metrics. None: the scale's; "none": no features, and no FID."""
+
     clip: str = CLIP_MODEL
-    overrides: Mapping[str, Any] = field(
-        default_factory=lambda: NOTHING
-    )  # QuantConfig keys, over the scale's
+    """The CLIP model of the CLIP score."""
+
+    overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
+    """Values of `QuantConfig` by name; they win over the scale's."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How its images are drawn."""
+        return Sampling(self.sampler, self.num_inference_steps, self.eta, self.guidance_scale)
 
     @property
     def takes_features(self) -> bool:
+        """Whether its metrics take features."""
         return self.features != "none"
 
     @property
     def evaluations(self) -> int:
-        """Calls of the UNet for one sample; guidance takes two, PLMS one more step."""
-        return (self.num_inference_steps + (self.sampler == "plms")) * (
-            2 if self.guidance_scale != 1 else 1
-        )
+        """Calls of the UNet for one sample.
+
+        Guidance takes two calls a step, and PLMS one more step.
+        """
+        steps = self.num_inference_steps + (1 if self.sampler == "plms" else 0)
+        return steps * (2 if self.guidance_scale != 1 else 1)
 
 
 @dataclass(frozen=True)
 class Dataset:
+    """One of the paper's data sets."""
+
     name: str
     title: str
-    weights: str  # what `paper` scale needs
-    config: str  # of the paper's model: name of a CompVis config (reproduce.models.convert), or a hub id
-    settings: Mapping[str, Setting]  # by scale
-    has_reference: bool = True  # its table asks for FID
+    weights: str
+    """What `paper` scale needs, in words."""
+
+    config: str
+    """The paper's model: name of a CompVis config (`reproduce.models.compvis`), or a hub id."""
+
+    settings: Mapping[str, Setting]
+    """By scale."""
+
+    has_reference: bool = True
+    """Whether its tables ask for FID."""
+
     has_captions: bool = False
-    presets: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: NOTHING
-    )  # a preset's own settings for these data
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)
+    """Values of `QuantConfig` that a preset has for these data, by preset."""
 
     @property
     def model_env(self) -> str:
@@ -88,17 +131,18 @@ class Dataset:
         reference: str | None = None,
         captions: str | None = None,
     ) -> Setting:
-        """The setting at a scale; what is given wins over the scale's own, and that over the environment."""
-        own, env = self.settings[scale], os.environ
+        """The setting at a scale.
+
+        What is given wins over the scale's own, and that over the environment's variables.
+        """
+        own = self.settings[scale]
+        found = os.environ.get(self.reference_env) if self.has_reference else None
+        prompts = os.environ.get(self.captions_env) if self.has_captions else None
         return replace(
             own,
-            model=model or own.model or env.get(self.model_env),
-            reference=reference
-            or own.reference
-            or (env.get(self.reference_env) if self.has_reference else None),
-            captions=captions
-            or own.captions
-            or (env.get(self.captions_env) if self.has_captions else None),
+            model=model or own.model or os.environ.get(self.model_env),
+            reference=reference or own.reference or found,
+            captions=captions or own.captions or prompts,
         )
 
     def missing(self, setting: Setting) -> str | None:
@@ -126,20 +170,18 @@ class Dataset:
         return f"needs {' and '.join(needs)}" if needs else None
 
 
-GUIDED = 500  # samples a seed at mini scale where each takes two calls a step
+GUIDED = 500  # samples a seed at mini scale, where each takes two calls a step
 SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 
 
-def _mini(model: str, *, smoke_features: str | None = None, **common: Any) -> dict[str, Setting]:
+def _mini(model: str, *, smoke_features: str | None = None, **changes: Any) -> dict[str, Setting]:
     """The embedded stand-in at `smoke` and `mini` scale."""
-    common = (
-        dict(model=model, reference=EMOJI, num_inference_steps=20, samples_per_seed=1000) | common
+    common: dict[str, Any] = dict(
+        model=model, reference=EMOJI, num_inference_steps=20, samples_per_seed=1000
     )
-    smoke = (
-        common
-        | dict(num_inference_steps=4, samples_per_seed=32)
-        | (dict(features=smoke_features) if smoke_features else {})
-    )
+    common |= changes
+    smoke = common | dict(num_inference_steps=4, samples_per_seed=32)
+    smoke |= {} if smoke_features is None else dict(features=smoke_features)
     return {
         "smoke": Setting(calib_samples=8, sample_batch=32, **smoke),
         "mini": Setting(calib_samples=64, sample_batch=100, **common),
@@ -147,7 +189,8 @@ def _mini(model: str, *, smoke_features: str | None = None, **common: Any) -> di
 
 
 def _paper(steps: int, **settings: Any) -> dict[str, Setting]:
-    common = dict(samples_per_seed=50_000, calib_samples=256, sample_batch=32)
+    """The paper's model."""
+    common: dict[str, Any] = dict(samples_per_seed=50_000, calib_samples=256, sample_batch=32)
     return {"paper": Setting(num_inference_steps=steps, **(common | settings))}
 
 
@@ -185,9 +228,9 @@ DATASETS: dict[str, Dataset] = {
             config="sd-v1-4",
             has_reference=False,
             has_captions=True,
-            # The release takes a running mean of percentiles, and 50 to 400 TLA passes a step group: here the group's percentile,
-            # and 225. It sums the local terms and takes L_G as often: 32 times, for the model's feed-forward layers. 16 bits are
-            # "off" here.
+            # The release takes a running mean of percentiles and 50 to 400 TLA passes a step
+            # group. Here it is the group's percentile, and 225 passes. The release sums the local
+            # terms and takes L_G as often: 32 times, for the model's feed-forward layers.
             presets={
                 "quest-release": dict(
                     act_range="percentile",
@@ -217,15 +260,15 @@ DATASETS: dict[str, Dataset] = {
                 samples_per_seed=COCO_PROMPTS,
                 calib_samples=128,
                 sample_batch=8,
-                overrides=dict(
-                    batch_size=4, forward_batch=8
-                ),  # attention maps of 4096 x 4096: more does not fit one GPU
+                # Attention maps are 4096 x 4096: more does not fit one GPU.
+                overrides=dict(batch_size=4, forward_batch=8),
             ),
         ),
-        # The paper does not say how many steps its CIFAR-10 rows take: 100, as in Q-Diffusion, is this project's choice; at mini
-        # scale 20, as for the other embedded models.
-        # Its FID is always taken with Inception, so that it can be read beside other CIFAR-10 FIDs; at smoke scale, which runs
-        # everywhere, there is none.
+        # The paper does not say how many steps its CIFAR-10 rows take. 100, as in Q-Diffusion, is
+        # this project's choice, and 20 at mini scale, as for the other embedded models.
+        #
+        # Its FID is always taken with Inception, so that it can be read beside other CIFAR-10
+        # FIDs. At smoke scale, which runs everywhere, there is none.
         Dataset(
             name="cifar10",
             title="CIFAR-10 32x32, pixel-space DDIM",

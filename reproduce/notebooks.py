@@ -1,57 +1,68 @@
-"""Runs a table: its notebook by papermill, with the cells' products cached, then the report."""
+"""Runs a table: its notebook by papermill, with checks before and a report after."""
 
 from __future__ import annotations
 
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import nbformat
 import papermill
+from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
 
+from questlib.diffusion.sampling import image_size
 from questlib.errors import ConfigError
+from questlib.files import atomic_path
+from questlib.integer.engines import choose_engine
 from reproduce import timing
+from reproduce.evaluation.clip_score import coco_prompts, load_clip
+from reproduce.evaluation.features import InceptionFeatures, MiniFeatures
+from reproduce.evaluation.reference import open_reference
+from reproduce.kept_seeds import kept_result
+from reproduce.models.loading import load_pipeline
+from reproduce.pipeline import is_current
 from reproduce.plan import Plan
 from reproduce.provenance import ROOT
 from reproduce.reporting import report
-from reproduce.results import kept_result
-from reproduce.store import write_atomically
+from reproduce.seed_run import load
+from reproduce.table_results import TableResults
 
 NOTEBOOKS = ROOT / "notebooks"
 
 
 def preflight(plan: Plan) -> None:
-    """What can be known before long work: the given model loads, the given features have weights, the reference exists."""
-    if plan.stored:
+    """Check what can be known before long work.
+
+    The model loads, the features have weights, reference and captions can be read, the engine
+    runs here, and kept seeds fit the plan.
+
+    Raises:
+        QuestError: one of these is not so.
+    """
+    if plan.choices.stored:
         if plan.table.opens_checkpoints:
             raise ConfigError(
-                f"--stored: {plan.table.notebook} opens the rows' checkpoints, run them: make {plan.table.target}"
+                f"--stored: {plan.table.notebook} opens the rows' checkpoints, run them: "
+                f"make {plan.table.target}"
             )
         return
-    settings = [plan.setting(cell) for cell in plan.cells if plan.missing(cell) is None]
-    if not settings:
-        return
-    from questlib.diffusion.sampling import image_size
-    from questlib.integer.engines import choose_engine
-    from reproduce.evaluation.clip_score import coco_prompts, load_clip
-    from reproduce.evaluation.features import InceptionFeatures, MiniFeatures
-    from reproduce.evaluation.reference import open_reference
-    from reproduce.models.loading import load_pipeline
-    from reproduce.pipeline import load
-
-    sizes = {model: image_size(load_pipeline(model)) for model in {s.model for s in settings}}
+    rows = [row for row in plan.rows if plan.missing(row) is None]
+    settings = [plan.setting(row) for row in rows]
+    models = {s.model for s in settings if s.model is not None}
+    sizes = {model: image_size(load_pipeline(model)) for model in models}
     for model, reference, features in {
-        (s.model, s.reference, s.features) for s in settings if s.reference is not None
+        (s.model, s.reference, s.features or plan.scale.features)
+        for s in settings
+        if s.model is not None and s.reference is not None
     }:
         if features == "mini" and sizes[model] != (MiniFeatures.SIZE, MiniFeatures.SIZE):
             found = "x".join(map(str, sizes[model]))
             raise ConfigError(
-                f"features mini: images of {MiniFeatures.SIZE}x{MiniFeatures.SIZE} only, {model} draws {found}"
+                f"features mini: images of {MiniFeatures.SIZE}x{MiniFeatures.SIZE} only, "
+                f"{model} draws {found}"
             )
         open_reference(reference, features, size=sizes[model])  # checked, not taken
     for captions, count, clip in {
@@ -59,81 +70,77 @@ def preflight(plan: Plan) -> None:
     }:
         coco_prompts(captions, count)
         load_clip(clip)
-    if plan.engine != "fake":
-        choose_engine(plan.engine)
-    for cell in plan.cells if plan.keep_seeds else ():
-        if plan.missing(cell) is None:
-            kept_result(cell, plan, load(plan.setting(cell).model, plan.engine)[1])
+    if settings and plan.choices.engine != "fake":
+        choose_engine(plan.choices.engine)
+    if plan.choices.keep_seeds:
+        for row, setting in zip(rows, settings, strict=True):
+            if setting.model is not None:
+                kept_result(row, plan, load(setting.model, plan.choices.engine)[1])
     if any(s.features == "inception" for s in settings):
         InceptionFeatures("preflight", ["2048"])
 
 
 def unfinished(plan: Plan) -> Plan:
-    """Only the rows whose results are not what a run would make now; shown as they are, when there is none such.
+    """The plan with only the rows whose results are not what a run would make now.
 
-    ConfigError if more than scale, rows and engine was chosen.
+    When there is no such row, all are shown as they are.
+
+    Raises:
+        ConfigError: more than scale, rows and engine was chosen.
     """
-    if plan.stored or not plan.as_it_is:
+    if plan.choices.stored or not plan.as_it_is:
         raise ConfigError(
-            f"--unfinished: expected no choices but of scale, cells and engine, found {plan.command}"
+            f"--unfinished: expected no choices but of scale, rows and engine, found {plan.command}"
         )
-    from reproduce.pipeline import is_current
+    left = [
+        row.id for row in plan.rows if plan.table.opens_checkpoints or not is_current(row, plan)
+    ]
+    if not left:
+        return plan.choose(stored=True)
+    return plan if len(left) == len(plan.rows) else plan.choose(rows=left)
 
-    left = tuple(
-        cell for cell in plan.cells if plan.table.opens_checkpoints or not is_current(cell, plan)
-    )
-    return replace(plan, cells=left) if left else replace(plan, stored=True)
 
-
-def run(plan: Plan) -> list[dict[str, Any]]:
-    """Execute the plan's notebook; keep all beside the results. Progress goes to stderr."""
-    fresh = not any(plan.work.glob("*/*/key.json"))  # nothing of an earlier run to go on from
+def run(plan: Plan) -> TableResults:
+    """Execute the plan's notebook and write the table's files. Progress goes to stderr."""
+    fresh = not any(plan.work.glob("*/*/key.json"))  # no artifacts of an earlier run
     start = time.time()
     execute(plan)
     results = report.finish(plan)
-    timing.record_time(plan, results, time.time() - start, fresh)
+    timing.record_time(results, time.time() - start, fresh)
     return results
 
 
 def execute(plan: Plan) -> None:
-    """The plan's notebook by papermill, kept beside the results as .ipynb and .html."""
+    """Execute the plan's notebook by papermill; keep it beside the results as .ipynb and .html."""
     source = NOTEBOOKS / plan.table.notebook
     target = plan.folder / plan.table.notebook
-    parameters = {
-        "SCALE": plan.scale.name,
-        "RESULTS": str(plan.results.resolve()),
-        "WORK": str(plan.work.resolve()),
-        "CELLS": [c.id for c in plan.cells] if len(plan.cells) < len(plan.table.cells) else None,
-        "SEEDS": list(plan.seeds) if plan.seeds != plan.scale.seeds else None,
-        "FEATURES": plan.features,
-        "MODEL": plan.model,
-        "REFERENCE": plan.reference,
-        "CAPTIONS": plan.captions,
-        "ENGINE": plan.engine if plan.engine != "fake" else None,
-        "KEEP_SEEDS": plan.keep_seeds,
-        "STORED": plan.stored,
-    }
-    partial = (
-        plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"
-    )  # papermill writes as it goes; results get the whole
+    there = plan.choose(results=plan.results.resolve(), work=plan.work.resolve())
+
+    # papermill writes as it goes. The results get the notebook when it is whole.
+    partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"
     papermill.execute_notebook(
         str(source),
         str(partial),
-        parameters=parameters,
-        kernel_name="python3",  # in this folder: paths may be relative
+        parameters=there.choices.parameters(papermill.inspect_notebook(str(source))),
+        kernel_name="python3",  # in the folder of the command: paths may be relative
         progress_bar=False,
         log_output=False,
         stdout_file=sys.stderr,
         stderr_file=sys.stderr,
     )
     notebook = without_machine(nbformat.read(partial, as_version=4), plan)
-    write_atomically(target, nbformat.writes(notebook) + "\n")
-    write_atomically(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
+    _write(target, nbformat.writes(notebook) + "\n")
+    _write(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
     partial.unlink()
 
 
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
-    """The notebook without progress bars and warnings (stderr), papermill's times, and this machine's paths."""
+    """The notebook without progress bars, warnings, papermill's times and this machine's paths."""
     places = {
         str(plan.results.resolve()): "results",
         str(plan.work.resolve()): "runs",
@@ -142,18 +149,28 @@ def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
-        if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        _drop_stderr(cell)
     text = nbformat.writes(notebook)
     for path, name in places.items():
         text = text.replace(json.dumps(path)[1:-1], name)
     return nbformat.reads(text, as_version=4)
 
 
-def execute_in_place(paths: list[Path]) -> None:
-    """Run notebooks with their own defaults (smoke) and keep the outputs in them, for `make notebooks`."""
-    from nbclient import NotebookClient
+def _drop_stderr(cell: NotebookNode) -> None:
+    """Remove progress bars and warnings."""
+    if cell.cell_type == "code":
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
 
+
+def execute_in_place(paths: list[Path]) -> None:
+    """Run notebooks with their own defaults (smoke scale) and keep the outputs in them.
+
+    Raises:
+        ConfigError: a path that is no file.
+    """
+    for path in paths:
+        if not path.is_file():
+            raise ConfigError(f"notebooks: expected a notebook, found no file {path}")
     for path in paths:
         print(f"executing {path.name}", file=sys.stderr)
         notebook = nbformat.read(path, as_version=4)
@@ -165,7 +182,6 @@ def execute_in_place(paths: list[Path]) -> None:
         ).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # times
-            if cell.cell_type == "code":
-                cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            _drop_stderr(cell)
         text = nbformat.writes(notebook).replace(json.dumps(str(ROOT))[1:-1], ".")
-        write_atomically(path, text + "\n")
+        _write(path, text + "\n")

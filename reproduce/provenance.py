@@ -10,16 +10,37 @@ import platform
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
+from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "torch-fidelity", "safetensors", "numpy", "questlib")
+
+
+class Machine(TypedDict):
+    """A machine in words that do not name it."""
+
+    system: str
+    cpu: str
+    cores: int | None
+    memory_gib: int
+    gpus: list[str]
+
+
+class Provenance(TypedDict):
+    """Where a number comes from."""
+
+    commit: str | None
+    dirty: bool | None
+    """Whether the code had changes beside the commit; None without git."""
+
+    versions: dict[str, str]
+    machine: Machine
 
 
 def _git(*arguments: str) -> str | None:
@@ -29,58 +50,53 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def processors(made: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The processors that products were made on, by the provenance of each."""
-    return sorted({p["machine"]["cpu"] for p in made if "machine" in p})
-
-
-def row_processors(result: Mapping[str, Any]) -> list[str]:
-    """Those of a whole row."""
-    made = result.get("provenance") or {}
-    return processors((made, *made.get("others", ())))
+def processors(made: Iterable[Provenance]) -> tuple[str, ...]:
+    """The processors that artifacts were made on, by the provenance of each."""
+    return tuple(sorted({p["machine"]["cpu"] for p in made}))
 
 
 @cache
-def provenance() -> dict[str, Any]:
-    """Commit and versions. `dirty` looks at the code alone: results and notebooks change while a table runs."""
+def provenance() -> Provenance:
+    """Commit, versions and machine of this process.
+
+    `dirty` looks at the code alone: results and notebooks change while a table runs.
+    """
     changed = _git("status", "--porcelain", "--", "questlib", "reproduce")
+    python = {"python": platform.python_version()}
     return {
         "commit": _git("rev-parse", "HEAD"),
         "dirty": None if changed is None else bool(changed),
-        "versions": {"python": platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "versions": python | {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": machine(),
     }
 
 
 @cache
-def machine() -> dict[str, Any]:
-    """The machine in words that do not name it: processor, cores, memory, accelerators."""
+def machine() -> Machine:
+    """Processor, cores, memory and accelerators of this machine."""
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(
-            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), cpu
-        )
-    gpus = (
-        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        if torch.cuda.is_available()
-        else []
-    )
+        names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        cpu = next(names, cpu)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": platform.system(),
         "cpu": cpu,
         "cores": cores,
         "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(count)],
     }
 
 
 class PeakMemory:
-    """Context: `.bytes` is the largest rise while inside, of resident memory (CPU) or of allocated GPU memory (CUDA)."""
+    """Measures memory inside a `with` block.
 
-    def __init__(self, interval: float = 0.02):
+    `.bytes` is the largest rise, of resident memory (CPU) or of allocated GPU memory (CUDA).
+    """
+
+    def __init__(self, interval: float = 0.02) -> None:
         self.bytes = 0
         self._interval = interval
         self._stop = threading.Event()
@@ -96,9 +112,8 @@ class PeakMemory:
     def __enter__(self) -> PeakMemory:
         gc.collect()
         if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-            ctypes.CDLL(None).malloc_trim(
-                0
-            )  # otherwise memory freed by earlier cells hides what this one needs
+            # Otherwise memory that earlier rows freed hides what this one needs.
+            ctypes.CDLL(None).malloc_trim(0)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             self._cuda_start = torch.cuda.memory_allocated()

@@ -1,21 +1,29 @@
-"""One row of a table as a result: without numbers, or the sum of its seeds, those of an earlier run among them."""
+"""Results of rows as typed values, and the JSON files that hold them.
+
+A result file holds what was measured, seed by seed, and under which conditions. Means and
+deviations follow from it; what the table's `Row` knows (label, bits, the paper's numbers) stays
+there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import reprlib
 import statistics
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal, NamedTuple
 
-from questlib.errors import ConfigError
-from reproduce.plan import Plan
-from reproduce.provenance import provenance, row_processors
-from reproduce.store import digest
-from reproduce.tables.base import COSTS, Cell
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from reproduce.pipeline import SeedRun
+from questlib.errors import QuestError
+from questlib.files import atomic_path
+from reproduce.datasets import Sampling
+from reproduce.provenance import Provenance
 
+FORMAT: Literal[2] = 2  # of result files; 1, without the key "format", is of before 0.2
 METRICS = (
     "fid",
     "sfid",
@@ -26,188 +34,231 @@ METRICS = (
     "feature_distance_to_fp",
     "latent_snr_db",
 )
+FULL_PRECISION = "full precision"  # in place of an engine, where nothing is quantized
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def empty_result(cell: Cell, plan: Plan, status: str, reason: str | None) -> dict[str, Any]:
-    """A result without numbers of ours; the paper's stand in their own place only."""
-    setting = plan.drawing(cell)
-    numbers = {
-        m: {
-            "value": None,
-            "std": None,
-            "paper": cell.paper.get(m),
-            "independent": _independent(cell, m),
-            "verdict": None,
-        }
-        for m in METRICS
-    }
-    return {
-        "table": plan.table.name,
-        "cell": cell.id,
-        "scale": plan.scale.name,
-        "status": status,
-        "reason": reason,
-        "label": cell.label,
-        "preset": cell.preset,
-        "weight_bits": cell.weight_bits,
-        "act_bits": cell.act_bits,
-        "overrides": plan.overrides(cell),
-        "note": cell.note,
-        "engine": None,
-        "model": {"id": None, "sha256": None},
-        "n_samples": 0,
-        "seeds": list(plan.seeds),
-        "dataset": cell.dataset,
-        "sampler": setting.sampler,
-        "num_inference_steps": setting.num_inference_steps,
-        "eta": setting.eta,
-        "guidance_scale": setting.guidance_scale,
-        "features": setting.features,
-        "reference": None,
-        "captions": None,
-        "clip": None,
-        "metrics": numbers,
-        "paper_costs": {k: cell.paper.get(k) for k in COSTS},
-        "iterations": _iterations(cell, plan),
-        "size_bytes": None,
-        "paper_size_mb": cell.paper_size_mb,
-        "peak_bytes": None,
-        "seconds": {},
-        "per_seed": [],
-        "provenance": None,
-    }
+class ResultError(QuestError):
+    """A result file is damaged, of another row, or of an older layout. It names file and key."""
 
 
-def stored_result(cell: Cell, plan: Plan) -> dict[str, Any]:
-    """The row as its file has it; without one it is "not run", with the reason."""
-    path = plan.row_file(cell.id)
-    reason = (
-        plan.missing(cell)
-        or f"not run yet: python -m reproduce {plan.table.name} --scale {plan.scale.name}"
-    )
-    stored = json.loads(path.read_text()) if path.is_file() else {}
-    empty = empty_result(
-        cell, plan, "not run", reason
-    )  # an older file lacks what was not known then
-    return empty | stored | {"metrics": empty["metrics"] | stored.get("metrics", {})}
+class Status(StrEnum):
+    """What became of a row."""
+
+    DONE = "done"
+    FAILED = "failed"
+    NOT_RUN = "not run"
 
 
-def _iterations(cell: Cell, plan: Plan) -> int | None:
-    """Of finetuning, both stages; None for full precision."""
-    if cell.preset is None:
-        return None
-    config = plan.config(cell, plan.seeds[0])
-    return (config.te == "finetune") * config.finetuning.tla_iters + (
-        config.finetuning.cma_layers != "none"
-    ) * config.finetuning.cma_iters
+class Measured(NamedTuple):
+    """A metric over the seeds of a row; None where there is nothing to tell."""
+
+    value: float | None
+    """Mean over the seeds."""
+
+    std: float | None
+    """Sample standard deviation over the seeds; None for one seed."""
 
 
-def _independent(cell: Cell, metric: str) -> dict[str, float]:
-    return {
-        source: values[metric] for source, values in cell.independent.items() if metric in values
-    }
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Model:
+    """The full-precision model."""
+
+    id: str
+    """Embedded name, hub id, or the last part of a folder's path."""
+
+    sha256: str
+    """Of the UNet's weights."""
 
 
-def public_name(name: str) -> str:
-    """An embedded name or hub id as it is; of a file or folder only its last part, no machine's paths."""
-    return Path(name).name if Path(name).exists() else name
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Conditions:
+    """How the images of a row are drawn and what they are compared with, without local paths."""
+
+    model: Model | None
+    """None: no seed was run."""
+
+    dataset: str
+    sampling: Sampling
+    samples_per_seed: int
+    features: str
+    reference: str | None
+    """Reference statistics for FID."""
+
+    captions: str | None
+    clip: str | None
+    """The CLIP model that scores images of `captions`."""
 
 
-def measured_with(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any]:
-    """The files of a row, by public name; None: it has no use for one."""
-    setting = plan.setting(cell)
-    clip = None if setting.captions is None else setting.clip.removeprefix("local-dir:")
-    files = {"reference": setting.reference, "captions": setting.captions, "clip": clip}
-    names = {kind: None if file is None else public_name(file) for kind, file in files.items()}
-    return names | {"model": {"id": public_name(setting.model), "sha256": model_sha256}}
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SeedResult:
+    """What one seed of a row came to."""
+
+    seed: int
+    metrics: dict[str, float | None]
+    seconds: dict[str, float]
+    """By stage, as first measured, also where an artifact was read from the work folder."""
+
+    size_bytes: int
+    """Of the UNet as a file."""
+
+    peak_bytes: int | None
+    """Largest rise of resident memory (CPU) or of allocated memory (CUDA) while quantizing and
+    finetuning; None for full precision."""
+
+    ranges_cached: bool | None
+    reconstruct_cached: bool | None
+    trained_weights: int | None
+    trained_fraction: float | None
+    """Share of the quantized layers' weights that finetuning trains."""
+
+    interrupted: int
+    """How many tries of its stages were stopped before they ended."""
+
+    config_hash: str | None
+    calibration_hash: str | None
+    about: dict[str, str | int | float | None]
+    """What the metrics say beside their values."""
+
+    artifacts: dict[str, str]
+    """Hash by stage."""
+
+    processors: tuple[str, ...]
+    """Those that its artifacts were made on."""
 
 
-def kept_result(cell: Cell, plan: Plan, model_sha256: str) -> dict[str, Any] | None:
-    """The row's earlier result, if `plan.keep_seeds` and it holds seeds that are not asked for: `per_seed` has just these.
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Result:
+    """A row as it was run, or why it was not."""
 
-    They may come from another version of the code, which the row's provenance says. ConfigError where they were made with
-    another configuration or model, drawn in another way, or measured with something else: those do not belong in one row.
-    """
-    path = plan.row_file(cell.id)
-    stored = (
-        json.loads(path.read_text()) if plan.keep_seeds and path.is_file() else {"status": None}
-    )
-    kept = [s for s in stored.get("per_seed", ()) if s["seed"] not in plan.seeds]
-    if stored["status"] != "done" or not kept:
-        return None
-    drawing = plan.drawing(cell)
-    expected = {
-        name: getattr(drawing, name)
-        for name in ("sampler", "num_inference_steps", "eta", "guidance_scale", "features")
-    }
-    expected |= measured_with(cell, plan, model_sha256)
-    expected |= {"n_samples": plan.setting(cell).samples_per_seed * len(stored["per_seed"])}
-    found = {
-        name: stored.get(name) for name in expected
-    }  # None: of before the prompts and the CLIP model were recorded
-    for s in kept:
-        config = None if cell.preset is None else plan.config(cell, s["seed"]).hash()
-        (
-            expected[f"configuration of seed {s['seed']}"],
-            found[f"configuration of seed {s['seed']}"],
-        ) = config, s["config_hash"]
-    for name, value in expected.items():
-        if found[name] != value:
-            raise ConfigError(
-                f"--keep-seeds: {path.name}: {name}: expected {value}, found {found[name]}"
+    format: Literal[2] = FORMAT
+    table: str
+    row: str
+    scale: str
+    status: Status
+    reason: str | None = None
+    """Why there are no numbers."""
+
+    engine: str | None = None
+    """What ran the quantized model; FULL_PRECISION for the model itself, None without numbers."""
+
+    conditions: Conditions
+    seeds: tuple[SeedResult, ...] = ()
+    """In ascending order; empty without numbers."""
+
+    provenance: tuple[Provenance, ...] = ()
+    """Of the first seed's samples, as of when they were made; then of the row's other artifacts,
+    where these differ."""
+
+    command: str | None = None
+
+    # ---- derived values ----
+
+    @property
+    def done(self) -> bool:
+        """Whether there are numbers."""
+        return self.status == Status.DONE
+
+    @property
+    def n_samples(self) -> int:
+        """Images, of all seeds."""
+        return self.conditions.samples_per_seed * len(self.seeds)
+
+    def metric(self, name: str) -> Measured:
+        """Mean and deviation of a metric; None where a seed lacks it."""
+        values = [value for s in self.seeds if (value := s.metrics.get(name)) is not None]
+        if not values or len(values) < len(self.seeds):
+            return Measured(None, None)
+        std = statistics.stdev(values) if len(values) > 1 else None
+        return Measured(statistics.fmean(values), std)
+
+    def of_seed(self, seed: int) -> SeedResult | None:
+        """The result of one seed."""
+        return next((s for s in self.seeds if s.seed == seed), None)
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Of the largest checkpoint."""
+        return max((s.size_bytes for s in self.seeds), default=None)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Of the seed that needed most memory."""
+        return max((s.peak_bytes for s in self.seeds if s.peak_bytes is not None), default=None)
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Mean over the seeds, by stage."""
+        stages = self.seeds[0].seconds if self.seeds else ()
+        return {stage: statistics.fmean(s.seconds[stage] for s in self.seeds) for stage in stages}
+
+    @property
+    def quantize_seconds(self) -> float | None:
+        """Mean seconds to calibrate, quantize and finetune; None for full precision."""
+        if not self.done or self.engine == FULL_PRECISION:
+            return None
+        return sum(v for stage, v in self.seconds.items() if stage not in ("sample", "evaluate"))
+
+    @property
+    def trained_fraction(self) -> float | None:
+        """Share of the quantized layers' weights that finetuning trains; None: of none."""
+        found = (s.trained_fraction for s in self.seeds)
+        return next((fraction for fraction in found if fraction is not None), None) or None
+
+    # ---- files ----
+
+    def to_json(self) -> str:
+        """The text of the row's file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, name: str = "result") -> Result:
+        """The result that `to_json` wrote.
+
+        Args:
+            name: of the file, for messages.
+
+        Raises:
+            ResultError: the text is not JSON, of format 1, or a key is wrong or missing.
+        """
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise ResultError(f"{name}: expected JSON, found {error}") from error
+        if not isinstance(values, dict):
+            raise ResultError(f"{name}: expected a JSON object, found {type(values).__name__}")
+        if values.get("format", 1) == 1:
+            raise ResultError(
+                f"{name}: made by questlib before 0.2 (format 1); make the row again, "
+                "or name another --results folder"
             )
-    return stored | {"per_seed": [{"processors": row_processors(stored)} | s for s in kept]}
+        try:
+            return _RESULT.validate_json(text)
+        except ValidationError as error:
+            raise ResultError(f"{name}: {_first(error)}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Result:
+        """The result in a file. ResultError for any damage."""
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ResultError(f"{path}: cannot be read ({error})") from error
+        return cls.from_json(text, str(path))
+
+    def write(self, path: Path) -> None:
+        """Write, or replace, the file in one step."""
+        with atomic_path(path) as temporary:
+            temporary.write_text(self.to_json())
 
 
-def provenance_of(runs: list[SeedRun], earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """Of the first seed's samples, as of when they were made; `others`: what other products of the row were made by."""
-    made = [p for run in runs for p in run.made] or [provenance()]
-    if earlier is not None:
-        before = earlier["provenance"]
-        own = {k: v for k, v in before.items() if k in made[0]}
-        kept = [own, *before.get("others", ())]
-        made = kept + made if earlier["per_seed"][0]["seed"] < runs[0].seed else made + kept
-    others = [p for i, p in enumerate(made) if p not in made[:i] and p != made[0]]
-    return made[0] | ({"others": others} if others else {})
+_RESULT = TypeAdapter(Result)
 
 
-def summarize(
-    cell: Cell,
-    plan: Plan,
-    runs: list[SeedRun],
-    seeds: list[dict[str, Any]],
-    earlier: dict[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Mean and sample standard deviation over seeds, the earlier result's among them; size and memory: of the largest; seconds:
-    of the mean seed."""
-    result, setting = empty_result(cell, plan, "done", None), plan.setting(cell)
-    seeds = sorted(
-        [*(earlier["per_seed"] if earlier is not None else ()), *seeds], key=lambda s: s["seed"]
-    )
-    for metric, entry in result["metrics"].items():
-        values = [s["metrics"].get(metric) for s in seeds]
-        if None not in values:
-            entry["value"] = statistics.fmean(values)
-            entry["std"] = statistics.stdev(values) if len(values) > 1 else None
-    peaks = [s["peak_bytes"] for s in seeds if s["peak_bytes"] is not None]
-    stages = seeds[0]["seconds"]
-    return result | {
-        "engine": plan.engine if cell.preset is not None else "full precision",
-        **measured_with(cell, plan, runs[0].model_sha256),
-        "n_samples": setting.samples_per_seed * len(seeds),
-        "size_bytes": max(s["size_bytes"] for s in seeds),
-        "peak_bytes": max(peaks) if peaks else None,
-        "peak_bytes_is": "largest rise of resident memory (CPU) or allocated memory (CUDA) while quantizing and finetuning",
-        "seconds": {
-            stage: statistics.fmean(s["seconds"][stage] for s in seeds) for stage in stages
-        },
-        "seconds_are": "mean of a seed, as first measured, also where a product was read from the cache",
-        "seeds": [s["seed"] for s in seeds],
-        "per_seed": seeds,
-        "provenance": provenance_of(runs, earlier)
-        | {
-            "config_hash": digest([s["config_hash"] for s in seeds]),
-            "calibration_hash": digest([s["calibration_hash"] for s in seeds]),
-            "command": plan.command,
-        },
-    }
+def _first(error: ValidationError) -> str:
+    """One line of the first thing that is wrong."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"])) or "result"
+    words = first["msg"].replace("Input should be", "expected")
+    found = "" if first["type"] == "missing" else f", found {reprlib.repr(first['input'])}"
+    return f"{where}: {words}{found}"

@@ -1,18 +1,18 @@
-"""accelerate launch -m reproduce sample --model M --num-samples N --out DIR: a folder of samples, by any number of processes.
+"""A folder of samples, drawn by any number of processes: accelerate launch -m reproduce sample.
 
-The samples are the same for any number of processes, bit for bit on CPUs; killed and restarted, the command goes on with the
-shards that lack. `reproduce.evaluation.samples.read_samples(DIR)` reads them.
+On CPUs the samples are the same for any number of processes, bit for bit. Killed and restarted,
+the command goes on with the shards that are missing. `reproduce.evaluation.samples.read_samples`
+reads the folder.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 
 from questlib import arguments, from_pretrained
-from questlib.distributed import device, processes
+from questlib.distributed import device, processes, use_full_float32
 from questlib.errors import ConfigError
 from questlib.files import check_writable
 from questlib.integer.engines import CPU_ENGINES
@@ -21,47 +21,32 @@ from reproduce.evaluation.samples import write_samples
 from reproduce.models.loading import load_pipeline
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    parser.add_argument("--model", required=True, help="embedded name, diffusers folder or hub id")
-    parser.add_argument("--num-samples", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument(
-        "--unet", type=Path, help="checkpoint of a quantized UNet, in place of the pipeline's own"
-    )
-    parser.add_argument(
-        "--engine",
-        default="fake",
-        help="of --unet: fake (simulated), cpu, triton or reference (default: fake)",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=32,
-        help="samples a shard; part of what fixes their bits (default 32)",
-    )
-    arguments.add(parser)
-    return parser
+def run(args: argparse.Namespace) -> None:
+    """Draw what the command line asks for (`reproduce.__main__.add_sample`).
 
-
-def run(args: argparse.Namespace) -> int:
+    Raises:
+        ConfigError: options that contradict each other, or a model that is not there.
+    """
     if min(args.num_samples, args.batch_size, args.steps) < 1:
-        found = f"{args.num_samples}, {args.batch_size}, {args.steps}"
         raise ConfigError(
-            f"sample: --num-samples, --batch-size and --steps must be >= 1, found {found}"
+            "sample: --num-samples, --batch-size and --steps must be >= 1, "
+            f"found {args.num_samples}, {args.batch_size}, {args.steps}"
         )
     if args.unet is None and args.engine != "fake":
         raise ConfigError(f"sample: --engine {args.engine} is of a quantized UNet; give --unet")
-    choices = arguments.choices(args)
+    sampling = arguments.sampling_choices(args)
     check_writable(args.out)
+
     state = processes()
+    use_full_float32()
     where = "cpu" if args.engine in CPU_ENGINES else device()
     pipe = load_pipeline(args.model).to(where)
     unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(where)
-    how = Drawing(pipe, unet=unet, **choices)
+    drawing = Drawing(pipe, unet=unet, **sampling)
     write_samples(
         args.out,
-        how.run(args.num_samples, args.batch_size),
-        how.draw,
+        drawing.run(args.num_samples, args.batch_size),
+        drawing.draw,
         process_index=state.process_index,
         num_processes=state.num_processes,
         progress=state.is_main_process,
@@ -70,4 +55,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: {args.num_samples} samples of {args.model}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return 0

@@ -1,4 +1,7 @@
-"""The three scales: the same code and the same cells, with other models (reproduce/datasets.py) and training budgets."""
+"""The three scales: the same code and the same rows, with other models and training budgets.
+
+The models are in `reproduce.datasets`.
+"""
 
 from __future__ import annotations
 
@@ -9,24 +12,31 @@ from typing import Any
 from questlib.errors import ConfigError
 from reproduce.datasets import NOTHING
 
-# conv_out of the mini models has three outputs of 48 channels: 4-bit weights there alone drown the image, whatever the method.
-# So its rows, all of them, keep the weights of the first and the last layer at 8 bits.
+# conv_out of the mini models has three outputs of 48 channels: 4-bit weights there alone drown the
+# image, whatever the method. So all rows of these models keep the weights of the first and the
+# last layer at 8 bits.
 MINI_LAYERS: dict[str, Any] = dict(first_last_weight_bits=8)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """What a scale decides. It shortens what a preset does and never switches on what the preset leaves off (`Plan.config`)."""
+    """What a scale decides.
+
+    It shortens what a preset does and never switches on what the preset leaves off (see
+    `Plan.config`).
+    """
 
     name: str
-    features: str  # "mini": the embedded classifier; "inception": FID's Inception-v3
+    features: str
+    """mini: the embedded classifier; inception: FID's Inception-v3."""
+
     seeds: tuple[int, ...]
-    overrides: Mapping[str, Any] = field(
-        default_factory=lambda: NOTHING
-    )  # QuantConfig keys, for all presets
-    preset_overrides: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=lambda: NOTHING
-    )  # on top, by preset name
+    overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
+    """Values of `QuantConfig` by name, for all presets."""
+
+    preset_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NOTHING)
+    """The same for single presets; they win over `overrides`."""
+
     about: str = ""
 
 
@@ -51,8 +61,9 @@ SCALES: dict[str, Scale] = {
         name="mini",
         features="mini",
         seeds=(0, 1),
-        # Budgets for two cores: 9 to 320 times fewer iterations than the presets have, by stage. AdaRound and Q-Diffusion, the
-        # start of most rows, get higher learning rates for it; finetuning keeps its own (ten times as much broke the W8A8 rows).
+        # Budgets for two cores: 9 to 320 times fewer iterations than the presets have, by stage.
+        # AdaRound and Q-Diffusion, with which most rows start, get higher learning rates for it.
+        # Finetuning keeps its own: ten times as much broke the W8A8 rows.
         overrides=MINI_LAYERS
         | dict(
             adaround_iters=150,
@@ -63,7 +74,8 @@ SCALES: dict[str, Scale] = {
             tla_iters=50,
             cma_iters=120,
         ),
-        # In Table 8 EfficientDM takes 15 times QuEST's iterations (here 3.5 times), full finetuning as many as QuEST
+        # In Table 8 EfficientDM takes 15 times QuEST's iterations (here 3.5 times), and full
+        # finetuning as many as QuEST.
         preset_overrides=dict(
             efficientdm=dict(cma_iters=600), **{"full-finetune": dict(cma_iters=170)}
         ),
@@ -80,6 +92,7 @@ SCALES: dict[str, Scale] = {
 
 
 def get_scale(name: str) -> Scale:
+    """The scale of this name. ConfigError names those there are."""
     if name not in SCALES:
         raise ConfigError(f"scale: expected one of {', '.join(SCALES)}, found {name!r}")
     return SCALES[name]

@@ -1,10 +1,8 @@
-"""Products of stages as folders named by a hash of what made them. A product is complete when its done.json exists."""
+"""Artifacts of stages, as folders that are named by a hash of what made them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,64 +11,72 @@ from typing import Any
 
 from filelock import FileLock
 
+from questlib.config import digest
 from questlib.errors import ConfigError
+from questlib.files import atomic_path
 from reproduce.provenance import provenance
 
-STORE_FORMAT = 2  # of a work folder; 1, without a marker, named products by hashes of the code
+STORE_FORMAT = 2  # of a work folder; 1, without a marker, named artifacts by hashes of the code
 MARKER = "store.json"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    tmp.write_text(text)
-    os.replace(tmp, path)
-
-
 def write_json(path: Path, value: Any) -> None:
-    write_atomically(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+    """Write, or replace, a JSON file in one step. ValueError for NaN and infinity."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
 
 
 @dataclass(frozen=True)
-class Product:
-    """One stage's product. The folder of an unfinished one is kept, so that the stage can go on from what it wrote there."""
+class Artifact:
+    """What one stage makes; it is complete when its done.json exists.
+
+    The folder of an unfinished one is kept, so that the stage goes on from what it wrote there.
+    """
 
     folder: Path
     hash: str
 
     @property
+    def stage(self) -> str:
+        """The stage that makes it."""
+        return self.folder.parent.name
+
+    @property
     def done(self) -> bool:
+        """Whether it is complete."""
         return (self.folder / "done.json").is_file()
 
     @property
     def info(self) -> dict[str, Any]:
+        """What its stage told, with the seconds it took and where it was made."""
         return json.loads((self.folder / "done.json").read_text())
 
     def make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """Run `build(folder)` unless done; its dict is kept with the seconds it took, those of interrupted tries included.
+        """Run `build(folder)` unless done.
 
-        Where another process makes the same product, this one waits for it.
+        Where another process makes the same artifact, this one waits for it.
+
+        Returns:
+            What `build` returned, with the seconds it took, interrupted tries included, and the
+            provenance.
         """
         if self.done:
             return self.info
         with FileLock(self.folder / "lock"):
-            return self.info if self.done else self._make(build)
+            return self.info if self.done else self._build(build)
 
-    def _make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    def _build(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         tries = self.folder / "tries.json"
-        before = (
-            json.loads(tries.read_text()) if tries.is_file() else {"seconds": 0.0, "interrupted": 0}
-        )
-        # Written first, so that a try that is killed leaves a mark even though its seconds are lost.
+        before = {"seconds": 0.0, "interrupted": 0}
+        if tries.is_file():
+            before = json.loads(tries.read_text())
+        # Written first, so that a try that is killed leaves a mark even though its seconds are
+        # lost.
         write_json(tries, before | {"interrupted": before["interrupted"] + 1})
         start = time.perf_counter()
         try:
-            info = build(self.folder)
+            told = build(self.folder)
         finally:
             seconds = before["seconds"] + time.perf_counter() - start
             write_json(tries, {"seconds": seconds, "interrupted": before["interrupted"] + 1})
@@ -78,40 +84,49 @@ class Product:
             "seconds": seconds,
             "interrupted": before["interrupted"],
             "provenance": provenance(),
-        } | info
+        } | told
         write_json(self.folder / "done.json", info)
         tries.unlink()
         return info
 
 
 @dataclass(frozen=True)
-class Store:
-    """A folder of products, one subfolder a stage."""
+class ArtifactStore:
+    """A work folder: artifacts, in one subfolder for each stage."""
 
     root: Path
 
-    def product(self, stage: str, key: dict[str, Any]) -> Product:
+    def artifact(self, stage: str, key: dict[str, Any]) -> Artifact:
+        """The artifact that `key` decides; nothing is made yet but its folder.
+
+        Raises:
+            ConfigError: the folder holds artifacts of another format.
+        """
         name = digest(key)
         folder = self.root / stage / name
         if not (self.root / MARKER).is_file():
             check_store(self.root)
-            write_json(self.root / MARKER, {"format": STORE_FORMAT})  # before the first product
+            write_json(self.root / MARKER, {"format": STORE_FORMAT})  # before the first artifact
         if not (folder / "key.json").is_file():
             write_json(folder / "key.json", key)
-        return Product(folder, name)
+        return Artifact(folder, name)
 
 
 def check_store(root: Path) -> None:
-    """ConfigError when `root` holds products of another store format. Nothing is written or removed."""
+    """Check that a work folder is new or of this format; nothing is written or removed.
+
+    Raises:
+        ConfigError: the folder holds artifacts of another format.
+    """
     advice = "name another folder (--work), or remove it"
-    # Products first: another process that has just made one wrote the marker before.
-    has_products = any(root.glob("*/*/key.json"))
+    # Artifacts first: another process that has just made one wrote the marker before.
+    has_artifacts = any(root.glob("*/*/key.json"))
     try:
         marker = json.loads((root / MARKER).read_text())
     except FileNotFoundError:
-        if has_products:
+        if has_artifacts:
             raise ConfigError(
-                f"work folder {root}: found products of a questlib before 0.2, "
+                f"work folder {root}: found artifacts of a questlib before 0.2, "
                 f"which this one cannot go on from; {advice}"
             ) from None
         return
@@ -120,6 +135,6 @@ def check_store(root: Path) -> None:
     found = marker.get("format") if isinstance(marker, dict) else None
     if found != STORE_FORMAT:
         raise ConfigError(
-            f"work folder {root}: expected products of format {STORE_FORMAT}, "
+            f"work folder {root}: expected artifacts of format {STORE_FORMAT}, "
             f"found format {found}; {advice}"
         )

@@ -1,92 +1,127 @@
-"""What a command takes: the time of a whole run, or the sum over the stages of runs in several goes."""
+"""How long commands take: a whole run's time, or the sum over the stages of several runs."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from reproduce.plan import Plan, make_plan
+from questlib.config import QuantConfig
 from reproduce.provenance import machine
+from reproduce.results import SeedResult
 from reproduce.store import write_json
+from reproduce.table_results import TableResults
+
+Key = tuple[object, ...]  # a stage, and what decides its artifact
 
 
-def record_time(plan: Plan, results: list[dict[str, Any]], seconds: float, fresh: bool) -> None:
-    """run.json: how long a full run takes that finds no products of earlier ones, with no other table beside it.
+def record_time(results: TableResults, seconds: float, fresh: bool) -> None:
+    """Write run.json: how long a full run takes, with no other table beside it.
 
-    `stage_seconds` is for the others.
+    Nothing is written for other runs; `stage_seconds` is for these.
+
+    Args:
+        fresh: whether the run found no artifacts of earlier ones.
     """
+    plan = results.plan
     alone = os.environ.get("QUEST_JOBS", "1") == "1"  # the Makefile sets it for reproduce-all
-    ran = plan.as_it_is and not plan.stored and len(plan.cells) == len(plan.table.cells)
-    whole = ran and all(r["status"] == "done" for r in results)
+    ran = plan.as_it_is and not plan.choices.stored and len(plan.rows) == len(results)
+    whole = ran and len(results.done) == len(results)
     if not (fresh and alone and whole):
         return
-    target = f"make {plan.table.target}" + (
-        "" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}"
-    )
-    target = target if plan.engine == "fake" else plan.command
-    write_json(
-        plan.folder / "run.json",
-        {"command": target, "seconds": round(seconds, 1), "machine": machine()},
-    )
-
-
-def stage_seconds(results: list[dict[str, Any]]) -> dict[tuple, float]:
-    """Seconds of each stage's product that one command would make for all these rows, by stage and what decides the product.
-
-    What rows share is there once, also where different versions of the code, or machines, measured it: the longest counts.
-    Activation scales that were reconstructed after AdaRound are in one number with it; they are told apart by a row of the
-    same calibration and weights that has AdaRound alone. Without such a row AdaRound counts again.
-    """
-    plans = {
-        key: make_plan(key[0], scale=key[1], dry=True)
-        for key in {(r["table"], r["scale"]) for r in results}
+    scale = "" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}"
+    target = f"make {plan.table.target}{scale}"
+    run = {
+        "command": target if plan.choices.engine == "fake" else plan.command,
+        "seconds": round(seconds, 1),
+        "machine": machine(),
     }
-    found: dict[tuple, float] = {}
-    reconstructed: list[
-        tuple
-    ] = []  # (seconds, calibration product, AdaRound's key, key of the scales or None)
+    write_json(plan.folder / "run.json", run)
 
-    def count(key: tuple, seconds: float) -> None:
-        found[key] = max(found.get(key, 0.0), seconds)
 
-    for r in results:
-        plan = plans[r["table"], r["scale"]]
-        cell = plan.table.cell(r["cell"])
-        drawn = (r["sampler"], r["num_inference_steps"], r["eta"], r["guidance_scale"], r["engine"])
-        for seed in r["per_seed"]:
-            seconds, start = (
-                seed["seconds"],
-                (r["scale"], r["dataset"], r["model"]["sha256"], seed["seed"]),
-            )
-            own = (
-                None if plan.table.shares else seed["config_hash"]
-            )  # made again, also where another table has it
-            samples = (*start, seed["config_hash"], *drawn, own)
-            count(("sample", *samples), seconds["sample"])
-            count(("evaluate", *samples, r["features"]), seconds["evaluate"])
-            if cell.preset is None:
-                continue
-            count(("calibrate", *start), seconds["calibrate"])
-            config = plan.config(cell, seed["seed"])
-            count(("ranges", *start, config.range_key(), own), seconds["ranges"])
-            count(
-                ("checkpoint", *start, seed["config_hash"], own),
-                seconds["finetune"] + seconds.get("correction", 0.0),
-            )
-            if seconds["reconstruct"]:
-                scales = (
-                    ("act scales", *start, seed["config_hash"], own)
-                    if config.act_recon.enabled
-                    else None
-                )
-                weights = ("adaround", *start, config.adaround_key(), own)
-                reconstructed.append(
-                    (seconds["reconstruct"], seed["products"]["calibrate"], weights, scales)
-                )
-    alone = {entry[1:3]: entry[0] for entry in reconstructed if entry[3] is None}
-    for seconds, calibration, weights, scales in reconstructed:
-        if scales is None:
-            count(weights, seconds)
+class _Longest(dict[Key, float]):
+    """Seconds by key; of several for one key the longest."""
+
+    def count(self, key: Key, seconds: float) -> None:
+        self[key] = max(self.get(key, 0.0), seconds)
+
+
+class _Reconstruction(NamedTuple):
+    """Seconds of AdaRound, together with those of activation scales after it."""
+
+    seconds: float
+    calibration: str
+    weights: Key
+    scales: Key | None
+
+
+def stage_seconds(tables: Iterable[TableResults]) -> dict[Key, float]:
+    """Seconds of each artifact that one command would make for all rows of these tables.
+
+    What rows share is there once. Where different versions of the code, or machines, measured it,
+    the longest counts.
+
+    Activation scales that were reconstructed after AdaRound are in one number with it. They are
+    told apart by a row of the same calibration and weights that has AdaRound alone; without such
+    a row AdaRound counts again.
+
+    Returns:
+        Seconds by stage and what decides its artifact.
+    """
+    found = _Longest()
+    reconstructions: list[_Reconstruction] = []
+    for results in tables:
+        plan = results.plan
+        for row, result in results.done:
+            how = result.conditions
+            model = None if how.model is None else how.model.sha256
+            for seed in result.seeds:
+                start = (plan.scale.name, how.dataset, model, seed.seed)
+                # Made again, also where another table has it.
+                own = None if plan.table.shares else seed.config_hash
+                samples = (*start, seed.config_hash, how.sampling, result.engine, own)
+                found.count(("sample", *samples), seed.seconds["sample"])
+                found.count(("evaluate", *samples, how.features), seed.seconds["evaluate"])
+                if row.full_precision:
+                    continue
+                config = plan.config(row, seed.seed)
+                _count_quantizing(found, seed, config, start, own)
+                if seed.seconds["reconstruct"]:
+                    reconstructions.append(_reconstruction(seed, config, start, own))
+    _count_reconstructions(found, reconstructions)
+    return dict(found)
+
+
+def _count_quantizing(
+    found: _Longest, seed: SeedResult, config: QuantConfig, start: Key, own: str | None
+) -> None:
+    """Count the stages before sampling, but for the reconstruction."""
+    seconds = seed.seconds
+    found.count(("calibrate", *start), seconds["calibrate"])
+    found.count(("ranges", *start, config.range_key(), own), seconds["ranges"])
+    found.count(
+        ("checkpoint", *start, seed.config_hash, own),
+        seconds["finetune"] + seconds.get("correction", 0.0),
+    )
+
+
+def _reconstruction(
+    seed: SeedResult, config: QuantConfig, start: Key, own: str | None
+) -> _Reconstruction:
+    scales = ("act scales", *start, seed.config_hash, own)
+    return _Reconstruction(
+        seed.seconds["reconstruct"],
+        seed.artifacts["calibrate"],
+        ("adaround", *start, config.adaround_key(), own),
+        scales if config.act_recon.enabled else None,
+    )
+
+
+def _count_reconstructions(found: _Longest, reconstructions: list[_Reconstruction]) -> None:
+    """Count AdaRound and activation scales, told apart where a row has AdaRound alone."""
+    alone = {(r.calibration, r.weights): r.seconds for r in reconstructions if r.scales is None}
+    for r in reconstructions:
+        if r.scales is None:
+            found.count(r.weights, r.seconds)
         else:
-            count(scales, seconds - alone.get((calibration, weights), 0.0))
-    return found
+            found.count(r.scales, r.seconds - alone.get((r.calibration, r.weights), 0.0))

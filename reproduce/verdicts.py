@@ -3,101 +3,194 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from dataclasses import dataclass
+from enum import StrEnum
 
-from reproduce.provenance import row_processors
-from reproduce.tables.base import FAILED, UNKNOWN, Cell, Number
+from reproduce.results import Result, Status
+from reproduce.table_results import TableResults
+from reproduce.tables.base import FAILED, UNKNOWN, Number, Row
 
-ONE_SEED = "one seed, no spread"
-TWO_PROCESSORS = "on two processors"
 HIGHER_IS_BETTER = ("inception_score", "clip_score")
+JUDGED = ("fid", "sfid", "kid", "inception_score", "clip_score")
+# Compared with the order of the paper's FIDs: it resolves what the FID of few samples cannot.
+PAIRED = "feature_distance_to_fp"
 
 
-def verdict(
+class Order(StrEnum):
+    """How a row's number stands to another row's, or why that cannot be said."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    UNCLEAR = "no clear difference"
+    REFERENCE = "reference row"
+    NOT_MEASURED = "not measured"
+    NOT_RUN = "not run"
+    FAILED = "failed"
+    NO_BASE = "no result to compare with"
+    NO_COMMON_SEED = "no seed in common"
+
+
+MEASURED_ORDERS = (Order.BETTER, Order.WORSE, Order.UNCLEAR)
+
+
+class Remark(StrEnum):
+    """What limits a verdict."""
+
+    ONE_SEED = "one seed, no spread"
+    TWO_PROCESSORS = "on two processors"
+    PAPER_FAILED = "the paper's run failed"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The order of two rows by one metric, and whether the paper has the same order."""
+
+    order: Order
+    base: str | None = None
+    """Label of the other row."""
+
+    difference: float | None = None
+    """Mean over the seeds of our value minus the other row's."""
+
+    spread: float | None = None
+    """Sample standard deviation of these differences; None for one seed."""
+
+    agrees: bool | None = None
+    """Whether the paper has this order; None where it gives none or its run failed."""
+
+    remarks: tuple[Remark, ...] = ()
+
+    @property
+    def measured(self) -> bool:
+        """Whether two numbers were compared."""
+        return self.order in MEASURED_ORDERS
+
+    def __str__(self) -> str:
+        """The verdict as a sentence."""
+        if self.order == Order.NO_BASE:
+            return f"{self.base} has {self.order}"
+        if self.order == Order.NO_COMMON_SEED:
+            return f"{self.order} with {self.base}"
+        if self.difference is None:
+            return str(self.order)
+        size = [f"by {abs(self.difference):.3g}"]
+        size += [] if self.spread is None else [f"spread {self.spread:.2g}"]
+        size += [str(r) for r in self.remarks if r != Remark.PAPER_FAILED]
+        than = "from" if self.order == Order.UNCLEAR else "than"
+        return f"{self.order} {than} {self.base} ({', '.join(size)}); {self._papers_order}"
+
+    @property
+    def _papers_order(self) -> str:
+        if Remark.PAPER_FAILED in self.remarks:
+            return str(Remark.PAPER_FAILED)
+        if self.agrees is None:
+            return "the paper gives no order"
+        return "as in the paper" if self.agrees else "differs from the paper"
+
+
+def compare(
     metric: str,
-    cell: Cell,
-    base: Cell | None,
-    mine: dict[str, Any],
-    other: dict[str, Any] | None,
+    row: Row,
+    base: Row | None,
+    mine: Result,
+    other: Result | None,
     claim: str | None = None,
-) -> str:
-    """One line about one metric of one row: our order against `base`, and whether the paper has the same order.
+) -> Verdict:
+    """Our order of two rows by one metric, and whether the paper has the same.
 
-    `base` is the row that the paper's claim compares `cell` with (Cell.against); `mine` and `other` are their result JSONs.
+    Our order. d is our value minus the base's value, seed by seed: both rows see the same noise,
+    so what the noise does cancels out. "better" or "worse" when |mean d| exceeds the sample
+    standard deviation of d over the seeds, else "no clear difference". This is a weak test: with
+    two seeds it tells 39% of pairs of equal rows apart (t distribution, 1 degree of freedom).
+    With one seed there is no spread, and a remark says so. Another remark says when a seed of the
+    two rows comes from two processors, on which training goes another way.
 
-    Our order. d = our value - base's value, seed by seed: both rows see the same noise, so what the noise does cancels out.
-    "better" or "worse" when |mean d| exceeds the sample standard deviation of d over the seeds, else "no clear difference":
-    a weak test, with two seeds it tells 39% of pairs of equal rows apart (t distribution, 1 degree of freedom).
-    With one seed there is no spread, and the order is said with that remark. So is it when a seed of the two rows comes from two
-    processors, on which it goes another way.
+    The paper's order is that of its two numbers in metric `claim`, or what its text says
+    (`Row.paper_order`); a number wins against "N/A" (generation failed). Of a row that failed in
+    the paper, only that is said. Where our order is not clear, it differs from the paper's.
 
-    The paper's order is that of its two numbers in metric `claim` (None: the same metric), or what its text says of it
-    (Cell.paper_order); a number wins against "N/A" (generation failed). Of a row that failed there, only that is said.
-    "as in the paper" when both orders agree, "differs from the paper" when they are opposite or ours is not clear,
-    "the paper gives no order" when one of its two numbers is not reported.
+    The paper's absolute numbers belong to another model and data set at smoke and mini scale:
+    they are never compared.
 
-    The paper's absolute numbers belong to another model and another data set at smoke and mini scale: they are never compared.
+    Args:
+        row: the row that is judged, and `mine` its result.
+        base: the row that the paper's claim compares it with (`Row.against`), `other` its result.
+        claim: the metric of the paper's order; None: `metric`.
     """
-    if mine["status"] != "done":
-        return mine["status"]  # the reason stands in the result and under the table
-    if mine["metrics"][metric]["value"] is None:
-        return "not measured"
+    if not mine.done:
+        return Verdict(Order.FAILED if mine.status == Status.FAILED else Order.NOT_RUN)
+    if mine.metric(metric).value is None:
+        return Verdict(Order.NOT_MEASURED)
     if base is None:
-        return "reference row"
-    if other is None or other["status"] != "done" or other["metrics"][metric]["value"] is None:
-        return f"{base.label} has no result to compare with"
+        return Verdict(Order.REFERENCE)
+    if other is None or other.metric(metric).value is None:
+        return Verdict(Order.NO_BASE, base.label)
     differences = [a - b for a, b in by_seed(metric, mine, other)]
     if not differences:
-        return f"no seed in common with {base.label}"
+        return Verdict(Order.NO_COMMON_SEED, base.label)
     mean = statistics.fmean(differences)
-    if len(differences) > 1:
-        spread = statistics.stdev(differences)
-        clear, size = abs(mean) > spread, f"by {abs(mean):.3g}, spread {spread:.2g}"
-    else:
-        clear, size = mean != 0, f"by {abs(mean):.3g}, {ONE_SEED}"
-    if any(len(used) > 1 for used in _processors(mine, other)):
-        size += f", {TWO_PROCESSORS}"
-    ours = (
-        ("better" if (mean < 0) != (metric in HIGHER_IS_BETTER) else "worse")
-        if clear
-        else "no clear difference"
-    )
-    words = (
-        f"{ours} than {base.label} ({size})"
-        if clear
-        else f"no clear difference from {base.label} ({size})"
-    )
+    spread = statistics.stdev(differences) if len(differences) > 1 else None
+    order = _order(mean, spread or 0.0, metric in HIGHER_IS_BETTER)
     claim = claim or metric
-    if cell.paper.get(claim) == FAILED:
-        return f"{words}; the paper's run failed"
-    papers = cell.paper_order.get(claim) or paper_order(
-        cell.paper.get(claim), base.paper.get(claim), claim in HIGHER_IS_BETTER
+    papers = row.paper_order.get(claim) or paper_order(
+        row.paper.get(claim), base.paper.get(claim), claim in HIGHER_IS_BETTER
     )
-    if papers is None:
-        return f"{words}; the paper gives no order"
-    return f"{words}; {'as in' if papers == ours else 'differs from'} the paper"
+    failed = row.paper.get(claim) == FAILED
+    remarks = {
+        Remark.ONE_SEED: spread is None,
+        Remark.TWO_PROCESSORS: _two_processors(mine, other),
+        Remark.PAPER_FAILED: failed,
+    }
+    return Verdict(
+        order,
+        base.label,
+        mean,
+        spread,
+        None if failed or papers is None else papers == order,
+        tuple(remark for remark, holds in remarks.items() if holds),
+    )
 
 
-def _processors(mine: dict[str, Any], other: dict[str, Any]) -> list[set[str]]:
-    """Of each seed that both rows have: the processors that made it, of a seed that does not say it its row's."""
-    ours, theirs = (
-        {s["seed"]: s.get("processors") or row_processors(r) for s in r["per_seed"]}
-        for r in (mine, other)
-    )
-    return [{*ours[seed], *theirs[seed]} for seed in ours.keys() & theirs.keys()]
+def verdict(results: TableResults, row: Row, metric: str) -> Verdict | None:
+    """A row's verdict by one of the metrics that the paper's tables use.
+
+    The distance to full precision is judged where both rows are quantized, against the paper's
+    order by the table's own metric. None for metrics that are not judged.
+    """
+    base = None if row.against is None else results.table.row(row.against)
+    other = None if base is None else results[base.id]
+    if metric in JUDGED:
+        return compare(metric, row, base, results[row.id], other)
+    if metric == PAIRED and base is not None and not base.full_precision:
+        return compare(metric, row, base, results[row.id], other, results.table.claim)
+    return None
+
+
+def _order(mean: float, spread: float, higher_is_better: bool) -> Order:
+    if abs(mean) <= spread:
+        return Order.UNCLEAR
+    return Order.BETTER if (mean < 0) != higher_is_better else Order.WORSE
+
+
+def _two_processors(mine: Result, other: Result) -> bool:
+    """Whether a seed of the two rows comes from more than one processor."""
+    pairs = ((s, other.of_seed(s.seed)) for s in mine.seeds)
+    return any(t is not None and len({*s.processors, *t.processors}) > 1 for s, t in pairs)
 
 
 def paper_order(mine: Number, base: Number, higher_is_better: bool = False) -> str | None:
     """ "better", "worse", "equal" or None (not reported, not available, or both failed)."""
     if mine is None or base is None or UNKNOWN in (mine, base) or mine == base == FAILED:
         return None
-    if FAILED in (mine, base):
+    if isinstance(mine, str) or isinstance(base, str):
         return "worse" if mine == FAILED else "better"
-    return "equal" if mine == base else "better" if (mine < base) != higher_is_better else "worse"
+    if mine == base:
+        return "equal"
+    return "better" if (mine < base) != higher_is_better else "worse"
 
 
-def by_seed(metric: str, mine: dict[str, Any], other: dict[str, Any]) -> list[tuple[float, float]]:
-    """(ours, base's) for each seed that both have."""
-    base = {s["seed"]: s["metrics"].get(metric) for s in other["per_seed"]}
-    pairs = [(s["metrics"].get(metric), base.get(s["seed"])) for s in mine["per_seed"]]
+def by_seed(metric: str, mine: Result, other: Result) -> list[tuple[float, float]]:
+    """The two rows' values for each seed that both have."""
+    base = {s.seed: s.metrics.get(metric) for s in other.seeds}
+    pairs = [(s.metrics.get(metric), base.get(s.seed)) for s in mine.seeds]
     return [(a, b) for a, b in pairs if a is not None and b is not None]

@@ -1,5 +1,8 @@
-"""Common to all tests: worker processes share the threads; Triton's kernels run in its interpreter, even where there is a GPU;
-where the data for checking lie that are too large for the repository."""
+"""Common to all tests.
+
+Worker processes share the threads. Triton's kernels run in its interpreter, even where there is a
+GPU. A fixture names the folder of data that are too large for the repository.
+"""
 
 import os
 from pathlib import Path
@@ -15,7 +18,7 @@ torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 @pytest.fixture(scope="session")
 def quest_data() -> Path:
-    """The folder QUEST_DATA, or shared/data beside the repository; without it the test is skipped."""
+    """The folder QUEST_DATA, or shared/data beside the repository. Skips the test without it."""
     folder = Path(
         os.environ.get("QUEST_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data"
     )

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py as far as it goes without a GPU: its arithmetic, its arguments, its correctness section."""
+"""benchmarks/gpu.py as far as it goes without a GPU: arithmetic, arguments, correctness."""
 
 import json
 import subprocess
@@ -53,10 +53,12 @@ def test_the_engine_loads_where_diffusers_is_missing():
     program = (
         "import sys, importlib.util as u; find = u.find_spec\n"
         "u.find_spec = lambda n, *a: None if n == 'diffusers' else find(n, *a)\n"
-        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r}); import gpu_subjects as gpu; from torch import nn\n"
-        "engine, form, reference = gpu.load_engine()\n"
+        f"sys.path.insert(0, {str(ROOT / 'benchmarks')!r})\n"
+        "import common, gpu_subjects as gpu; from torch import nn\n"
+        "engine = gpu.load_engine()\n"
         "layer, steps = gpu.random_layer(nn.Linear(8, 4), 4, 4)\n"
-        "print(engine.TritonLayer(form.integer_form(layer, 'layer'), steps).kind, 'diffusers.models.resnet' in sys.modules)"
+        "print(engine.TritonLayer(engine.integer_form(layer, 'layer'), steps).kind)\n"
+        "print('diffusers.models.resnet' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.split() == ["packed", "False"], run.stderr

@@ -1,4 +1,4 @@
-"""The paper's larger models at full size, with random weights, through the whole of quantization in 20 GB."""
+"""The paper's larger models at full size, with random weights, go through in 20 GB."""
 
 import contextlib
 import sys
@@ -12,21 +12,22 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import finetune_memory  # noqa: E402
 import full_size  # noqa: E402
 
-PARAMETERS = {
-    "sd14": 859_520_964,
-    "ldm4-imagenet": 400_920_579,
-}  # the paper's size column: 3278.8 and 1529.4 MiB in float32
+# The paper's size column: 3278.8 and 1529.4 MiB in float32.
+PARAMETERS = {"sd14": 859_520_964, "ldm4-imagenet": 400_920_579}
 
 
 @pytest.mark.parametrize("model", PARAMETERS)
 def test_sizes_are_the_papers(model):
     with device("meta"):
-        unet = UNet2DConditionModel(**full_size.MODELS[model][0])
+        unet = UNet2DConditionModel(**full_size.MODELS[model].unet)
     assert sum(p.numel() for p in unet.parameters()) == PARAMETERS[model]
 
 
 def test_memory_counted_on_fake_tensors_is_that_of_real_ones(monkeypatch):
-    """A tiny model: the same count with values as without; checkpointing lowers it; it grows with the batch."""
+    """A tiny model: the same count with values as without.
+
+    Checkpointing lowers it, and it grows with the batch.
+    """
     tiny = dict(
         sample_size=8,
         in_channels=3,
@@ -39,7 +40,9 @@ def test_memory_counted_on_fake_tensors_is_that_of_real_ones(monkeypatch):
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-    monkeypatch.setitem(finetune_memory.MODELS, "tiny", (tiny, None, (3, 12), 2.0))
+    monkeypatch.setitem(
+        finetune_memory.MODELS, "tiny", full_size.FullSize(tiny, None, (3, 12), 2.0)
+    )
     plain, saving, larger = (
         finetune_memory.count("tiny", *how) for how in ((4, False), (4, True), (8, True))
     )

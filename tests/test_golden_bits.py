@@ -27,14 +27,12 @@ from diffusers import DDIMScheduler, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from questlib import Calibration, QuantConfig, calibrate, convert, finetune, quantize
-from reproduce.evaluation import metrics
-
-pass
 from questlib.quantization import primitives
 from questlib.versions import STAGE_VERSIONS
+from reproduce.evaluation import metrics
 from reproduce.evaluation.drawing import sample
 from reproduce.models.pipelines import ClassEmbedder
-from reproduce.pipeline import EVALUATE_VERSION
+from reproduce.seed_run import EVALUATE_VERSION
 
 GOLDEN = Path(__file__).with_name("golden_bits.json")
 TOLERANCE = 1e-3  # of a tensor's mean size: far above the rounding of other machines

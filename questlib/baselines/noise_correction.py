@@ -1,11 +1,23 @@
-"""Correction of the predicted noise after quantization (He et al., "PTQD", NeurIPS 2023, Sec. 4).
+"""PTQ-D's correction of the predicted noise after quantization (He et al. 2023, Sec. 4).
 
-At each step the quantized UNet predicts eps_hat = (1 + k) eps + r: a part of its error is correlated with eps, the rest r has a
-mean for each channel and a variance. All three are estimated on the calibration set. Corrected: (eps_hat - mean r) / (1 + k); and
-a stochastic sampler adds that much less noise as the variance of r already brings.
+At each step the quantized UNet predicts
+
+    eps_hat = (1 + k) eps + r
+
+A part of its error, k eps, is correlated with the noise eps; the rest r is not, and has a mean for
+each channel and a variance. k is the slope of a linear regression of the error on eps. All three
+are estimated on the calibration set. Then
+
+    eps = (eps_hat - mean(r)) / (1 + k)                               corrects the prediction, and
+    sigma'^2 = max(0, sigma^2 - slope^2 var(r) / (1 + k)^2)           the sampler's own noise
+
+where sigma^2 is the variance that the sampler would add and slope = d x_{t-1} / d eps. The rest of
+r stays in the prediction as noise, and the sampler adds that much less.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -17,7 +29,24 @@ from questlib.quantization.step_groups import nearest
 
 
 class NoiseCorrection(nn.Module):
-    """timesteps int64 [T], ascending; gain (k) and variance (of what is left) float32 [T], bias float32 [T, C]."""
+    """The correction of one UNet, for each calibrated timestep.
+
+    Args:
+        timesteps: int64 [T], ascending.
+        channels: C, of the UNet's output.
+
+    Attributes:
+        gain: k, float32 [T].
+        bias: mean of r, float32 [T, C].
+        variance: of r / (1 + k) around its mean, float32 [T].
+        calibrated: whether these are estimated, bool 0-d. Outputs are left alone before.
+    """
+
+    timesteps: torch.Tensor
+    gain: torch.Tensor
+    bias: torch.Tensor
+    variance: torch.Tensor
+    calibrated: torch.Tensor
 
     def __init__(self, timesteps: torch.Tensor, channels: int) -> None:
         super().__init__()
@@ -27,58 +56,79 @@ class NoiseCorrection(nn.Module):
         self.register_buffer("bias", torch.zeros(count, channels))
         self.register_buffer("variance", torch.zeros(count))
         self.register_buffer("calibrated", torch.tensor(False))
-        self._ready = False  # set once `calibrated` was seen: no device sync at every call
+        # Set once `calibrated` was seen, so that not every call waits for the device.
+        self._ready = False
 
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict, out):
-        """The UNet's forward hook: its output, corrected once there is an estimate."""
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], out: Any) -> Any:
+        """The UNet's forward hook: corrects its output, once there is an estimate."""
         self._ready = self._ready or bool(self.calibrated)
         if not self._ready:
             return None
-        i, _ = nearest(
-            self.timesteps, torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
-        )
+        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        step, _ = nearest(self.timesteps, t)
         eps = out[0]
-        eps = (eps - self.bias[i, :, None, None].to(eps)) / (
-            1 + self.gain[i, None, None, None].to(eps)
-        )
+        mean = self.bias[step, :, None, None].to(eps)
+        gain = self.gain[step, None, None, None].to(eps)
+        eps = (eps - mean) / (1 + gain)
         return (eps, *out[1:]) if isinstance(out, tuple) else type(out)(sample=eps)
 
     @torch.no_grad()
-    def estimate(self, step: torch.Tensor, eps_hat: torch.Tensor, eps: torch.Tensor) -> None:
-        """Of one timestep, from the quantized and the full-precision UNet's outputs [N, C, h, w] on equal inputs."""
-        i, error = int(nearest(self.timesteps, step)[0]), (eps_hat - eps).double()
+    def estimate(self, t: torch.Tensor, eps_hat: torch.Tensor, eps: torch.Tensor) -> None:
+        """Estimate the correction at one timestep.
+
+        Args:
+            t: the timestep.
+            eps_hat: outputs of the quantized UNet [N, C, h, w].
+            eps: outputs of the full-precision UNet for the same inputs.
+        """
+        error = (eps_hat - eps).double()
         eps = eps.double()
-        centred = eps - eps.mean(
-            (0, 2, 3), keepdim=True
-        )  # a regression with an intercept for each channel
+        # a regression with an intercept for each channel
+        centred = eps - eps.mean((0, 2, 3), keepdim=True)
         k = (error * centred).sum() / centred.square().sum().clamp_min(1e-12)
-        rest = error - k * eps
-        mean = rest.mean((0, 2, 3))  # [C]
-        self.gain[i], self.bias[i] = k, mean
-        self.variance[i] = ((rest - mean[:, None, None]) / (1 + k)).square().mean()
+        r = error - k * eps
+        mean = r.mean((0, 2, 3))  # [C]
+        step = int(nearest(self.timesteps, t)[0])
+        self.gain[step] = k
+        self.bias[step] = mean
+        self.variance[step] = ((r - mean[:, None, None]) / (1 + k)).square().mean()
 
     def noise_factor(self, scheduler: DDIMScheduler, t: torch.Tensor, eta: float) -> float:
-        """What the sampler's own noise is multiplied with at timestep t, so that with r it has the variance that it should."""
+        """The factor sigma' / sigma of the sampler's own noise at timestep t, in 0..1.
+
+        The variance of x_{t-1} is then what the sampler wants it to be.
+
+        Args:
+            scheduler: DDIM, with its timesteps set.
+            t: the timestep.
+            eta: DDIM's eta; without own noise (0) the factor is 1.
+        """
         previous = int(t) - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         now = scheduler.alphas_cumprod[int(t)]
         then = (
             scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         )
+        # sigma^2 and the factor of eps in x_{t-1} (DDIM, Song et al. 2021, Eq. 16 and 12)
         variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
         if variance <= 0:
             return 1.0
-        # x_{t-1} depends on eps by this factor (Song et al. 2021, Eq. 12)
         slope = (1 - then - variance).clamp_min(0).sqrt() - (then * (1 - now) / now).sqrt()
-        left = (
-            variance - slope**2 * self.variance[int(nearest(self.timesteps, t)[0])].cpu()
-        ).clamp_min(0)
-        return float((left / variance).sqrt())
+        brought = slope**2 * self.variance[int(nearest(self.timesteps, t)[0])].cpu()
+        return float(((variance - brought).clamp_min(0) / variance).sqrt())
+
+
+def insert_correction(unet: nn.Module) -> None:
+    """Give a quantized UNet a correction, `quest_correction`, which is still to be estimated."""
+    unet.quest_correction = NoiseCorrection(unet.quest_steps.timesteps, unet.config.out_channels)
+    unet.quest_correction.to(unet.device)
+    unet.register_forward_hook(unet.quest_correction.hook, with_kwargs=True)
 
 
 @torch.no_grad()
 def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
-    """Fill the UNet's noise correction from its errors on all calibrated steps and trajectories."""
-    correction, everything = student.quest_correction, torch.arange(calib.x.shape[1])
+    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories."""
+    correction = student.quest_correction
+    everything = torch.arange(calib.x.shape[1])
     for step, t in enumerate(calib.t):
         batches = calib.batch(step, everything).split(config.forward_batch)
         outputs = torch.cat([batch.run(student).cpu() for batch in batches])

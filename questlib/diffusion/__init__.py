@@ -1,1 +1,1 @@
-"""How a diffusion pipeline is driven: sampling, conditions, schedulers."""
+"""How a diffusion pipeline is loaded and driven: sampling, conditions, schedulers."""

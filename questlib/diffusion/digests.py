@@ -1,4 +1,4 @@
-"""Digests of models: what tells one from another."""
+"""Digests that tell one model from another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def model_digest(model: DiffusionPipeline | nn.Module) -> str:
-    """sha256 of the UNet's weights in float32: the same for a pipeline and its UNet."""
+    """sha256 of the UNet's weights in float32: the same for a pipeline and for its UNet."""
     unet = model if isinstance(model, nn.Module) else model.unet
     digest = hashlib.sha256()
     for name, tensor in sorted(unet.state_dict().items()):
@@ -20,14 +20,18 @@ def model_digest(model: DiffusionPipeline | nn.Module) -> str:
 
 
 def parts_digest(pipe: DiffusionPipeline) -> str:
-    """sha256 of what decides a pipeline's images beside its UNet's weights (`model_digest`): configs, the other parts' weights,
-    a tokenizer's vocabulary."""
+    """sha256 of what decides a pipeline's images beside its UNet's weights (`model_digest`).
+
+    That is the config of every component, the weights of the other ones, and a tokenizer's
+    vocabulary.
+    """
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if part is None:
             continue
         config = getattr(part, "config", None) or {}
         config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+        # Private entries are paths and versions: they do not change an image.
         about = {
             k: str(v)
             for k, v in config.items()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -12,14 +14,29 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 from torch import nn
 
+# diffusers takes a folder's own classes only from modules that are imported already.
+import questlib.diffusion.unets  # noqa: F401
 from questlib.errors import CheckpointError, ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-NO_CLASSES: Mapping[str, type[DiffusionPipeline]] = {}
+LOADERS = "questlib.pipelines"  # a group of entry points, see `find_loader`
+
+Loader = Callable[[str], DiffusionPipeline]
+
+
+def find_loader() -> Loader:
+    """The function that loads a pipeline by its name, for the command line.
+
+    A package that ships models of its own, as `reproduce` does, registers a loader as an entry
+    point of the group `questlib.pipelines`. The first one by name is used. Without any,
+    `load_pipeline` is: folders and hub ids.
+    """
+    loaders = sorted(importlib.metadata.entry_points(group=LOADERS), key=lambda e: e.name)
+    return loaders[0].load() if loaders else load_pipeline
 
 
 def load_pipeline(
-    name_or_path: str | Path, classes: Mapping[str, type[DiffusionPipeline]] = NO_CLASSES
+    name_or_path: str | Path, classes: Mapping[str, type[DiffusionPipeline]] | None = None
 ) -> DiffusionPipeline:
     """A diffusers pipeline in float32 and eval mode.
 
@@ -32,10 +49,13 @@ def load_pipeline(
     Raises:
         ConfigError: no such folder or hub id, or a file.
         CheckpointError: a folder that cannot be read.
+
+    Example:
+        >>> pipe = load_pipeline("CompVis/ldm-celebahq-256")
     """
     name = str(name_or_path)
     if Path(name).is_dir():
-        return _from_folder(Path(name), classes)
+        return _from_folder(Path(name), classes or {})
     if Path(name).is_file():
         raise ConfigError(f"{name} is a file; expected a diffusers folder or a hub id owner/name")
     if not HUB_ID.fullmatch(name):
@@ -50,39 +70,50 @@ def load_pipeline(
             f"model {name!r}: no such folder, and neither the hub nor its local cache gives it "
             f"({reason})"
         ) from error
-    return _prepare(pipe)
+    return _full_precision(pipe)
 
 
 def _from_folder(folder: Path, classes: Mapping[str, type[DiffusionPipeline]]) -> DiffusionPipeline:
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
-    from transformers.utils import logging as transformers_logging  # slow to import
-
-    bars = [m for m in (diffusers_logging, transformers_logging) if m.is_progress_bar_enabled()]
-    for module in bars:
-        module.disable_progress_bar()
     try:
         index = json.loads((folder / "model_index.json").read_text())
-        pipeline = classes.get(
-            index["_class_name"], DiffusionPipeline
-        )  # diffusers finds its own classes only
-        absent = {
-            name: None for name, part in index.items() if part == [None, None]
-        }  # e.g. the text encoder; must be said again
-        pipe = pipeline.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, **absent
-        )
+        # diffusers finds its own pipeline classes only.
+        pipeline = classes.get(index["_class_name"], DiffusionPipeline)
+        # Components that the folder says are absent, e.g. a text encoder, have to be said again.
+        absent = {name: None for name, part in index.items() if part == [None, None]}
+        with _no_progress_bars():
+            pipe = pipeline.from_pretrained(
+                folder, local_files_only=True, low_cpu_mem_usage=False, **absent
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})"
         ) from error
+    return _full_precision(pipe)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Inside the block, loading shows no bars; afterwards they are as the user had them."""
+    loggers = [diffusers_logging]
+    try:
+        from transformers.utils import logging as transformers_logging  # slow to import
+
+        loggers.append(transformers_logging)
+    except ImportError:  # a pipeline without text can be loaded without transformers
+        pass
+    shown = [module for module in loggers if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
+    try:
+        yield
     finally:
-        for module in bars:
+        for module in shown:
             module.enable_progress_bar()
-    return _prepare(pipe)
 
 
-def _prepare(pipe: DiffusionPipeline) -> DiffusionPipeline:
+def _full_precision(pipe: DiffusionPipeline) -> DiffusionPipeline:
     pipe.set_progress_bar_config(disable=True)
     for part in pipe.components.values():
         if isinstance(part, nn.Module):

@@ -1,27 +1,47 @@
-"""The denoising loop: any diffusers sampler; the noise of sample i depends on (seed, i) alone."""
+"""The denoising loop for any diffusers sampler.
+
+The noise of sample i depends on (seed, i) alone, whatever the batches and the processes.
+"""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import nn
 
 from questlib.diffusion.conditioning import Condition
 from questlib.diffusion.schedulers import make_scheduler
 from questlib.errors import ConfigError
 
+# Seeds of two runs lie this far apart, so that their samples share no noise while i is below it.
+SEED_STRIDE = 1_000_003
+
+# torch's CPU generator keeps 32 bits of a seed.
+SEED_BITS = 32
+
+# Calibration counts its trajectories from here, so that it never sees the noise of the samples
+# that are evaluated at the same seed.
+CALIBRATION_OFFSET = 500_000
+
 
 def choose_scheduler(
     pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0
 ) -> SchedulerMixin:
-    """The pipeline's scheduler (None), or another sampler on its noise schedule (`questlib.diffusion.schedulers`).
+    """The pipeline's own scheduler, or another sampler on its noise schedule.
 
-    ConfigError for another name, and for eta with a sampler that has none.
+    Args:
+        sampler: None for the pipeline's own, else a name of `questlib.diffusion.schedulers`.
+        eta: DDIM's eta, with which the scheduler will be used.
+
+    Raises:
+        ConfigError: an unknown name, or an eta with a sampler that has none.
     """
     scheduler = pipe.scheduler if sampler is None else make_scheduler(pipe, sampler)
     if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
@@ -30,17 +50,18 @@ def choose_scheduler(
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One generator a sample. torch's CPU generator keeps 32 bits of a seed: distinct while seed < 2000 and i < 1,000,003."""
-    return [torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32) for i in indices]
+    """One generator for each sample; distinct while seed < 2000 and index < SEED_STRIDE."""
+    seeds = [(seed * SEED_STRIDE + i) % 2**SEED_BITS for i in indices]
+    return [torch.Generator().manual_seed(s) for s in seeds]
 
 
-def sample_shape(unet) -> tuple[int, int]:
+def sample_shape(unet: nn.Module) -> tuple[int, int]:
     """(height, width) of what a UNet denoises."""
     size = unet.config.sample_size
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def initial_noise(unet, generators: list[torch.Generator]) -> torch.Tensor:
+def initial_noise(unet: nn.Module, generators: list[torch.Generator]) -> torch.Tensor:
     """x_T [N, C, h, w] on the UNet's device, each sample from its own generator."""
     shape = (unet.config.in_channels, *sample_shape(unet))
     return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)
@@ -48,40 +69,64 @@ def initial_noise(unet, generators: list[torch.Generator]) -> torch.Tensor:
 
 @torch.no_grad()
 def denoise(
-    unet,
+    unet: nn.Module,
     scheduler: SchedulerMixin,
     latents: torch.Tensor,
     num_inference_steps: int,
     *,
     eta: float = 0.0,
-    generators: list[torch.Generator] | None = None,
+    generators: torch.Generator | list[torch.Generator] | None = None,
     condition: Condition | None = None,
+    track: Callable[[Iterable[torch.Tensor]], Iterable[torch.Tensor]] | None = None,
 ) -> torch.Tensor:
-    """From x_T = `latents` [N, C, h, w] to x_0; noise that the sampler adds comes from each sample's own generator."""
-    scheduler = copy.deepcopy(scheduler)  # multistep samplers hold state; set_timesteps clears it
-    accepts = inspect.signature(scheduler.step).parameters
-    extra = {k: v for k, v in {"eta": eta, "generator": generators}.items() if k in accepts}
+    """From x_T to x_0.
+
+    Args:
+        scheduler: it is copied, and stays as it is.
+        latents: x_T [N, C, h, w], of unit variance.
+        eta: of DDIM (Song et al. 2021, Eq. 16); 0 adds no noise.
+        generators: where a sampler's own noise comes from: one generator, or one for each sample.
+        condition: what the UNet is told; None: nothing.
+        track: wraps the timesteps, as a progress bar does.
+
+    Returns:
+        x_0 [N, C, h, w].
+
+    Example:
+        >>> generators = sample_generators(seed=0, indices=range(4))
+        >>> x = initial_noise(pipe.unet, generators)
+        >>> latents = denoise(pipe.unet, pipe.scheduler, x, 20, generators=generators)
+    """
+    # Multistep samplers hold state, which set_timesteps clears.
+    scheduler = copy.deepcopy(scheduler)
+    accepted = inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"eta": eta, "generator": generators}
+    extra = {k: v for k, v in extra.items() if k in accepted}
     condition = condition or Condition()
     scheduler.set_timesteps(num_inference_steps, device=latents.device)
+    timesteps = scheduler.timesteps if track is None else track(scheduler.timesteps)
     x = latents * scheduler.init_noise_sigma
     correction = getattr(unet, "quest_correction", None) if eta > 0 else None
-    for t in scheduler.timesteps:
+    for t in timesteps:
         eps = condition.predict(unet, scheduler.scale_model_input(x, t), t)
-        if (
-            correction is not None
-        ):  # its variance schedule: less noise where quantization brings its own
+        # PTQ-D's variance schedule (He et al. 2023, Sec. 4): less noise where quantization brings
+        # some of its own.
+        if correction is not None:
             noise = randn_tensor(x.shape, generators, x.device, x.dtype)
-            extra = {
-                "eta": eta,
-                "variance_noise": noise * correction.noise_factor(scheduler, t, eta),
-            }
+            factor = correction.noise_factor(scheduler, t, eta)
+            extra = {"eta": eta, "variance_noise": noise * factor}
         x = scheduler.step(eps, t, x, **extra).prev_sample
     return x
 
 
+def autoencoder(pipe: DiffusionPipeline) -> nn.Module | None:
+    """A latent diffusion pipeline's autoencoder; None in pixel space."""
+    return getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None)
+
+
 def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
-    """(height, width) of the images that a pipeline draws: the UNet's sample, times the autoencoder's factor."""
-    vae = getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None)
+    """(height, width) of a pipeline's images: the UNet's sample, times the autoencoder's factor."""
+    vae = autoencoder(pipe)
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     height, width = sample_shape(pipe.unet)
     return height * factor, width * factor
@@ -89,18 +134,24 @@ def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
 
 @torch.no_grad()
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64) -> torch.Tensor:
-    """Latents [N, C, h, w] -> uint8 images [N, 3, H, W] by the pipeline's autoencoder; without one they are images already."""
-    vae, images = getattr(pipe, "vqvae", None) or getattr(pipe, "vae", None), latents
-    if vae is not None:
-        images = torch.cat(
-            [vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(batch_size)]
-        )
+    """Latents [N, C, h, w] -> uint8 images [N, 3, H, W].
+
+    A pipeline without an autoencoder works on pixels: its latents are images already.
+    """
+    vae = autoencoder(pipe)
+    if vae is None:
+        return to_uint8(latents)
+    scale = vae.config.scaling_factor
+    images = [vae.decode(z / scale).sample for z in latents.split(batch_size)]
+    return to_uint8(torch.cat(images))
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
+    """Images in (-1, 1) -> uint8, rounded to the nearest value."""
     return ((images / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def index_ranges(num_samples: int, batch_size: int) -> list[range]:
-    """The indices 0..num_samples - 1 in runs of `batch_size`, the last one maybe shorter."""
-    return [
-        range(start, min(start + batch_size, num_samples))
-        for start in range(0, num_samples, batch_size)
-    ]
+    """The indices 0..num_samples - 1 in runs of `batch_size`; the last one may be shorter."""
+    starts = range(0, num_samples, batch_size)
+    return [range(start, min(start + batch_size, num_samples)) for start in starts]

@@ -1,8 +1,8 @@
 """QuEST's selective, network-wise finetuning (paper, Sec. 3.3): one loop, two progressive stages.
 
-Stage TLA trains the time-embedding layers on L_TLA + w L_G, stage CMA the attention-related layers on L_CMA + w L_G; all
-activation scales are trained along. Only the selected layers' weights have gradients; every other weight stays at its
-quantized value.
+Stage TLA trains the time-embedding layers on L_TLA + 2 L_G, then stage CMA the attention-related
+layers on L_CMA + 2 L_G. Both train all activation scales. Only the weights of the selected layers
+have gradients; every other weight stays at its quantized value.
 """
 
 from __future__ import annotations
@@ -11,43 +11,30 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from questlib.baselines.low_rank import attach, count_trainable, merge
+from questlib.baselines import low_rank
 from questlib.calibration import Batch, Calibration
-from questlib.capture import capture_outputs, run_time_layers
+from questlib.capture import capture_outputs
 from questlib.config import QuantConfig
 from questlib.distributed import mean, processes, synchronize
 from questlib.errors import ConfigError, QuestError
-from questlib.finetuning.losses import losses
-from questlib.finetuning.optimizer import StageAdam
-from questlib.finetuning.stages import Stage, stages, trainable
-from questlib.finetuning.state import STATE_FORMAT, _load_state, _save_state
+from questlib.finetuning.losses import Outputs, stage_losses
+from questlib.finetuning.optimizer import StageAdam, constant, cosine_decay
+from questlib.finetuning.stages import ParameterGroup, Stage, select_parameters, select_stages
+from questlib.finetuning.state import STATE_FORMAT, FinetuningLog, FinetuningState
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import freeze, quant_layers, step_groups
+from questlib.quantization.primitives import EPS
+from questlib.quantization.time_path import run_time_layers
 from questlib.versions import STAGE_VERSIONS
 
-SAVE_EVERY = 100
-
-
-def settle(layers: Iterable[QuantLayer]) -> None:
-    """Frozen layers that stay as they are keep one tensor in place of two: their quantized weight, whose codes are the same."""
-    for layer in layers:
-        if layer.w_hat is not None:
-            layer.weight.data = layer.w_hat
-
-
-def check_shares(batch_size: int) -> None:
-    """ConfigError when the processes cannot share a batch out evenly."""
-    world = processes().num_processes
-    if batch_size % world:
-        raise ConfigError(
-            f"batch_size: expected a multiple of {world} processes, found {batch_size}"
-        )
+SAVE_EVERY = 100  # iterations between two saved states
 
 
 def finetune(
@@ -57,143 +44,290 @@ def finetune(
     config: QuantConfig,
     *,
     state_path: str | Path | None = None,
+    save_every: int = SAVE_EVERY,
     progress: bool = False,
-) -> dict:
-    """Finetune a quantized UNet in place against its full-precision teacher; returns the log.
+) -> FinetuningLog:
+    """Finetune a quantized UNet in place against its full-precision teacher (paper, Sec. 3.3).
 
-    With `state_path` the state is saved every 100 iterations and at each stage's end, and resumed from when the file exists; a
-    resumed run continues bit for bit. CheckpointError when the file belongs to another configuration, calibration or version.
-    Under `accelerate launch` every process calls this with the same calibration: each takes its part of every batch, gradients
-    are averaged, process 0 writes the state. ConfigError when the batch cannot be shared out evenly.
-    Log: seconds, loss [[stage, iteration, local, global], ...], trained_weights, trained_fraction.
+    Under `accelerate launch` every process calls this with the same calibration. Each takes its
+    part of every batch, gradients are averaged, and process 0 writes the state.
+
+    Args:
+        unet: what `questlib.quantize` returned.
+        teacher: the full-precision UNet that it was made from.
+        calib: the teacher's calls, from `questlib.calibrate`.
+        config: the run's configuration; `config.finetuning` decides on stages and losses.
+        state_path: file in which the state is saved every `save_every` iterations and at the end of
+            each stage. When the file exists, finetuning resumes from it, bit for bit.
+        save_every: iterations between two saved states.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The log: seconds, losses of each iteration, number of trained weights.
+
+    Raises:
+        ConfigError: `unet` is not quantized, or the batch cannot be divided among the processes.
+        CheckpointError: the state is damaged, or of another configuration, calibration or version.
+        QuestError: the loss is no longer finite.
+
+    Example:
+        >>> config = QuantConfig.preset("quest", 4, 4)
+        >>> unet = questlib.quantize(pipe.unet, config, calib)
+        >>> log = questlib.finetune(unet, pipe.unet, calib, config, state_path="finetune.pt")
     """
     step_groups(unet)
-    todo = stages(unet, config)
-    check_shares(config.batch_size)
-    log = {"seconds": 0.0, "loss": [], "trained_weights": 0, "trained_fraction": 0.0}
-    if not todo:
-        return log
-    trained = {
-        id(m): count_trainable(m, stage.rank) for stage in todo for m in stage.layers.values()
-    }
-    log["trained_weights"] = sum(trained.values())
-    log["trained_fraction"] = log["trained_weights"] / sum(
-        m.weight.numel() for m in quant_layers(unet).values()
-    )
-    version = f"{STATE_FORMAT}-v{STAGE_VERSIONS['finetune']}"
-    key = hashlib.sha256(f"{version}-{config.hash()}-{calib.hash()}".encode()).hexdigest()
-    state = _load_state(state_path, key)
-    untrained = (
-        [m for m in quant_layers(unet).values() if id(m) not in trained]
-        if config.save_memory
-        else []
-    )
+    check_batch_size(config.batch_size)
+    stages = select_stages(unet, config)
+    job = Finetuning(unet, teacher, calib, config, stages)
+    if not stages:
+        return job.log
+    key = state_key(config, calib)
+    state = None if state_path is None else FinetuningState.load(state_path, key)
 
-    def rest() -> None:
-        freeze(unet)
-        settle(untrained)
+    def save(stage: int, run: StageRun | None = None) -> None:
+        if state_path is not None and processes().is_main_process:
+            job.state(key, stage, run).save(state_path)
 
-    rest()
-    synchronize(unet)
-    if config.save_memory:
-        unet.enable_gradient_checkpointing()
-    te_t = calib.t.to(unet.device)
-    for number, stage in enumerate(todo):
-        if state is not None and state["stage"] > number:
-            continue
-        with (
-            torch.no_grad(),
-            capture_outputs(
-                teacher, list(stage.layers) if stage.name == "tla" else []
-            ) as te_targets,
-        ):
-            run_time_layers(teacher, te_t)
-        # a state of the stage before has none of this one's low-rank updates
-        between = state is not None and state["iteration"] == 0
-        if between:
-            unet.load_state_dict(state["model"])
-        attach(stage.layers.values(), stage.rank, config.seed)
-        start = 0
-        if (
-            state is not None
-        ):  # before `trainable`, which takes relative learning rates from the stage's starting point
-            if not between:
-                unet.load_state_dict(state["model"])
-            log, start = state["log"], state["iteration"]
-            rest()
-        groups = trainable(unet, stage, config)
-        params = [p for g in groups for p in g["params"]]
-        opt = StageAdam(groups)
-        decay = (
-            (lambda i, n=stage.iters: 0.5 * (1 + math.cos(math.pi * i / n)))
-            if config.finetuning.lr_decay
-            else (lambda i: 1.0)
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(opt, decay)
-        generator = torch.Generator().manual_seed(config.seed + number)
-        if start:  # a state with iteration 0 is the end of the stage before
-            opt.load_state_dict(state["opt"]), schedule.load_state_dict(state["schedule"])
-            generator.set_state(state["rng"])
+    job.prepare()
+    first = 0 if state is None else state.stage
+    if state is not None and state.between_stages:
+        job.load_model(state)
         state = None
-        clock = time.perf_counter() - log["seconds"]
-        for i in tqdm(
-            range(start, stage.iters),
+    for number, stage in enumerate(stages[first:], first):
+        run = job.begin_stage(number, stage, state)
+        state = None
+        started = time.perf_counter() - job.log["seconds"]
+        bar = tqdm(
             desc=stage.name,
+            initial=run.iteration,
+            total=stage.iters,
             disable=not progress,
             mininterval=2,
-            initial=start,
-            total=stage.iters,
-        ):
-            batch = _batch(calib, config, stage, i, generator)
-            local, total = losses(unet, teacher, stage, config, batch, te_t, te_targets)
-            loss = local + config.finetuning.global_weight * total
-            local, total = mean(
-                torch.stack([torch.as_tensor(local).detach().to(total.device), total.detach()])
-            ).tolist()
-            if not math.isfinite(local + total):  # of all processes: they stop together
-                raise QuestError(
-                    f"finetune: loss is {local} (local), {total} (global) in stage {stage.name} at iteration {i}; "
-                    "lower the learning rates"
-                )
-            loss.backward()
-            for p in params:
-                p.grad = None if p.grad is None else mean(p.grad)
-            opt.step(), schedule.step()
-            opt.zero_grad(
-                set_to_none=True
-            )  # here, so that the next forward pass does not carry them along
-            for p in (p for g in groups if g["positive"] for p in g["params"]):
-                p.data.clamp_min_(1e-8)  # a scale stays positive
-            log["loss"].append([stage.name, i, local, total])
-            if state_path is not None and (i + 1) % SAVE_EVERY == 0 and i + 1 < stage.iters:
-                log["seconds"] = time.perf_counter() - clock
-                _save_state(state_path, key, unet, number, i + 1, log, opt, schedule, generator)
-        log["seconds"] = time.perf_counter() - clock
-        merge(stage.layers.values())
-        rest()
-        if state_path is not None:
-            _save_state(state_path, key, unet, number + 1, 0, log, opt, schedule, generator)
-    if state is not None:  # every stage was done when it was saved
-        log = state["log"]
-        unet.load_state_dict(state["model"])
-        rest()
+        )
+        with bar:
+            while run.iteration < stage.iters:
+                job.iterate(run)
+                bar.update()
+                job.log["seconds"] = time.perf_counter() - started
+                if run.iteration % save_every == 0 and run.iteration < stage.iters:
+                    save(number, run)
+        job.end_stage(stage)
+        save(number + 1)
     unet.disable_gradient_checkpointing()
-    return log
+    return job.log
 
 
-def _batch(
-    calib: Calibration, config: QuantConfig, stage: Stage, i: int, generator: torch.Generator
+def check_batch_size(batch_size: int) -> None:
+    """Raise ConfigError when the processes cannot take equal parts of a batch."""
+    world = processes().num_processes
+    if batch_size % world:
+        raise ConfigError(
+            f"batch_size: expected a multiple of {world} processes, found {batch_size}"
+        )
+
+
+def state_key(config: QuantConfig, calib: Calibration) -> str:
+    """Digest of what a saved state belongs to: configuration, calibration, versions."""
+    version = f"{STATE_FORMAT}-v{STAGE_VERSIONS['finetune']}"
+    return hashlib.sha256(f"{version}-{config.hash()}-{calib.hash()}".encode()).hexdigest()
+
+
+def release_full_weights(layers: Iterable[QuantLayer]) -> None:
+    """Let frozen layers keep one tensor in place of two: their quantized weight.
+
+    It replaces the weight it was computed from. Their codes are the same, so that freezing such a
+    layer again changes nothing.
+    """
+    for layer in layers:
+        if layer.w_hat is not None:
+            layer.weight.data = layer.w_hat
+
+
+def draw_batch(
+    calib: Calibration,
+    config: QuantConfig,
+    stage: Stage,
+    iteration: int,
+    generator: torch.Generator,
 ) -> Batch:
-    """Random calls: over all steps, or (TLA in sequential order, release) the i-th share of the stage is one step's.
+    """Draw the calls (x_t, t) of one iteration.
 
-    Of several processes, each draws the same batch and takes its part of it.
+    Steps are drawn from all of them, which makes E_t one expectation over all steps (paper). In
+    TLA's sequential order (release) the iterations are divided among the steps, one after another.
+    With several processes each draws the same batch and takes its part of it.
     """
     steps, n = calib.x.shape[:2]
+    size = config.batch_size
     if stage.name == "tla" and config.finetuning.tla_order == "sequential":
-        step = torch.full((config.batch_size,), min(i * steps // stage.iters, steps - 1))
+        step = torch.full((size,), min(iteration * steps // stage.iters, steps - 1))
     else:
-        step = torch.randint(steps, (config.batch_size,), generator=generator)
-    which = torch.randint(n, (config.batch_size,), generator=generator)
+        step = torch.randint(steps, (size,), generator=generator)
+    which = torch.randint(n, (size,), generator=generator)
     state = processes()
     own = slice(state.process_index, None, state.num_processes)
     return calib.batch(step[own], which[own])
+
+
+@dataclass
+class StageRun:
+    """A stage that is running: what changes from one iteration to the next."""
+
+    stage: Stage
+    groups: list[ParameterGroup]
+    optimizer: StageAdam
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    generator: torch.Generator
+    te_targets: Outputs
+    """The teacher's outputs of the time-embedding layers at all steps; empty outside of TLA."""
+    iteration: int = 0
+    """The next iteration."""
+
+
+class Finetuning:
+    """One call of `finetune`: the models, the data, the log, and the steps of a stage."""
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        teacher: nn.Module,
+        calib: Calibration,
+        config: QuantConfig,
+        stages: list[Stage],
+    ) -> None:
+        self.unet = unet
+        self.teacher = teacher
+        self.calib = calib
+        self.config = config
+        self.te_t = calib.t.to(unet.device)
+        trained = {
+            layer: low_rank.count_trainable(layer, stage.rank)
+            for stage in stages
+            for layer in stage.layers.values()
+        }
+        layers = quant_layers(unet).values()
+        self.untrained = [layer for layer in layers if layer not in trained]
+        trained_weights = sum(trained.values())
+        self.log: FinetuningLog = {
+            "seconds": 0.0,
+            "loss": [],
+            "trained_weights": trained_weights,
+            "trained_fraction": trained_weights / sum(layer.weight.numel() for layer in layers),
+        }
+
+    def prepare(self) -> None:
+        """Before the first stage, of a resumed run too."""
+        self.rest()
+        synchronize(self.unet)
+        if self.config.save_memory:
+            self.unet.enable_gradient_checkpointing()
+
+    def rest(self) -> None:
+        """Quantize every weight once and train nothing, as it is between two stages."""
+        freeze(self.unet)
+        if self.config.save_memory:
+            release_full_weights(self.untrained)
+
+    # ---- resuming ----
+
+    def state(self, key: str, stage: int, run: StageRun | None) -> FinetuningState:
+        """What has to be saved now; run: the running stage, None between stages."""
+        return FinetuningState(
+            key=key,
+            stage=stage,
+            iteration=0 if run is None else run.iteration,
+            log=self.log,
+            model=self.unet.state_dict(),
+            optimizer={} if run is None else run.optimizer.state_dict(),
+            schedule={} if run is None else run.schedule.state_dict(),
+            generator=None if run is None else run.generator.get_state(),
+        )
+
+    def load_model(self, state: FinetuningState) -> None:
+        self.unet.load_state_dict(state.model)
+        self.log = state.log
+        self.rest()
+
+    # ---- one stage ----
+
+    def begin_stage(self, number: int, stage: Stage, state: FinetuningState | None) -> StageRun:
+        """Select what is trained, and make its optimizer.
+
+        Args:
+            number: of the stage, 0 or 1.
+            stage: the stage.
+            state: saved inside this stage, to resume from; None: the stage starts.
+        """
+        low_rank.attach(stage.layers.values(), stage.rank, self.config.seed)
+        if state is not None:
+            # After the low-rank updates are attached, since the state has their tensors.
+            self.load_model(state)
+        groups = select_parameters(self.unet, stage, self.config)
+        optimizer = StageAdam(groups)
+        decay = cosine_decay(stage.iters) if self.config.finetuning.lr_decay else constant
+        run = StageRun(
+            stage=stage,
+            groups=groups,
+            optimizer=optimizer,
+            schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, decay),
+            generator=torch.Generator().manual_seed(self.config.seed + number),
+            te_targets=self.te_targets(stage),
+        )
+        if state is not None:
+            run.optimizer.load_state_dict(state.optimizer)
+            run.schedule.load_state_dict(state.schedule)
+            run.generator.set_state(state.generator)
+            run.iteration = state.iteration
+        return run
+
+    @torch.no_grad()
+    def te_targets(self, stage: Stage) -> Outputs:
+        """O(t; w_l) of Eq. 4 at all calibrated steps."""
+        if stage.name != "tla":
+            return {}
+        with capture_outputs(self.teacher, list(stage.layers)) as targets:
+            run_time_layers(self.teacher, self.te_t)
+        return targets
+
+    def iterate(self, run: StageRun) -> None:
+        """One iteration: losses of a batch, one step of Adam, one entry of the log."""
+        stage, i = run.stage, run.iteration
+        batch = draw_batch(self.calib, self.config, stage, i, run.generator)
+        local, total = stage_losses(
+            self.unet, self.teacher, stage, self.config, batch, self.te_t, run.te_targets
+        )
+        loss = local + self.config.finetuning.global_weight * total
+        self.record(stage, i, local, total)
+
+        loss.backward()
+        for group in run.groups:
+            for p in group["params"]:
+                p.grad = None if p.grad is None else mean(p.grad)
+        run.optimizer.step()
+        run.schedule.step()
+        # Now, so that the next forward pass does not hold the gradients in memory beside it.
+        run.optimizer.zero_grad(set_to_none=True)
+        for group in run.groups:
+            if group["positive"]:
+                for scale in group["params"]:
+                    scale.data.clamp_min_(EPS)
+        run.iteration += 1
+
+    def record(
+        self, stage: Stage, i: int, local: torch.Tensor | float, total: torch.Tensor
+    ) -> None:
+        """Put the losses, means over all processes, into the log; QuestError if not finite.
+
+        All processes see the same mean, and so stop together.
+        """
+        both = [torch.as_tensor(local).detach().to(total.device), total.detach()]
+        local_value, global_value = mean(torch.stack(both)).tolist()
+        if not math.isfinite(local_value + global_value):
+            raise QuestError(
+                f"finetune: loss is {local_value} (local), {global_value} (global) "
+                f"in stage {stage.name} at iteration {i}; lower the learning rates"
+            )
+        self.log["loss"].append((stage.name, i, local_value, global_value))
+
+    def end_stage(self, stage: Stage) -> None:
+        low_rank.merge(stage.layers.values())
+        self.rest()

@@ -1,67 +1,118 @@
-"""The losses of QuEST's finetuning (paper, Sec. 3.3, Eq. 4 to 6)."""
+"""The losses of QuEST's finetuning (paper, Sec. 3.3, Eq. 4 to 6).
+
+With O the output in full precision and O~ the output of the quantized model:
+
+    L_TLA = sum_l E_t || O(t; w_l)     - O~(t; w_l, s_l)    ||^2     Eq. 4, l: time-embedding layers
+    L_CMA = sum_l E_t || O(z_t,l; w_l) - O~(z~_t,l; w_l, s) ||^2     Eq. 5, l: attention-related
+    L_G   =       E_t || O(x_t; w)     - O~(x_t; w~, s)     ||^2     Eq. 6
+
+z_t,l is what layer l receives in the full-precision model, z~_t,l what it receives in the quantized
+one. All quantized inputs are thus those of the quantized network, errors of earlier layers
+included. ||.||^2 is the mean over an output's values, and E_t the mean over a batch.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
+from questlib.alignment import alignment_error
 from questlib.calibration import Batch
-from questlib.capture import capture_outputs, run_time_layers
+from questlib.capture import capture_outputs
 from questlib.config import QuantConfig
-from questlib.distributed import mean
 from questlib.finetuning.stages import Stage
+from questlib.quantization.time_path import run_time_layers
+
+Outputs = dict[str, torch.Tensor]  # of layers, by name
 
 
-def local_loss(student: dict, teacher: dict, normalize: bool) -> torch.Tensor:
-    """L_TLA and L_CMA: the sum over layers of the mean squared difference.
+# ---- Eq. 4 ----
 
-    normalize: the mean over layers of the error relative to the teacher's power: layers, and L_G beside them, count alike. The
-    power is that of the whole batch, of all processes, so that their mean gradient is the gradient of one process's larger batch.
+
+def tla_loss(
+    student: nn.Module, t: torch.Tensor, targets: Outputs, *, normalize: bool = False
+) -> torch.Tensor:
+    """L_TLA, temporal layer alignment: O~(t; w_l, s_l) against O(t; w_l).
+
+    These layers see nothing but t (Property 1), so that all of them run without the UNet's others.
+
+    Args:
+        student: the quantized UNet.
+        t: timesteps, int64 [T].
+        targets: O, the full-precision outputs [T, C_l] of each time-embedding layer, by name.
+        normalize: relative errors, averaged over layers; see `alignment_error`.
     """
-    powers = (
-        mean(torch.stack([target.pow(2).mean() for target in teacher.values()]))
-        if normalize
-        else None
-    )
-    total = 0.0
-    for i, (name, target) in enumerate(teacher.items()):
-        error = (student[name] - target.to(student[name].device)).pow(2).mean()
-        total = total + (error / powers[i].to(error.device).clamp_min(1e-8) if normalize else error)
-    return total / len(teacher) if normalize else total
+    with capture_outputs(student, list(targets)) as outputs:
+        run_time_layers(student, t)
+    return alignment_error(outputs, targets, relative=normalize)
 
 
-def losses(
+# ---- Eq. 5 ----
+
+
+def cma_loss(outputs: Outputs, targets: Outputs, *, normalize: bool = False) -> torch.Tensor:
+    """L_CMA, critical module alignment: O~(z~_t,l; w_l, s) against O(z_t,l; w_l).
+
+    Args:
+        outputs: O~ of each attention-related layer, from a pass of the quantized UNet on x_t.
+        targets: O of the same layers, from a pass of the full-precision UNet on the same x_t.
+        normalize: relative errors, averaged over layers; see `alignment_error`.
+    """
+    return alignment_error(outputs, targets, relative=normalize)
+
+
+# ---- Eq. 6 ----
+
+
+def global_loss(out: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """L_G: the predicted noise O~(x_t; w~, s) against O(x_t; w), both [B, C, h, w]."""
+    return (out - target.to(out.device)).pow(2).mean()
+
+
+# ---- both losses of a stage ----
+
+
+def stage_losses(
     student: nn.Module,
     teacher: nn.Module,
     stage: Stage,
     config: QuantConfig,
     batch: Batch,
     te_t: torch.Tensor,
-    te_targets: dict[str, torch.Tensor],
+    te_targets: Outputs,
 ) -> tuple[torch.Tensor | float, torch.Tensor]:
-    """(local, global) loss of one batch; te_t [T] and te_targets are for the TE layers."""
-    local: torch.Tensor | float = 0.0
-    names = list(stage.layers)
+    """The local and the global loss of one batch.
+
+    Args:
+        student: the quantized UNet.
+        teacher: the full-precision UNet.
+        stage: its name decides on the local loss: L_TLA or L_CMA, or 0 when the stage has none.
+        config: the run's configuration.
+        batch: pairs (x_t, t) with the teacher's output.
+        te_t: all calibrated timesteps, int64 [T], for L_TLA.
+        te_targets: the teacher's outputs [T, C_l] of the time-embedding layers at `te_t`.
+
+    Returns:
+        L_TLA or L_CMA, and L_G. The caller weighs and adds them.
+    """
+    normalize = config.finetuning.normalize_local
+    if not stage.local or not stage.layers:
+        return 0.0, global_loss(batch.run(student), batch.eps)
+
     if stage.name == "tla":
-        if config.finetuning.tla_order == "sequential":  # one step's outputs and, below, its inputs
+        if config.finetuning.tla_order == "sequential":
+            # The batch is of one step: its time-embedding layers are compared at that step alone.
             now = te_t == batch.t[0].to(te_t.device)
-            te_t, te_targets = te_t[now], {name: target[now] for name, target in te_targets.items()}
-        if stage.local:
-            with capture_outputs(student, names) as own:
-                run_time_layers(student, te_t)
-            local = local_loss(own, te_targets, config.finetuning.normalize_local)
+            te_t = te_t[now]
+            te_targets = {name: target[now] for name, target in te_targets.items()}
+        local = tla_loss(student, te_t, te_targets, normalize=normalize)
+        return local, global_loss(batch.run(student), batch.eps)
+
+    names = list(stage.layers)
+    targets_device = "cpu" if config.save_memory else None
+    with torch.no_grad(), capture_outputs(teacher, names, targets_device, stop=True) as targets:
+        batch.run(teacher)
+    with capture_outputs(student, names) as outputs:
         out = batch.run(student)
-    elif stage.local:
-        with (
-            torch.no_grad(),
-            capture_outputs(
-                teacher, names, "cpu" if config.save_memory else None, stop=True
-            ) as target,
-        ):
-            batch.run(teacher)
-        with capture_outputs(student, names) as own:
-            out = batch.run(student)
-        local = local_loss(own, target, config.finetuning.normalize_local)
-    else:
-        out = batch.run(student)
-    return local, (out - batch.eps.to(out.device)).pow(2).mean()
+    local = cma_loss(outputs, targets, normalize=normalize)
+    return local, global_loss(out, batch.eps)

@@ -1,38 +1,62 @@
-"""Adam over the weights and activation scales of one finetuning stage."""
+"""Adam over the weights and activation scales of one finetuning stage, and its learning rate."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from questlib.finetuning.stages import ParameterGroup
+
+# ---- learning rate ----
+
+
+def constant(i: int) -> float:
+    """The factor of the learning rate at iteration i: 1 (paper)."""
+    return 1.0
+
+
+def cosine_decay(iters: int) -> Callable[[int], float]:
+    """The factor of the learning rate at each iteration: 1 at the first, along a cosine to 0."""
+    return lambda i: 0.5 * (1 + math.cos(math.pi * i / iters))
+
+
+# ---- Adam ----
+
 
 class StageAdam(torch.optim.Adam):
-    """Adam in which every step group's scales, a row of `scale` [G, P], have moments and a count of their own.
+    """Adam that treats every row of a table of activation scales as a parameter of its own.
 
-    A batch that does not visit a group leaves its scales alone. One Adam over the whole table would let them coast on the
-    momentum of their last visit, far enough to ruin the small scales of 8 bits where one step is trained after another.
-    A row whose gradient is exactly zero counts as not visited, also where it is its table's only one.
-    All tables are stepped at once, as one vector: thousands of rows one by one were a tenth of a finetuning step.
+    The scales of one step group are a row of a quantizer's `scale` [G, P]. Each row has moments and
+    a count of steps of its own, and a batch that does not visit its group leaves the row alone. One
+    Adam over the whole table would move rows on by the momentum of their last visit. Where one step
+    is trained after another, that ruins the small scales of 8 bits.
+
+    A row counts as visited when any value of its gradient is not zero.
+
+    All rows of all tables are updated at once, as one vector of length N: thousands of rows one by
+    one took a tenth of a finetuning step.
     """
 
-    def __init__(self, groups: list[dict]) -> None:
-        """groups: as `trainable` gives them; those that are "positive" hold one table of scales [G, P] each."""
+    def __init__(self, groups: list[ParameterGroup]) -> None:
+        """groups: as `select_parameters` returns them; a positive one holds a single table."""
         scales = [group for group in groups if group["positive"]]
+        own: list[dict] = [dict(group) for group in groups if not group["positive"]]
         self.tables: list[nn.Parameter] = [group["params"][0] for group in scales]
-        others = [group for group in groups if not group["positive"]]
         if scales:
-            lengths = torch.tensor(
-                [t.shape[1] for t in self.tables for _ in range(len(t))]
-            )  # of every row of every table
-            self.row = (
-                torch.arange(len(lengths)).repeat_interleave(lengths).to(self.tables[0].device)
-            )  # [N]: each scale's row
-            # The base class skips this vector, having no gradient, but keeps its state and schedules its lr, a factor of `rates`.
+            # The row of each scale, [N]: rows are numbered through all tables.
+            lengths = torch.tensor([t.shape[1] for t in self.tables for _ in range(len(t))])
+            rows = torch.arange(len(lengths)).repeat_interleave(lengths)
+            self.row = rows.to(self.tables[0].device)
+            # A parameter that stands for all tables. It never has a gradient, so that the base
+            # class does not update it, but saves its state and schedules its learning rate. The
+            # rate is a factor of `rates`, the learning rates of the single tables.
             self.vector = nn.Parameter(torch.zeros_like(self.row, dtype=torch.float32))
-            others.append(
-                {"params": [self.vector], "lr": 1.0, "rates": [group["lr"] for group in scales]}
-            )
-        super().__init__(others)
+            rates = [group["lr"] for group in scales]
+            own.append({"params": [self.vector], "lr": 1.0, "rates": rates})
+        super().__init__(own)
         if scales:
             zeros = torch.zeros_like(self.vector)
             self.state[self.vector] = {
@@ -48,36 +72,37 @@ class StageAdam(torch.optim.Adam):
             self._step_scales()
 
     def _step_scales(self) -> None:
-        """One step of Adam (Kingma and Ba 2015, Algorithm 1) for the rows whose gradient is not all zero."""
-        group, state = self.param_groups[-1], self.state[self.vector]
-        (beta1, beta2), count = (
-            group["betas"],
-            state["step"].to(self.row.device),
-        )  # a loaded count is on the CPU
-        sizes = [t.numel() for t in self.tables]
-        lr = (
-            torch.tensor(group["rates"], dtype=torch.float64)
-            .repeat_interleave(torch.tensor(sizes))
-            .to(count.device)
-        )  # [N]
-        scale = torch.cat([t.flatten() for t in self.tables])  # [N]
+        """One step of Adam (Kingma and Ba 2015, Algorithm 1) for the visited rows."""
+        group = self.param_groups[-1]
+        state = self.state[self.vector]
+        beta1, beta2 = group["betas"]
+        sizes = [table.numel() for table in self.tables]
+
+        # All of these have length N.
+        scale = torch.cat([table.flatten() for table in self.tables])
         grad = torch.cat(
             [
-                torch.zeros_like(t).flatten() if t.grad is None else t.grad.flatten()
-                for t in self.tables
+                torch.zeros_like(table).flatten() if table.grad is None else table.grad.flatten()
+                for table in self.tables
             ]
         )
-        hit = torch.zeros_like(self.row).index_add_(0, self.row, (grad != 0).long())[self.row] > 0
-        state["step"] = count = count + hit
-        mean = state["exp_avg"].lerp(grad, 1 - beta1)
-        square = (state["exp_avg_sq"] * beta2).addcmul_(grad, grad, value=1 - beta2)
-        rate = (group["lr"] * lr / (1 - beta1 ** count.double())).float()
-        new = scale - rate * mean / (
-            square.sqrt() / (1 - beta2 ** count.double()).sqrt().float() + group["eps"]
-        )
-        for kept, value in (("exp_avg", mean), ("exp_avg_sq", square)):
-            state[kept] = torch.where(hit, value, state[kept])
-        parts = torch.where(hit, new, scale).split(sizes)
+        nonzero = torch.zeros_like(self.row).index_add_(0, self.row, (grad != 0).long())
+        visited = nonzero[self.row] > 0
+        # A state that was loaded has its counts on the CPU.
+        count = state["step"].to(self.row.device) + visited
+        rates = torch.tensor(group["rates"], dtype=torch.float64)
+        lr = rates.repeat_interleave(torch.tensor(sizes)).to(count.device)
+
+        m = state["exp_avg"].lerp(grad, 1 - beta1)
+        v = (state["exp_avg_sq"] * beta2).addcmul_(grad, grad, value=1 - beta2)
+        step_size = (group["lr"] * lr / (1 - beta1 ** count.double())).float()
+        root = v.sqrt() / (1 - beta2 ** count.double()).sqrt().float()
+        new = scale - step_size * m / (root + group["eps"])
+
+        state["step"] = count
+        state["exp_avg"] = torch.where(visited, m, state["exp_avg"])
+        state["exp_avg_sq"] = torch.where(visited, v, state["exp_avg_sq"])
+        parts = torch.where(visited, new, scale).split(sizes)
         for table, part in zip(self.tables, parts, strict=True):
             table.data.copy_(part.view_as(table))
 

@@ -1,8 +1,9 @@
-"""The stages of QuEST's finetuning (paper, Sec. 3.3): the layers that each selects, what of them is trained, and Adam over it."""
+"""The stages of QuEST's finetuning (paper, Sec. 3.3): which layers each selects and trains."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, TypedDict
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -12,108 +13,129 @@ from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
 from questlib.quantization.roles import TIME_ROLES
 
-CMA_ROLES = {
-    "attention": (
-        "qkv",
-        "context_kv",
-        "attn_out",
-        "feed_forward",
-    ),  # the paper: all attention-related layers
-    "qkv": ("qkv", "context_kv"),  # the release on LSUN
-    "no_context": (
-        "qkv",
-        "feed_forward",
-    ),  # the release on ImageNet: feed-forward, to_q, self-attention's to_k and to_v
-    "feed_forward": ("feed_forward",),  # the release on Stable Diffusion
+# Roles that `finetuning.te_layers` selects.
+TE_ROLES: dict[str, tuple[str, ...]] = {
+    "all": TIME_ROLES,  # the paper
+    "projections": ("time_proj",),  # the release
+}
+
+# Roles that `finetuning.cma_layers` selects; "all" selects every layer.
+CMA_ROLES: dict[str, tuple[str, ...]] = {
+    # the paper: all attention-related layers
+    "attention": ("qkv", "context_kv", "attn_out", "feed_forward"),
+    # the release on LSUN
+    "qkv": ("qkv", "context_kv"),
+    # the release on ImageNet: feed-forward, to_q, and to_k and to_v of self-attention
+    "no_context": ("qkv", "feed_forward"),
+    # the release on Stable Diffusion
+    "feed_forward": ("feed_forward",),
     "none": (),
-}  # "all": every layer
+}
 
 
 @dataclass
 class Stage:
-    name: str  # "tla" | "cma"
+    """One stage: TLA for the time-embedding layers, CMA for the attention-related ones."""
+
+    name: Literal["tla", "cma"]
     iters: int
-    layers: dict[
-        str, QuantLayer
-    ]  # whose weights are trained and whose outputs the local loss compares
+    layers: dict[str, QuantLayer]
+    """Selected layers by name: their weights are trained, and the local loss compares their
+    outputs."""
     local: bool
+    """Whether the stage has its local loss, L_TLA or L_CMA, beside L_G."""
     lr_scale: float
-    rank: int = 0  # of low-rank updates in place of the weights
+    """Learning rate of the activation scales."""
+    rank: int = 0
+    """Rank of low-rank updates that are trained in place of the weights; 0: the weights."""
 
 
-def stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
+class ParameterGroup(TypedDict):
+    """A parameter group of `StageAdam`."""
+
+    params: list[nn.Parameter]
+    lr: float
+    positive: bool
+    """Whether this is a table of activation scales [G, P], which must stay positive."""
+
+
+def select_stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
     """The stages that `config` asks for, with the layers of this UNet that each selects."""
     layers = quant_layers(unet)
-    te_roles = {"all": TIME_ROLES, "projections": ("time_proj",)}[config.finetuning.te_layers]
+    choices = config.finetuning
     found = []
-    if config.te == "finetune" and config.finetuning.tla_iters:
-        te = {n: m for n, m in layers.items() if m.role in te_roles}
-        lr = (
-            config.finetuning.lr_scale
-            if config.finetuning.lr_scale_tla is None
-            else config.finetuning.lr_scale_tla
-        )
-        found.append(
-            Stage("tla", config.finetuning.tla_iters, te, config.finetuning.local_loss, lr)
-        )
-    if config.finetuning.cma_iters and config.finetuning.cma_layers != "none":
-        cma = {
-            n: m
-            for n, m in layers.items()
-            if config.finetuning.cma_layers == "all"
-            or m.role in CMA_ROLES[config.finetuning.cma_layers]
-        }
+    if config.te == "finetune" and choices.tla_iters:
+        roles = TE_ROLES[choices.te_layers]
+        lr = choices.lr_scale if choices.lr_scale_tla is None else choices.lr_scale_tla
         found.append(
             Stage(
-                "cma",
-                config.finetuning.cma_iters,
-                cma,
-                config.finetuning.local_loss and config.finetuning.cma_local_loss,
-                config.finetuning.lr_scale,
-                config.finetuning.lora_rank,
+                name="tla",
+                iters=choices.tla_iters,
+                layers={name: layer for name, layer in layers.items() if layer.role in roles},
+                local=choices.local_loss,
+                lr_scale=lr,
+            )
+        )
+    if choices.cma_iters and choices.cma_layers != "none":
+        if choices.cma_layers != "all":
+            roles = CMA_ROLES[choices.cma_layers]
+            layers = {name: layer for name, layer in layers.items() if layer.role in roles}
+        found.append(
+            Stage(
+                name="cma",
+                iters=choices.cma_iters,
+                layers=layers,
+                local=choices.local_loss and choices.cma_local_loss,
+                lr_scale=choices.lr_scale,
+                rank=choices.lora_rank,
             )
         )
     return found
 
 
-def trainable(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[dict]:
-    """Adam's parameter groups: the stage's weights, then every activation scale; gradients are switched on for just these."""
+def select_parameters(unet: nn.Module, stage: Stage, config: QuantConfig) -> list[ParameterGroup]:
+    """Switch on the gradients of what a stage trains, and of nothing else.
+
+    Trained are the weights of the stage's layers (or their low-rank updates) and the scales of all
+    activations, which the stages share (paper, Sec. 3.3).
+
+    Returns:
+        A group for each layer's weight, then one for each table of activation scales. Under
+        `lr_relative` each has a learning rate in units of its own quantization step.
+    """
     unet.requires_grad_(False)
-    groups = []
-    for layer in stage.layers.values():
-        layer.thaw()
-        if parametrize.is_parametrized(
-            layer, "weight"
-        ):  # in units of the quantization step already
-            update = layer.parametrizations.weight[0].requires_grad_(True)
-            groups.append(
-                {
-                    "params": list(update.parameters()),
-                    "lr": config.finetuning.lr_weight,
-                    "positive": False,
-                }
-            )
-            continue
-        layer.weight.requires_grad_(True)
-        unit = (
-            layer.weight_quantizer.scale.mean().item()
-            if config.finetuning.lr_relative and layer.weight_quantizer is not None
-            else 1.0
-        )
-        groups.append(
-            {"params": [layer.weight], "lr": config.finetuning.lr_weight * unit, "positive": False}
-        )
-    frozen_te = (
-        config.finetuning.te_layers == "projections"
-    )  # the release never trains the scales of the two time_embed layers
-    skip = {
-        id(m.input_quantizer)
-        for m in quant_layers(unet).values()
-        if frozen_te and m.role == "time_embed"
-    }
-    for q in act_quantizers(unet):
-        if q.enabled and q.bits != OFF and id(q) not in skip:
-            q.scale.requires_grad_(True)
-            unit = q.scale.detach().mean().item() if config.finetuning.lr_relative else 1.0
-            groups.append({"params": [q.scale], "lr": stage.lr_scale * unit, "positive": True})
-    return groups
+    weights = [_weight_group(layer, config) for layer in stage.layers.values()]
+    never = set()
+    if config.finetuning.te_layers == "projections":
+        # The release never trains the scales of the two layers of `time_embedding`.
+        never = {
+            layer.input_quantizer
+            for layer in quant_layers(unet).values()
+            if layer.role == "time_embed"
+        }
+    scales = [
+        _scale_group(quantizer.scale, stage.lr_scale, config)
+        for quantizer in act_quantizers(unet)
+        if quantizer.enabled and quantizer.bits != OFF and quantizer not in never
+    ]
+    return weights + scales
+
+
+def _weight_group(layer: QuantLayer, config: QuantConfig) -> ParameterGroup:
+    layer.thaw()
+    lr = config.finetuning.lr_weight
+    if parametrize.is_parametrized(layer, "weight"):
+        # A low-rank update: it is in units of the quantization step already.
+        update = layer.parametrizations.weight[0].requires_grad_(True)
+        return {"params": list(update.parameters()), "lr": lr, "positive": False}
+    layer.weight.requires_grad_(True)
+    if config.finetuning.lr_relative and layer.weight_quantizer is not None:
+        lr = lr * layer.weight_quantizer.scale.mean().item()
+    return {"params": [layer.weight], "lr": lr, "positive": False}
+
+
+def _scale_group(scale: nn.Parameter, lr: float, config: QuantConfig) -> ParameterGroup:
+    scale.requires_grad_(True)
+    if config.finetuning.lr_relative:
+        lr = lr * scale.detach().mean().item()
+    return {"params": [scale], "lr": lr, "positive": True}

@@ -1,4 +1,4 @@
-"""convert(unet) -> the same diffusers class, its quantized layers run in integers. engine_report(unet): how, layer by layer."""
+"""`convert`: the same diffusers class, with its quantized layers run in integers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from questlib.errors import ConfigError, EngineError
-from questlib.integer.engines import (
-    ATTENTION,
-    CPU_ENGINES,
-    LAYERS,
-    WEIGHTS,
-    choose_engine,
-    make_attention,
-    make_layer,
-)
+from questlib.integer.engines import choose_engine
 from questlib.integer.form import integer_form
-from questlib.integer.time_table import _tabulate_time
-from questlib.integer.triton import layers
-from questlib.integer.triton.fused import fuse as fuse_blocks
+from questlib.integer.modules import IntegerAttention, IntegerLayer
+from questlib.integer.time_table import tabulate_time
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
@@ -40,76 +31,104 @@ def convert(
 ) -> nn.Module:
     """Run a quantized UNet's layers in integers, exactly as fake quantization simulates them.
 
-    engine: "cpu" (oneDNN int8), "triton" (NVIDIA GPUs), "reference" (the same integers in float64, slow) or "auto".
-    dtype: of all that stays in floating point (norms, softmax input, residuals).
-    weights: of the Triton engine in memory: "packed", two 4-bit codes a byte, or "int8", twice as large and nothing to unpack.
-    fuse: of the Triton engine: norm, SiLU and quantization of a ResNet block's input in one kernel (`triton_fused`). Float
-    rounding then differs from the simulation's before the codes are taken. Off by default: not yet measured on a GPU.
-    fallback: layers without integer form stay simulated, and `engine_report` says so; otherwise they raise EngineError.
-    inplace: reuse `unet`, layer by layer, instead of a copy: half the memory.
-    Time-embedding layers are computed once for each timestep, bit-identically (`TimeTable`).
+    Layers of the time path depend on the timestep alone: each timestep's row is computed once,
+    bit-identically (`time_table`).
+
+    Args:
+        unet: a UNet made by `questlib.quantize` or `questlib.from_pretrained`.
+        engine: "cpu" (oneDNN int8), "triton" (NVIDIA GPUs), "reference" (the same integers in
+            float64, slow), or "auto": triton where there is a GPU, otherwise cpu.
+        dtype: of all that stays in floating point (norms, the softmax's input, residuals).
+        weights: how the Triton engine holds weights in memory: "packed", two 4-bit codes a byte,
+            or "int8", twice as large with nothing to unpack.
+        fuse: whether the Triton engine runs norm, SiLU and quantization of a ResNet block's input
+            in one kernel. Values are then rounded in another order before the codes are taken.
+        fallback: whether layers without integer form stay simulated, which `engine_report` shows.
+        inplace: whether to convert `unet` itself, layer by layer, in half the memory.
+
+    Returns:
+        The converted UNet: frozen, in eval mode.
+
+    Raises:
+        ConfigError: a plain UNet, an unknown engine, or a choice that the engine does not have.
+        EngineError: the engine cannot run here, or a layer has no integer form and there is no
+            fallback; the message names the layer.
+
+    Example:
+        >>> unet = convert(questlib.quantize(pipe.unet, config, calib), "cpu")
+        >>> print(questlib.engine_report(unet))
     """
-    engine = choose_engine(engine)
-    step_groups(unet)  # ConfigError for a plain UNet
-    if weights not in WEIGHTS:
-        raise ConfigError(f"weights: expected one of {', '.join(WEIGHTS)}, found {weights!r}")
-    if (fuse or weights != WEIGHTS[0]) and engine != "triton":
-        raise ConfigError(
-            f"weights and fuse are choices of engine triton, found weights {weights!r}, fuse {fuse} for {engine}"
+    chosen = choose_engine(engine)
+    step_groups(unet)
+    options = {"weights": weights, "fuse": fuse}
+    chosen.check_options(options)
+    if unet.device.type not in ("cpu", chosen.device):
+        raise EngineError(
+            f"engine {chosen.name} needs the model on {chosen.device}, found {unet.device}"
         )
-    if engine in CPU_ENGINES and unet.device.type != "cpu":
-        raise EngineError(f"engine {engine} needs the model on the CPU, found {unet.device}")
     unet = unet if inplace else copy.deepcopy(unet)
     unet.requires_grad_(False).eval()
+
     for name, layer in quant_layers(unet).items():
-        if (
-            layer.weight_quantizer is None
-            or not layer.weights_on
-            or not layer.input_quantizer.enabled
-        ):
-            continue  # asked for in the config: it runs in floating point
+        if not _runs_in_integers(layer):
+            continue
         try:
-            form = integer_form(layer, name)
-            new = make_layer(engine, form, unet.quest_steps, weights)
-            new.register_buffer("digest", form.digest())
+            new = chosen.make_layer(integer_form(layer, name), unet.quest_steps, options)
         except EngineError:
             if not fallback:
                 raise
             continue
         unet.set_submodule(name, new)
+
     for name, module in unet.named_modules():
-        if (
-            isinstance(module, Attention)
-            and isinstance(module.processor, QuantAttnProcessor)
-            and module.processor.q.enabled
-        ):
+        if not isinstance(module, Attention):
+            continue
+        processor = module.processor
+        if isinstance(processor, QuantAttnProcessor) and processor.q.enabled:
             try:
-                module.processor = make_attention(engine, module.processor, name, module.heads)
+                module.processor = chosen.make_attention(processor, name, module.heads)
             except EngineError:
                 if not fallback:
                     raise
+
     if dtype != torch.float32:
         _cast(unet, dtype)
-    _tabulate_time(unet)
-    if fuse:
-        fuse_blocks(unet)
-    if engine == "triton":  # kernels raise flags: a look after each call, not a wait in each layer
-        unet.register_forward_hook(lambda module, args, out: layers.check_finite(module))
+    tabulate_time(unet)
+    if chosen.finish is not None:
+        chosen.finish(unet, options)
+    after_call = chosen.after_call
+    if after_call is not None:
+        unet.register_forward_hook(lambda module, args, out: after_call(module))
     return unet
 
 
+def _runs_in_integers(layer: QuantLayer) -> bool:
+    """Whether both operands are quantized: the config can leave either in floating point."""
+    quantized = layer.weight_quantizer is not None and layer.weights_on
+    return quantized and layer.input_quantizer.enabled
+
+
 def _cast(unet: nn.Module, dtype: torch.dtype) -> None:
-    """What stays in floating point, in `dtype`. Simulated layers need float32: their grids would change."""
+    """Put what stays in floating point into `dtype`.
+
+    Raises:
+        ConfigError: a layer stays simulated. It needs float32: its grid would change.
+    """
     for name, module in unet.named_modules():
-        if (
-            isinstance(module, QuantLayer)
-            or isinstance(module, QuantAttnProcessor)
-            and not isinstance(module, ATTENTION)
-        ):
+        attention = isinstance(module, QuantAttnProcessor)
+        if isinstance(module, QuantLayer) or attention and not isinstance(module, IntegerAttention):
             raise ConfigError(f"{name} stays simulated and needs dtype float32, found {dtype}")
+    # Tables of integer layers and quantizers stay as they are.
+    tables = (ActQuantizer, IntegerLayer, IntegerAttention)
+    kept = {
+        inner
+        for module in unet.modules()
+        if isinstance(module, tables)
+        for inner in module.modules()
+    }
     for module in unet.modules():
-        if isinstance(module, (ActQuantizer, *LAYERS, layers.TritonAttention)):
-            continue  # their tables stay as they are; an attention's quantizers are read off already
+        if module in kept:
+            continue
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)

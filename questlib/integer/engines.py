@@ -1,48 +1,57 @@
-"""The engines that run quantized layers in integers, by name."""
+"""The engines that run quantized layers in integers, by name.
+
+To add an engine, write one module that describes it (an `Engine`, see `interface`; the folder
+`cpu` is the simplest example) and register it here. `convert`, `from_pretrained`, `engine_report`
+and the command lines know engines by this registry alone. An engine's layers extend
+`modules.IntegerLayer`, its attention extends `modules.IntegerAttention`.
+
+Importing this module loads neither torch nor any kernel.
+"""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from questlib.errors import ConfigError
-from questlib.integer.cpu.attention import CpuAttnProcessor
-from questlib.integer.cpu.layers import CpuLayer, saturates
-from questlib.integer.form import IntegerForm
-from questlib.integer.triton import layers
-from questlib.integer.triton.attention import TritonAttnProcessor
-from questlib.quantization.attention import QuantAttnProcessor
-from questlib.quantization.step_groups import StepGroups
+from questlib.integer.cpu.engine import CPU, REFERENCE
+from questlib.integer.interface import Engine
+from questlib.integer.triton.engine import TRITON
 
-ENGINES = ("cpu", "reference", "triton")
-CPU_ENGINES = ENGINES[:2]  # need the model on the CPU
-WEIGHTS = ("packed", "int8")
-LAYERS = (CpuLayer, layers.TritonLayer)
-ATTENTION = (CpuAttnProcessor, TritonAttnProcessor)
+ENGINES: dict[str, Engine] = {}
 
 
-def choose_engine(engine: str) -> str:
-    """`engine`, or for "auto" the one of this machine. ConfigError for an unknown name, EngineError when it cannot run here."""
-    if engine not in (*ENGINES, "auto"):
-        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, auto, found {engine!r}")
-    if engine == "auto":
-        engine = "triton" if torch.cuda.is_available() else "cpu"
-    if engine == "cpu":
-        saturates()  # raises where the kernels are missing or inexact
-    elif engine == "triton":
-        layers.require_engine()
+def register(engine: Engine) -> None:
+    """Make an engine known by its name.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if engine.name in (*ENGINES, "auto", "fake"):
+        raise ConfigError(f"engine {engine.name}: there is one of this name already")
+    ENGINES[engine.name] = engine
+
+
+# "auto" takes the first that runs on the machine's type of device.
+register(CPU)
+register(REFERENCE)
+register(TRITON)
+
+CPU_ENGINES = tuple(name for name, engine in ENGINES.items() if engine.device == "cpu")
+
+
+def choose_engine(name: str) -> Engine:
+    """The engine of this name; for "auto", the one for this machine.
+
+    Raises:
+        ConfigError: the name is unknown.
+        EngineError: the engine cannot run here.
+    """
+    if name == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        engine = next(e for e in ENGINES.values() if e.device == device)
+    elif name in ENGINES:
+        engine = ENGINES[name]
+    else:
+        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, auto, found {name!r}")
+    engine.check()
     return engine
-
-
-def make_layer(engine: str, form: IntegerForm, steps: StepGroups, weights: str) -> nn.Module:
-    if engine == "triton":
-        return layers.TritonLayer(form, steps, weights)
-    return CpuLayer(form, steps, exact=engine == "reference")
-
-
-def make_attention(
-    engine: str, processor: QuantAttnProcessor, name: str, heads: int
-) -> QuantAttnProcessor:
-    if engine == "triton":
-        return TritonAttnProcessor(processor, name, heads)
-    return CpuAttnProcessor(processor, name, exact=engine == "reference")

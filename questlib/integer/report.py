@@ -1,43 +1,135 @@
-"""How each layer of a UNet runs."""
+"""`engine_report`: how each layer of a UNet runs, and how many bytes its weights take."""
 
 from __future__ import annotations
 
-import pandas as pd
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
 from torch import nn
 
-from questlib.integer.engines import ATTENTION, LAYERS
 from questlib.integer.form import packed_size
+from questlib.integer.modules import IntegerAttention, IntegerLayer
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 
-# ---- report ----
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = ("layer", "engine", "format", "checkpoint bytes", "resident bytes")
 
 
-def engine_report(unet: nn.Module) -> pd.DataFrame:
-    """One row a layer: name, engine that really runs it, format, bytes of its weights in the checkpoint and in memory."""
-    rows = []
+class LayerReport(NamedTuple):
+    """How one layer runs."""
+
+    layer: str
+    engine: str  # what really runs it: an engine, "fake" for a simulated layer, or a dtype
+    format: str  # of its integers; "simulated" or "not quantized"
+    checkpoint_bytes: int  # of its weights in a checkpoint
+    resident_bytes: int  # of its weights in memory
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """How each layer of a UNet runs. Iterates over its layers; prints as a table with totals."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def engines(self) -> dict[str, int]:
+        """Number of layers that each engine runs, the most first."""
+        return dict(Counter(row.engine for row in self.layers).most_common())
+
+    def formats(self) -> dict[str, int]:
+        """Number of layers in each format, the most first."""
+        return dict(Counter(row.format for row in self.layers).most_common())
+
+    def totals(self) -> list[LayerReport]:
+        """One entry for each engine and format, with the sums of its layers' bytes.
+
+        Its `layer` is the number of layers in words.
+        """
+        kinds = Counter((row.engine, row.format) for row in self.layers)
+        totals = []
+        for (engine, form), count in sorted(kinds.items()):
+            own = [r for r in self.layers if (r.engine, r.format) == (engine, form)]
+            stored = sum(row.checkpoint_bytes for row in own)
+            resident = sum(row.resident_bytes for row in own)
+            words = f"{count} layer{'s' if count > 1 else ''}"
+            totals.append(LayerReport(words, engine, form, stored, resident))
+        return totals
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no layers"
+        blocks = [[COLUMNS], self.layers, self.totals()]
+        text = [[tuple(map(str, row)) for row in block] for block in blocks]
+        widths = [max(map(len, column)) for column in zip(*sum(text, []), strict=True)]
+        rule = "  ".join("-" * width for width in widths)
+        lines = []
+        for block in text:
+            for row in block:
+                # words to the left, numbers to the right
+                words = [v.ljust(n) for v, n in zip(row[:3], widths[:3], strict=True)]
+                numbers = [v.rjust(n) for v, n in zip(row[3:], widths[3:], strict=True)]
+                lines.append("  ".join(words + numbers))
+            lines.append(rule)
+        return "\n".join(lines[:-1])
+
+    def frame(self) -> pd.DataFrame:
+        """One row a layer, as a table of pandas.
+
+        Raises:
+            ImportError: pandas, which questlib itself does not need, is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError as error:
+            raise ImportError(
+                "EngineReport.frame needs pandas (pip install pandas); print the report without it"
+            ) from error
+        return pd.DataFrame(self.layers, columns=list(COLUMNS))
+
+
+def engine_report(unet: nn.Module) -> EngineReport:
+    """How each linear layer, convolution and attention of a UNet runs.
+
+    Example:
+        >>> report = questlib.engine_report(questlib.convert(unet, "cpu"))
+        >>> report.engines()
+        {'cpu-int8': 83}
+        >>> print(report)
+    """
+    layers = []
     for name, module in unet.named_modules():
-        if isinstance(module, LAYERS):
-            rows.append(
-                (name, module.engine, module.format, module.packed_bytes, module.resident_bytes)
-            )
-        elif isinstance(module, ATTENTION):
-            rows.append((name.removesuffix(".processor"), module.engine, module.format, 0, 0))
-        elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
-            quantized = isinstance(module, QuantLayer) and (
-                module.weight_quantizer is not None or module.input_quantizer.enabled
-            )
-            simulated = quantized and (module.input_quantizer.enabled or module.weights_on)
-            engine = "fake" if simulated else str(module.weight.dtype).removeprefix("torch.")
-            size = module.weight.numel() * module.weight.element_size()
-            packed = (
-                packed_size(module.weight.numel(), module.weight_quantizer.bits)
-                if simulated and module.weight_quantizer is not None
-                else size
-            )
-            rows.append((name, engine, "simulated" if simulated else "not quantized", packed, size))
+        if isinstance(module, IntegerLayer):
+            sizes = (module.packed_bytes, module.resident_bytes)
+            layers.append(LayerReport(name, module.engine, module.format, *sizes))
         elif isinstance(module, QuantAttnProcessor):
-            rows.append((name.removesuffix(".processor"), "fake", "simulated", 0, 0))
-    return pd.DataFrame(
-        rows, columns=["layer", "engine", "format", "checkpoint bytes", "resident bytes"]
+            name = name.removesuffix(".processor")
+            runs = isinstance(module, IntegerAttention)
+            engine, form = (module.engine, module.format) if runs else ("fake", "simulated")
+            layers.append(LayerReport(name, engine, form, 0, 0))
+        elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
+            layers.append(_float_layer(name, module))
+    return EngineReport(tuple(layers))
+
+
+def _float_layer(name: str, layer: nn.Module) -> LayerReport:
+    """A layer that runs in floating point, simulated or not quantized at all."""
+    size = layer.weight.numel() * layer.weight.element_size()
+    simulated = isinstance(layer, QuantLayer) and (
+        layer.input_quantizer.enabled or layer.weight_quantizer is not None and layer.weights_on
     )
+    if not simulated:
+        dtype = str(layer.weight.dtype).removeprefix("torch.")
+        return LayerReport(name, dtype, "not quantized", size, size)
+    wq = layer.weight_quantizer
+    packed = size if wq is None else packed_size(layer.weight.numel(), wq.bits)
+    return LayerReport(name, "fake", "simulated", packed, size)

@@ -1,4 +1,4 @@
-"""Time-embedding layers depend on the timestep alone: each row is computed once."""
+"""Time-embedding layers depend on the timestep alone: each timestep's row is computed once."""
 
 from __future__ import annotations
 
@@ -6,28 +6,31 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-# ---- time-embedding layers: their output depends on the timestep alone ----
+from questlib.quantization.step_groups import StepGroups
 
 
 class TimeTable(nn.Module):
-    """Stands in for a layer of the time path: computes each timestep's row once and repeats it, for every batch and every run.
+    """A layer of the time path that computes each timestep's row once, for every batch and run.
 
-    Bit-identical to the layer itself: integer sums do not depend on the batch, and their rescaling is element by element.
+    Bit-identical to the layer itself: integer sums do not depend on the batch, and their rescaling
+    is element by element.
     """
 
-    def __init__(self, layer: nn.Module, steps: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, steps: StepGroups) -> None:
         super().__init__()
         self.layer = layer
-        self.rows: dict[float, torch.Tensor] = {}
-        self.__dict__["steps"] = steps
+        self.rows: dict[float, torch.Tensor] = {}  # timestep -> [1, O]
+        self.__dict__["steps"] = steps  # shared by the whole UNet, and registered once there
 
     def _apply(self, *args, **kwargs):
-        self.rows.clear()  # of another device, or in another precision
+        # The rows are of the device and the precision that the module had until now.
+        self.rows.clear()
         return super()._apply(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
+        """x [B, C] -> [B, O]. A batch of several timesteps is computed as it stands."""
         t = self.steps.timestep
-        if t is None:  # a batch of several timesteps
+        if t is None:
             return self.layer(x, *args)
         if t not in self.rows:
             self.rows[t] = self.layer(x[:1], *args)
@@ -35,12 +38,13 @@ class TimeTable(nn.Module):
 
 
 def depends_on_time_alone(unet: nn.Module) -> bool:
-    """Whether nothing but the timestep enters the embedding (no labels, no added conditions)."""
+    """Whether the timestep alone enters the embedding: no labels, no added conditions."""
     keys = ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim")
     return all(unet.config.get(key) is None for key in keys)
 
 
-def _tabulate_time(unet: nn.Module) -> None:
+def tabulate_time(unet: nn.Module) -> None:
+    """Put the layers of the time path into tables, in place; a conditional embedding stays."""
     if not depends_on_time_alone(unet):
         return
     unet.time_embedding = TimeTable(unet.time_embedding, unet.quest_steps)

@@ -1,4 +1,4 @@
-"""Quantized Linear and Conv2d: torch's own modules, plus quantizers."""
+"""Quantized Linear and Conv2d: torch's own modules, with quantizers of their input and weight."""
 
 from __future__ import annotations
 
@@ -11,34 +11,39 @@ from questlib.quantization.weight_quantizer import WeightQuantizer
 
 
 class QuantLayer(nn.Module):
-    """What QuantLinear and QuantConv2d share: `act` quantizes the input, `wq` the weight.
+    """What QuantLinear and QuantConv2d share.
 
-    w_hat: the quantized weight is computed once (`freeze`) and reused at every forward until the weight may change (`thaw`).
+    Attributes:
+        role: see `questlib.quantization.roles.layer_roles`.
+        input_quantizer: of the layer's input.
+        weight_quantizer: of its weight; None where weights stay in full precision.
+        weights_on: whether the weight is quantized at present.
+        w_hat: the quantized weight, computed once by `freeze`; None while the weight may change.
     """
 
     role: str
     input_quantizer: ActQuantizer
     weight_quantizer: WeightQuantizer | None
+    weights_on: bool
     w_hat: torch.Tensor | None
 
     def quantized_weight(self) -> torch.Tensor:
+        """The weight that the forward pass uses."""
         if self.w_hat is not None:
             return self.w_hat
-        return (
-            self.weight
-            if self.weight_quantizer is None or not self.weights_on
-            else self.weight_quantizer(self.weight)
-        )
+        if self.weight_quantizer is None or not self.weights_on:
+            return self.weight
+        return self.weight_quantizer(self.weight)
 
     @torch.no_grad()
     def freeze(self) -> None:
-        self.w_hat = (
-            self.weight_quantizer(self.weight)
-            if self.weight_quantizer is not None and self.weights_on
-            else None
-        )
+        """Quantize the weight once, for all forward passes until `thaw`."""
+        self.w_hat = None
+        if self.weight_quantizer is not None and self.weights_on:
+            self.w_hat = self.weight_quantizer(self.weight)
 
     def thaw(self) -> None:
+        """Quantize the weight at each forward pass again, because it may change."""
         self.w_hat = None
 
 
@@ -52,17 +57,20 @@ class QuantConv2d(QuantLayer, nn.Conv2d):
         return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
 
 
-def convert_layer(
-    module: nn.Linear | nn.Conv2d, role: str, act: ActQuantizer, wq: WeightQuantizer | None
+def add_quantizers(
+    module: nn.Linear | nn.Conv2d,
+    role: str,
+    input_quantizer: ActQuantizer,
+    weight_quantizer: WeightQuantizer | None,
 ) -> None:
-    """Turn a layer into its quantized class in place: same object, same parameters, same name in the model."""
+    """Turn a layer into its quantized class in place.
+
+    It stays the same object, with the same parameters and name in its model.
+    """
     module.__class__ = QuantLinear if isinstance(module, nn.Linear) else QuantConv2d
-    module.role, module.input_quantizer, module.weight_quantizer, module.weights_on = (
-        role,
-        act,
-        wq,
-        True,
-    )
-    module.register_buffer(
-        "w_hat", None, persistent=False
-    )  # a buffer, so that .to() takes it along
+    module.role = role
+    module.input_quantizer = input_quantizer
+    module.weight_quantizer = weight_quantizer
+    module.weights_on = True
+    # a buffer, so that `.to()` takes it along
+    module.register_buffer("w_hat", None, persistent=False)

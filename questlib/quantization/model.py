@@ -14,14 +14,17 @@ from questlib.quantization.step_groups import StepGroups
 
 
 def quant_layers(unet: nn.Module) -> dict[str, QuantLayer]:
-    return {n: m for n, m in unet.named_modules() if isinstance(m, QuantLayer)}
+    """The quantized layers by name, in the order of the model's modules."""
+    return {name: m for name, m in unet.named_modules() if isinstance(m, QuantLayer)}
 
 
 def act_quantizers(module: nn.Module) -> Iterator[ActQuantizer]:
+    """All quantizers of activations: inputs of layers, and operands of attention."""
     return (m for m in module.modules() if isinstance(m, ActQuantizer))
 
 
 def step_groups(unet: nn.Module) -> StepGroups:
+    """The step groups of a quantized UNet. ConfigError for a plain one."""
     groups = getattr(unet, "quest_steps", None)
     if groups is None:
         raise ConfigError(
@@ -31,7 +34,15 @@ def step_groups(unet: nn.Module) -> StepGroups:
 
 
 def set_mode(module: nn.Module, *, weights: bool | None = None, acts: bool | None = None) -> None:
-    """Switch weight and activation quantization on or off (off: the layer is full precision). Frozen weights are thawed."""
+    """Switch the quantization of weights and of activations on or off.
+
+    Off, they are in full precision. Switching weights thaws them.
+
+    Args:
+        module: a quantized UNet, or a part of it.
+        weights: on or off; None: as it is.
+        acts: on or off; None: as it is.
+    """
     for m in module.modules():
         if isinstance(m, QuantLayer) and weights is not None:
             m.weights_on = weights
@@ -41,7 +52,10 @@ def set_mode(module: nn.Module, *, weights: bool | None = None, acts: bool | Non
 
 
 def freeze(unet: nn.Module) -> nn.Module:
-    """Compute every quantized weight once; eval mode; no gradients. The state in which a model samples."""
+    """Prepare a quantized UNet for sampling, in place; returns it.
+
+    Every weight is quantized once, the model is in eval mode, and nothing has a gradient.
+    """
     unet.requires_grad_(False).eval()
     for layer in quant_layers(unet).values():
         layer.freeze()

@@ -9,12 +9,12 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from questlib.baselines.noise_correction import NoiseCorrection
-from questlib.config import OFF, QuantConfig
+from questlib.config import OFF, Granularity, QuantConfig
 from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor
-from questlib.quantization.layers import convert_layer
+from questlib.quantization.carrier import CARRIER_BITS
+from questlib.quantization.layers import add_quantizers
 from questlib.quantization.roles import (
     TIME_ROLES,
     layer_kind,
@@ -26,24 +26,25 @@ from questlib.quantization.step_groups import StepGroups, contiguous_groups
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 
-def _act_bits(layer: nn.Module, role: str, config: QuantConfig) -> int:
-    if config.act_layers not in ("all", layer_kind(layer, role)):
-        return OFF
-    special = {"first": config.first_last_act_bits, "last": config.first_last_act_bits}
-    special |= dict.fromkeys(TIME_ROLES, config.te_act_bits)
-    bits = special.get(role)
-    return config.act_bits if bits is None or config.act_bits == OFF else bits
+def prepare(
+    unet: nn.Module,
+    config: QuantConfig,
+    timesteps: torch.Tensor,
+    *,
+    search_weights: bool = True,
+) -> nn.Module:
+    """A deep copy of a UNet with quantizers in every Linear, Conv2d and attention.
 
+    The ranges of activations are not set yet.
 
-def _weight_bits(role: str, config: QuantConfig) -> int:
-    bits = config.first_last_weight_bits if role in ("first", "last") else None
-    return config.weight_bits if bits is None or config.weight_bits == OFF else bits
+    Args:
+        unet: a diffusers UNet in full precision.
+        config: what is quantized, and how.
+        timesteps: the sampler's timesteps [T], from which the step groups are made.
+        search_weights: whether the ranges of weights are searched; not where a checkpoint has them.
 
-
-def prepare(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn.Module:
-    """A deep copy of `unet` with quantizers in every Linear, Conv2d and attention; weights have their ranges, activations none.
-
-    timesteps: the sampler's steps [T], from which the step groups are made. ConfigError for anything but a diffusers UNet.
+    Raises:
+        ConfigError: the model is not a diffusers UNet, or is quantized already.
     """
     if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
         raise ConfigError(
@@ -53,81 +54,127 @@ def prepare(unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor) -> nn
         raise ConfigError("this UNet is quantized already; start from the full-precision one")
     device = unet.device
     unet = copy.deepcopy(unet).eval().requires_grad_(False)
-    roles, splits = layer_roles(unet), skip_splits(unet) if config.split_skip else {}
+    splits = skip_splits(unet) if config.split_skip else {}
     timesteps = timesteps.unique().flip(0)  # PLMS calls one twice
-    steps = StepGroups(
-        timesteps, contiguous_groups(len(timesteps), min(config.ranges.step_groups, len(timesteps)))
-    )
+    num_groups = min(config.ranges.step_groups, len(timesteps))
+    steps = StepGroups(timesteps, contiguous_groups(len(timesteps), num_groups))
     modules = dict(unet.named_modules())
-    free, token = (config.ranges.act_granularity == kind for kind in ("channel", "token"))
-    carrier = token or config.ranges.act_granularity == "carrier"
-    for name, role in roles.items():
+    for name, role in layer_roles(unet).items():
         if config.te == "fp" and role in TIME_ROLES:
             continue
         layer = modules[name]
-        channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
-        split = torch.zeros(channels, dtype=torch.int64)
-        split[splits.get(name, channels) :] = 1
-        own_token = (token or config.ranges.te_token and role in TIME_ROLES) and sees_tokens(layer)
-        act = ActQuantizer(
-            f"{name}.input_quantizer",
-            _act_bits(layer, role, config),
-            steps,
-            channels,
-            -1 if isinstance(layer, nn.Linear) else 1,
-            torch.arange(channels) if free else split,
-            carrier=carrier,
-            shifts=_weight_bits(role, config) <= 4 and getattr(layer, "groups", 1) == 1,
-            token=own_token,
-        )
-        # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
-        w_index = (
-            split
-            if getattr(layer, "groups", 1) == 1
-            else torch.zeros(layer.weight.shape[1], dtype=torch.int64)
-        )
-        bits = _weight_bits(role, config)
-        wq = (
-            WeightQuantizer(layer.weight, bits, w_index, config.weight_range)
-            if bits != OFF
-            else None
-        )
-        convert_layer(layer, role, act, wq)
+        parts = _parts(layer, splits.get(name))
+        act = _input_quantizer(name, layer, role, parts, config, steps)
+        weight_quantizer = _weight_quantizer(layer, role, parts, config)
+        if weight_quantizer is not None and search_weights:
+            weight_quantizer.to(device).search(layer.weight, config.weight_range)
+        add_quantizers(layer, role, act, weight_quantizer)
     for name, module in modules.items():
         if isinstance(module, Attention):
             width = module.to_q.out_features
-            index = torch.arange(width) if free else torch.zeros(width, dtype=torch.int64)
-            act_bits = config.act_bits if config.act_layers == "all" else OFF
-            q, k, v = (
-                ActQuantizer(
-                    f"{name}.{x}",
-                    act_bits,
-                    steps,
-                    width,
-                    -1,
-                    index.clone(),
-                    carrier=carrier,
-                    shifts=x == "v",
-                )
-                for x in "qkv"
-            )
-            bits = (
-                act_bits if config.softmax_bits is None or act_bits == OFF else config.softmax_bits
-            )
-            probs = ActQuantizer(
-                f"{name}.probs",
-                bits,
-                steps,
-                1,
-                -1,
-                torch.zeros(1, dtype=torch.int64),
-                unsigned=True,
-            )
-            module.processor = QuantAttnProcessor(q, k, v, probs)
+            module.processor = _attention_processor(name, width, config, steps)
     unet.quest_steps = steps
     unet.quest_config = config
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
-    if config.noise_correction:
-        unet.quest_correction = NoiseCorrection(steps.timesteps, unet.config.out_channels)
-        unet.register_forward_hook(unet.quest_correction.hook, with_kwargs=True)
     return unet.to(device)  # quantizers and step groups were made on the CPU
+
+
+# ---- granularity, bits and parts of a layer ----
+
+
+def _granularity(wanted: Granularity, bits: int, channels: int, tokens: bool) -> Granularity:
+    """What has a scale of its own, where the config's wish cannot always be met.
+
+    Args:
+        wanted: the config's granularity.
+        bits: of the activations; more than 4 leave no room for the carrier's ratios.
+        channels: of the input; one channel is the whole tensor.
+        tokens: whether tokens can have grids of their own.
+    """
+    if wanted == "token" and tokens:
+        return "token"
+    if wanted == "channel" and channels > 1:
+        return "channel"
+    if wanted in ("carrier", "token") and bits <= CARRIER_BITS:
+        return "carrier"
+    return "tensor"
+
+
+def _act_bits(layer: nn.Module, role: str, config: QuantConfig) -> int:
+    if config.act_layers not in ("all", layer_kind(layer, role)):
+        return OFF
+    bits = None
+    if role in ("first", "last"):
+        bits = config.first_last_act_bits
+    elif role in TIME_ROLES:
+        bits = config.te_act_bits
+    return config.act_bits if bits is None or config.act_bits == OFF else bits
+
+
+def _weight_bits(role: str, config: QuantConfig) -> int:
+    bits = config.first_last_weight_bits if role in ("first", "last") else None
+    return config.weight_bits if bits is None or config.weight_bits == OFF else bits
+
+
+def _parts(layer: nn.Module, split: int | None) -> torch.Tensor:
+    """The part of each input channel [C]: 1 from channel `split` on, else 0."""
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    parts = torch.zeros(channels, dtype=torch.int64)
+    if split is not None:
+        parts[split:] = 1
+    return parts
+
+
+# ---- quantizers ----
+
+
+def _input_quantizer(
+    name: str,
+    layer: nn.Module,
+    role: str,
+    parts: torch.Tensor,
+    config: QuantConfig,
+    steps: StepGroups,
+) -> ActQuantizer:
+    bits = _act_bits(layer, role, config)
+    wanted = config.ranges.act_granularity
+    if config.ranges.te_token and role in TIME_ROLES:
+        wanted = "token"
+    return ActQuantizer(
+        f"{name}.input_quantizer",
+        bits,
+        steps,
+        len(parts),
+        -1 if isinstance(layer, nn.Linear) else 1,
+        _granularity(wanted, bits, len(parts), sees_tokens(layer)),
+        parts=parts,
+        shifts=_weight_bits(role, config) <= CARRIER_BITS and getattr(layer, "groups", 1) == 1,
+    )
+
+
+def _weight_quantizer(
+    layer: nn.Module, role: str, parts: torch.Tensor, config: QuantConfig
+) -> WeightQuantizer | None:
+    bits = _weight_bits(role, config)
+    if bits == OFF:
+        return None
+    if getattr(layer, "groups", 1) > 1:
+        # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
+        parts = torch.zeros(layer.weight.shape[1], dtype=torch.int64)
+    return WeightQuantizer(len(layer.weight), bits, parts)
+
+
+def _attention_processor(
+    name: str, width: int, config: QuantConfig, steps: StepGroups
+) -> QuantAttnProcessor:
+    bits = config.act_bits if config.act_layers == "all" else OFF
+    granularity = _granularity(config.ranges.act_granularity, bits, width, tokens=False)
+    q, k, v = (
+        # v alone meets an operand with room for 2^e: the softmax output
+        ActQuantizer(f"{name}.{x}", bits, steps, width, -1, granularity, shifts=x == "v")
+        for x in "qkv"
+    )
+    if config.softmax_bits is not None and bits != OFF:
+        bits = config.softmax_bits
+    probs = ActQuantizer(f"{name}.probs", bits, steps, 1, -1, unsigned=True)
+    return QuantAttnProcessor(q, k, v, probs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
@@ -12,10 +14,18 @@ TIME_ROLES = ("time_embed", "time_proj")
 
 
 def layer_roles(unet: nn.Module) -> dict[str, str]:
-    """Role of each Linear and Conv2d, by the module that owns it:
+    """The role of each Linear and Conv2d by its name, from the module that owns it.
 
-    first, last | time_embed (t -> embedding) | time_proj (embedding -> ResBlock) | qkv, attn_out | context_kv (keys and values
-    of cross-attention) | feed_forward | shortcut | conv | linear
+    Roles:
+        first, last: conv_in and conv_out
+        time_embed: from the timestep to its embedding
+        time_proj: from the embedding into a ResBlock
+        qkv: queries, keys and values of attention, but not context_kv
+        context_kv: keys and values of cross-attention
+        attn_out: the projection of attention's output
+        feed_forward: of a transformer block
+        shortcut: of a ResBlock
+        conv, linear: all others
     """
     owned: dict[int, str] = {id(unet.conv_in): "first", id(unet.conv_out): "last"}
     for module in unet.modules():
@@ -26,31 +36,33 @@ def layer_roles(unet: nn.Module) -> dict[str, str]:
             owned[id(module.conv_shortcut)] = "shortcut"
         elif isinstance(module, Attention):
             kv = "context_kv" if module.is_cross_attention else "qkv"
-            owned |= {
-                id(module.to_q): "qkv",
-                id(module.to_k): kv,
-                id(module.to_v): kv,
-                id(module.to_out[0]): "attn_out",
-            }
+            owned[id(module.to_q)] = "qkv"
+            owned[id(module.to_k)] = kv
+            owned[id(module.to_v)] = kv
+            owned[id(module.to_out[0])] = "attn_out"
         elif isinstance(module, FeedForward):
             owned |= {id(m): "feed_forward" for m in module.modules() if isinstance(m, nn.Linear)}
     roles = {}
     for name, module in unet.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            roles[name] = owned.get(
-                id(module), "conv" if isinstance(module, nn.Conv2d) else "linear"
-            )
+            other = "conv" if isinstance(module, nn.Conv2d) else "linear"
+            roles[name] = owned.get(id(module), other)
     return roles
 
 
 def skip_splits(unet: nn.Module) -> dict[str, int]:
-    """For each layer that sees a raw concatenation [hidden, skip] (the shortcuts of the up blocks): the channels of `hidden`."""
-    names = {id(m): n for n, m in unet.named_modules()}
-    channels = (
-        unet.mid_block.resnets[-1].out_channels
-        if unet.mid_block is not None
-        else unet.config.block_out_channels[-1]
-    )
+    """Where to split the input of layers that see a raw concatenation [hidden, skip].
+
+    These are the shortcuts of the up blocks (Q-Diffusion, Sec. 3.2).
+
+    Returns:
+        The number of channels of `hidden`, by the layer's name.
+    """
+    names = {id(module): name for name, module in unet.named_modules()}
+    if unet.mid_block is not None:
+        channels = unet.mid_block.resnets[-1].out_channels
+    else:
+        channels = unet.config.block_out_channels[-1]
     splits = {}
     for block in unet.up_blocks:
         for resnet in block.resnets:
@@ -60,19 +72,18 @@ def skip_splits(unet: nn.Module) -> dict[str, int]:
     return splits
 
 
-def layer_kind(layer: nn.Module, role: str) -> str:
-    """feed_forward, linear (all other Linears) or conv: the kinds of the paper's Fig. 3."""
-    return (
-        "conv"
-        if isinstance(layer, nn.Conv2d)
-        else "feed_forward"
-        if role == "feed_forward"
-        else "linear"
-    )
+def layer_kind(layer: nn.Module, role: str) -> Literal["conv", "feed_forward", "linear"]:
+    """The kind of a layer in the paper's Fig. 3; linear: all linear layers but feed_forward."""
+    if isinstance(layer, nn.Conv2d):
+        return "conv"
+    return "feed_forward" if role == "feed_forward" else "linear"
 
 
 def sees_tokens(layer: nn.Module) -> bool:
-    """Whether each output comes from one token (or pixel) alone, so that a scale of its own can be put on after the sum."""
+    """Whether each output comes from one token (or pixel) alone.
+
+    A token's own scale can then be applied after the sum over channels.
+    """
     if isinstance(layer, nn.Linear):
         return True
     shape = (*layer.kernel_size, *layer.stride, layer.groups)

@@ -1,6 +1,7 @@
-"""From the timestep that a UNet is called with to the calibrated step group whose activation scales apply.
+"""From the timestep of a UNet's call to the step group whose activation scales apply.
 
-The official release maps steps to quantizers by a hard-coded `i % 10`; here the group follows from the timestep itself.
+The official release maps steps to quantizers by a hard-coded `i % 10`. Here the group follows from
+the timestep itself, so that a model may sample with other steps than it was calibrated with.
 """
 
 from __future__ import annotations
@@ -14,66 +15,116 @@ from questlib.errors import ConfigError, TimestepWarning
 
 
 def contiguous_groups(num_steps: int, num_groups: int) -> torch.Tensor:
-    """Group of each of `num_steps` sampler steps, int64 [T]: `num_groups` runs of (nearly) equal length."""
+    """The group of each sampler step, int64 [num_steps]: runs of (nearly) equal length.
+
+    Raises:
+        ConfigError: there are fewer steps than groups, or no group.
+    """
     if not 1 <= num_groups <= num_steps:
         raise ConfigError(
-            f"step_groups: expected 1..{num_steps} for {num_steps} calibrated steps, found {num_groups}"
+            f"step_groups: expected 1..{num_steps} for {num_steps} calibrated steps, "
+            f"found {num_groups}"
         )
     return torch.arange(num_steps) * num_groups // num_steps
 
 
 def nearest(timesteps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each timestep t (any shape, B elements) the index of the nearest of `timesteps` [T], and its distance: int64 [B]."""
+    """The nearest of `timesteps` [T] to each t (any shape, B elements).
+
+    Returns:
+        Its index and its distance, int64 [B] each.
+    """
     distance = (t.reshape(-1, 1).to(timesteps.device) - timesteps[None]).abs()  # [B, T]
     index = distance.argmin(1)
     return index, distance.gather(1, index[:, None])[:, 0]
 
 
 class StepGroups(nn.Module):
-    """Holds the calibrated timesteps of a UNet and, during its forward, the group in force: an int, or int64 [B].
+    """The calibrated timesteps of a UNet, and the step group of its present call.
 
-    `hook` is the UNet's forward pre-hook: it sets `current` from the `timestep` argument by nearest calibrated timestep, and
-    warns once a timestep when the distance exceeds the widest gap between calibrated timesteps.
+    All quantizers of a UNet share one object. `select` is the only way to choose the group: the
+    UNet's pre-hook `hook` calls it for every forward pass. `select_group` is for callers that know
+    the group and have no timestep, such as a block that runs alone.
+
+    Args:
+        timesteps: int64 [T], in any order.
+        groups: the group of each of them, int64 [T].
+
+    Attributes:
+        current: the group that is selected, an int, or int64 [B] where the batch has several.
+        timestep: the timestep that is selected, or None where the batch has several.
     """
+
+    timesteps: torch.Tensor  # int64 [T], ascending
+    groups: torch.Tensor  # int64 [T]
 
     def __init__(self, timesteps: torch.Tensor, groups: torch.Tensor) -> None:
         super().__init__()
         order = timesteps.argsort()
         self.register_buffer("timesteps", timesteps[order].to(torch.int64).clone())
         self.register_buffer("groups", groups[order].to(torch.int64).clone())
-        self.current: int | torch.Tensor = 0
-        self.timestep: int | float | None = (
-            None  # the timestep itself, when the whole batch has one
-        )
-        self.warned: set[int] = set()
+        self._current: int | torch.Tensor = 0
+        self._timestep: int | float | None = None
+        self._warned: set[int] = set()
 
     @property
     def num_groups(self) -> int:
+        """Number of step groups."""
         return int(self.groups.max()) + 1
 
+    @property
+    def current(self) -> int | torch.Tensor:
+        """The selected group: an int, or int64 [B] where the batch has several."""
+        return self._current
+
+    @property
+    def timestep(self) -> int | float | None:
+        """The selected timestep, or None where the batch has several."""
+        return self._timestep
+
     def lookup(self, t: torch.Tensor) -> int | torch.Tensor:
-        """Timesteps, any shape with 1 or B elements -> one int where all agree, else int64 [B]."""
+        """The group of the calibrated timestep that is nearest to each t.
+
+        Warns once about every timestep that is farther from all calibrated ones than the widest
+        gap between them.
+
+        Args:
+            t: timesteps of any shape, with one element or one for each sample.
+
+        Returns:
+            An int where all agree, else int64 [B].
+        """
         t = t.reshape(-1).to(self.timesteps.device)
         index, distance = nearest(self.timesteps, t)
         self._warn_if_far(t, distance)
         groups = self.groups[index]
         return int(groups[0]) if bool((groups == groups[0]).all()) else groups
 
+    def select(self, t: torch.Tensor) -> None:
+        """Select the groups of timesteps `t`, one element or one for each sample."""
+        t = t.reshape(-1)
+        self._current = self.lookup(t)
+        self._timestep = t[0].item() if bool((t == t[0]).all()) else None
+
+    def select_group(self, group: int | torch.Tensor) -> None:
+        """Select a group, or int64 [B] one for each sample; the timestep is unknown then."""
+        self._current = group
+        self._timestep = None
+
+    def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Select the group of a UNet's call, from its argument `timestep`."""
+        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        self.select(torch.as_tensor(timestep))
+
     def _warn_if_far(self, t: torch.Tensor, distance: torch.Tensor) -> None:
         steps = self.timesteps
         limit = int((steps[1:] - steps[:-1]).max()) if len(steps) > 1 else 1
-        far = sorted({int(v) for v in t[distance > limit]} - self.warned)
+        far = sorted({int(v) for v in t[distance > limit]} - self._warned)
         if far:
-            self.warned.update(far)
+            self._warned.update(far)
             warnings.warn(
-                f"timesteps {far} are farther than {limit} from every calibrated timestep ({int(steps[0])}..{int(steps[-1])}); "
-                "the nearest group's scales are used",
+                f"timesteps {far} are farther than {limit} from every calibrated timestep "
+                f"({int(steps[0])}..{int(steps[-1])}); the nearest group's scales are used",
                 TimestepWarning,
                 stacklevel=2,
             )
-
-    def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        t = torch.as_tensor(timestep).reshape(-1)
-        self.current = self.lookup(t)
-        self.timestep = t[0].item() if bool((t == t[0]).all()) else None

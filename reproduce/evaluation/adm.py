@@ -1,34 +1,40 @@
-"""ADM's .npz files (guided-diffusion's evaluation suite): reference batches in, our samples out; images are streamed.
+"""ADM's .npz files (guided-diffusion's evaluation suite): reference batches in, samples out.
 
-A file holds `arr_0`, uint8 images [N, H, W, 3], and a reference may hold statistics of Inception features beside or instead:
-`mu` [2048], `sigma` [2048, 2048] (pool_3) and `mu_s` [2023], `sigma_s` [2023, 2023] (mixed_6, spatial).
+A file holds `arr_0`, uint8 images [N, H, W, 3], which are streamed. A reference may hold statistics
+of Inception features beside or instead: `mu` [2048], `sigma` [2048, 2048] (pool_3) and `mu_s`
+[2023], `sigma_s` [2023, 2023] (mixed_6, spatial).
 """
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
 from questlib.errors import MetricError
+from questlib.files import atomic_path
 from reproduce.evaluation.samples import read_run, read_samples
 
-Moments = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
+Moments: TypeAlias = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
+
+# What numpy and zipfile raise for a damaged file.
 DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 class NpzImages(IterableDataset):
-    """Images `arr_0` of an .npz as uint8 [3, H, W], one after the other: 50,000 of 256x256 would be 10 GB in memory.
+    """Images `arr_0` of an .npz as uint8 [3, H, W], one after the other.
 
-    `shape` is (N, H, W, 3), known from the header. MetricError for another layout or dtype, or when the images are damaged.
+    In memory, 50,000 of 256x256 would be 10 GB. `shape` is (N, H, W, 3), known from the header.
+
+    Raises:
+        MetricError: another layout or dtype; on reading, damaged images.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,95 +56,114 @@ class NpzImages(IterableDataset):
                     data = file.read(size)
                     if len(data) < size:
                         raise EOFError(f"arr_0 ends after {i} of {count} images")
-                    yield (
-                        torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                        .view(*image)
-                        .permute(2, 0, 1)
-                        .contiguous()
-                    )
+                    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(*image)
+                    yield pixels.permute(2, 0, 1).contiguous()  # HWC -> CHW
         except DAMAGED as error:
             raise MetricError(f"{self.path}: damaged ({error})") from error
 
 
-def _header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
-    version = np.lib.format.read_magic(file)
-    return (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )(file)
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, dtype) of the .npy at the file's position."""
+    if np.lib.format.read_magic(file) == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
 
-def read_npz(path: Path) -> tuple[Moments | None, Moments | None, NpzImages | None]:
-    """(pooled moments, spatial moments, images) of a reference batch; None for what it does not hold.
+class ReferenceBatch(NamedTuple):
+    """What an .npz holds; None for what it does not hold."""
 
-    MetricError: not an .npz, damaged, neither statistics nor images, or half of a pair of statistics.
+    pooled: Moments | None
+    spatial: Moments | None
+    images: NpzImages | None
+
+
+def read_npz(path: Path) -> ReferenceBatch:
+    """Read a reference batch.
+
+    Raises:
+        MetricError: not an .npz, damaged, neither statistics nor images, or half of a pair of
+            statistics.
     """
-    pairs: list[Moments | None] = []
     try:
         with np.load(path) as data:
             names = data.files
-            for pair in (("mu", "sigma"), ("mu_s", "sigma_s")):
-                found = [data[k] for k in pair if k in names]
-                if len(found) == 1:
-                    raise MetricError(
-                        f"reference {path}: {' and '.join(pair)} belong together, only one is there"
-                    )
-                if found and (
-                    found[0].ndim != 1 or found[1].shape != (len(found[0]), len(found[0]))
-                ):
-                    shapes = " and ".join(str(list(a.shape)) for a in found)
-                    raise MetricError(
-                        f"reference {path}: {' and '.join(pair)} have shapes {shapes}, expected [D] and [D, D]"
-                    )
-                pairs.append((found[0], found[1]) if found else None)
+            pooled = _moments(path, data, "mu", "sigma")
+            spatial = _moments(path, data, "mu_s", "sigma_s")
         images = NpzImages(path) if "arr_0" in names else None
-    except MetricError:  # a ValueError too
+    except MetricError:  # it is a ValueError, too
         raise
     except DAMAGED as error:
         raise MetricError(f"reference {path}: damaged or not an .npz file ({error})") from error
-    if pairs[0] is None and images is None:
+    if pooled is None and images is None:
         raise MetricError(
-            f"reference {path}: expected mu and sigma, or images arr_0; found {', '.join(names) or 'nothing'}"
+            f"reference {path}: expected mu and sigma, or images arr_0; "
+            f"found {', '.join(names) or 'nothing'}"
         )
-    return pairs[0], pairs[1], images
+    return ReferenceBatch(pooled, spatial, images)
+
+
+def _moments(path: Path, data: np.lib.npyio.NpzFile, mean: str, covariance: str) -> Moments | None:
+    known = [name for name in (mean, covariance) if name in data.files]
+    if not known:
+        return None
+    if len(known) == 1:
+        raise MetricError(
+            f"reference {path}: {mean} and {covariance} belong together, only one is there"
+        )
+    m, c = data[mean], data[covariance]
+    if m.ndim != 1 or c.shape != (len(m), len(m)):
+        raise MetricError(
+            f"reference {path}: {mean} and {covariance} have shapes {list(m.shape)} and "
+            f"{list(c.shape)}, expected [D] and [D, D]"
+        )
+    return m, c
 
 
 def export_npz(folder: str | Path, out: str | Path, count: int | None = None) -> tuple[int, ...]:
-    """Write the first `count` samples (None: all) of a folder of samples as ADM's .npz; -> its shape [N, H, W, 3].
+    """Write samples as ADM's .npz and give its shape, [N, H, W, 3].
 
-    One shard is in memory at a time; `out` appears when it is whole, and is never overwritten. MetricError for a wrong name or
-    count and where `out` cannot be written; QuestError for samples that are missing or damaged (`reproduce.evaluation.samples`).
+    One shard is in memory at a time. `out` appears when it is whole, and is never overwritten.
+
+    Args:
+        folder: of samples, see `reproduce.evaluation.samples`.
+        count: the first ones; None: all.
+
+    Raises:
+        MetricError: a wrong name or count, or `out` cannot be written.
+        QuestError: samples are missing or damaged.
+
+    Example:
+        >>> export_npz("runs/samples", "samples.npz")
+        (50000, 256, 256, 3)
     """
     out = Path(out)
-    if out.exists() or out.suffix != ".npz":
-        raise MetricError(
-            f"{out}: {'exists already' if out.exists() else 'expected a name that ends in .npz'}"
-        )
+    if out.exists():
+        raise MetricError(f"{out}: exists already")
+    if out.suffix != ".npz":
+        raise MetricError(f"{out}: expected a name that ends in .npz")
+    if not out.parent.is_dir():
+        raise MetricError(f"{out}: cannot be written (no folder {out.parent})")
     total = read_run(folder)["num_samples"]
     left = total if count is None else count
     if not 1 <= left <= total:
         raise MetricError(f"{folder}: {total} samples, asked for {left}")
-    parts = read_samples(folder)
-    first = next(parts).images
+    shards = read_samples(folder)
+    first = next(shards).images
     shape = (left, *first.shape[2:], 3)
-    tmp = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     try:
         with (
-            zipfile.ZipFile(tmp, "w", zipfile.ZIP_STORED) as archive,
+            atomic_path(out) as temporary,
+            zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive,
             archive.open("arr_0.npy", "w", force_zip64=True) as file,
         ):
-            np.lib.format.write_array_header_1_0(
-                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
-            )
-            for images in chain([first], (part.images for part in parts)):
-                file.write(images[:left].permute(0, 2, 3, 1).contiguous().numpy())
+            about = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, about)
+            for images in chain([first], (shard.images for shard in shards)):
+                pixels = images[:left].permute(0, 2, 3, 1)  # NCHW -> NHWC
+                file.write(pixels.contiguous().numpy())
                 left -= min(left, len(images))
                 if left == 0:
                     break
-        os.replace(tmp, out)
     except OSError as error:
         raise MetricError(f"{out}: cannot be written ({error.strerror or error})") from error
-    finally:
-        tmp.unlink(missing_ok=True)
     return shape

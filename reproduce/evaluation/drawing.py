@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from torch import nn
 from tqdm import tqdm
 
 from questlib.diffusion.conditioning import Conditioning
@@ -25,10 +26,15 @@ from reproduce.evaluation.samples import Samples, read_samples, write_samples
 
 
 class Drawing:
-    """How a pipeline draws samples: `draw(indices)`. `unet` replaces the pipeline's own (a quantized one).
+    """How a pipeline draws samples: `draw(indices)`.
 
-    sampler: see `choose_scheduler`; guidance_scale, labels, prompts: see `Conditioning`.
-    ConfigError for choices that the pipeline or the sampler cannot serve.
+    Args:
+        sampler: see `questlib.diffusion.sampling.choose_scheduler`.
+        guidance_scale, labels, prompts: see `questlib.diffusion.conditioning.Conditioning`.
+        unet: replaces the pipeline's own, e.g. by a quantized one.
+
+    Raises:
+        ConfigError: a choice that the pipeline or the sampler cannot serve.
     """
 
     def __init__(
@@ -42,14 +48,17 @@ class Drawing:
         guidance_scale: float = 1.0,
         labels: Sequence[int] | None = None,
         prompts: Sequence[str] | None = None,
-        unet=None,
+        unet: nn.Module | None = None,
     ) -> None:
         if num_inference_steps < 1:
             raise ConfigError(
                 f"sampling: num_inference_steps must be >= 1, found {num_inference_steps}"
             )
-        self.pipe, self.unet = pipe, pipe.unet if unet is None else unet
-        self.steps, self.eta, self.seed = num_inference_steps, eta, seed
+        self.pipe = pipe
+        self.unet = pipe.unet if unet is None else unet
+        self.steps = num_inference_steps
+        self.eta = eta
+        self.seed = seed
         self.scheduler = choose_scheduler(pipe, sampler, eta)
         self.conditioning = Conditioning(
             pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts
@@ -72,6 +81,11 @@ class Drawing:
         }
 
     def draw(self, indices: range) -> Samples:
+        """The samples with these indices.
+
+        Raises:
+            QuestError: they are not finite.
+        """
         generators = sample_generators(self.seed, indices)
         latents = denoise(
             self.unet,
@@ -86,9 +100,8 @@ class Drawing:
             raise QuestError(
                 f"sampling: samples {indices.start}..{indices.stop - 1} are not finite"
             )
-        return Samples(
-            decode(self.pipe, latents).cpu().contiguous(), latents.float().cpu().contiguous()
-        )
+        images = decode(self.pipe, latents)
+        return Samples(images.cpu().contiguous(), latents.float().cpu().contiguous())
 
 
 def sample(
@@ -100,11 +113,22 @@ def sample(
     progress: bool = True,
     **drawing: Any,
 ) -> Samples:
-    """Draw `num_samples` images; other keywords are those of `Drawing`.
+    """Draw images.
 
-    With `out_dir`, each batch is a file there (see `reproduce.evaluation.samples`); a second call reads what is done and goes on.
-    Raises ConfigError for counts below one, QuestError when `out_dir` holds another run or damaged shards, or cannot be written,
-    and when samples are not finite.
+    Args:
+        out_dir: a folder of samples, where each batch is a file (`reproduce.evaluation.samples`). A
+            second call reads what is done and goes on.
+        drawing: keywords of `Drawing`.
+
+    Raises:
+        ConfigError: counts below one.
+        QuestError: `out_dir` holds another run or damaged shards, or cannot be written; or samples
+            are not finite.
+
+    Example:
+        >>> samples = sample(pipe, 16, num_inference_steps=20, seed=0)
+        >>> samples.images.shape
+        torch.Size([16, 3, 64, 64])
     """
     if min(num_samples, batch_size) < 1:
         raise ConfigError(
@@ -112,13 +136,9 @@ def sample(
         )
     how = Drawing(pipe, **drawing)
     if out_dir is None:
-        ranges = tqdm(
-            index_ranges(num_samples, batch_size),
-            desc="sample",
-            disable=not progress,
-            mininterval=2,
-        )
-        shards = [how.draw(indices) for indices in ranges]
+        ranges = index_ranges(num_samples, batch_size)
+        bar = tqdm(ranges, desc="sample", disable=not progress, mininterval=2)
+        shards = [how.draw(indices) for indices in bar]
     else:
         write_samples(out_dir, how.run(num_samples, batch_size), how.draw, progress=progress)
         shards = list(read_samples(out_dir))

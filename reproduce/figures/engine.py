@@ -1,4 +1,4 @@
-"""The integer engine's results (benchmarks/results): tables and pictures for README and notebook."""
+"""Tables and pictures of the integer engine's results, which are in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reproduce.figures.plots import COLORS, STYLE
+from reproduce.figures.style import COLORS, STYLE
 
 
 def _run(entry: dict[str, Any]) -> str:
+    """How far two runs lie apart."""
     return "bit for bit" if entry["bit_identical"] else f"{entry['psnr_db']:.1f} dB"
 
 
 def equality_table(result: dict[str, Any]) -> pd.DataFrame:
-    """Of benchmarks/equality.py: layers, whole runs, and metrics of both."""
+    """Layers, whole runs, and metrics of the engine and its simulation, from
+    benchmarks/equality.py."""
     rows = []
     for r in result["results"]:
-        fake, cpu = r["metrics"]["fake"], r["metrics"]["cpu"]
+        fake = r["metrics"]["fake"]
+        cpu = r["metrics"]["cpu"]
         row = {"bits": r["bits"], "preset": r["preset"], "layers": r["layers"]}
         row |= {
             "max layer difference": f"{r['max_layer_difference']:.1e}",
@@ -35,20 +38,25 @@ def equality_table(result: dict[str, Any]) -> pd.DataFrame:
 
 
 def formats_table(result: dict[str, Any]) -> pd.DataFrame:
-    """Of benchmarks/formats.py: one row a role, the geometric mean of its layers' errors in each format, weights quantized."""
+    """Errors of the formats by role, from benchmarks/formats.py.
+
+    Geometric means over a role's layers, with quantized weights.
+    """
     layers = pd.DataFrame(result["layers"]).T
     mark = "quantized weights, "
-    errors = (
-        layers[[c for c in layers if c.startswith(mark)]]
-        .astype(float)
-        .rename(columns=lambda c: c.removeprefix(mark))
+    errors = pd.DataFrame(
+        {
+            str(name).removeprefix(mark): np.log(layers[name].astype(float))
+            for name in layers
+            if str(name).startswith(mark)
+        }
     )
-    table = np.exp(np.log(errors).groupby(layers["role"], sort=False).mean())
+    table = errors.groupby(layers["role"], sort=False).mean().apply(np.exp)
     return table.map("{:.4f}".format).assign(layers=layers.groupby("role").size()).reset_index()
 
 
 def speed_table(result: dict[str, Any], model: str) -> pd.DataFrame:
-    """Of benchmarks/cpu_unet.py: one UNet step of each variant."""
+    """One UNet step of each variant, from benchmarks/cpu_unet.py."""
     rows = []
     for name, r in result["models"][model]["variants"].items():
         row = {"variant": name, "step, s": f"{r['step_s']:.3f}"}
@@ -66,7 +74,10 @@ def speed_table(result: dict[str, Any], model: str) -> pd.DataFrame:
 
 
 def engine_figure(result: dict[str, Any], model: str) -> Figure:
-    """Of benchmarks/cpu_unet.py: seconds of one UNet step, memory while it runs, and bytes on disk, one bar a variant."""
+    """Seconds, memory and bytes on disk of one UNet step, one bar a variant.
+
+    From benchmarks/cpu_unet.py.
+    """
     rows = result["models"][model]["variants"]
     panels = (
         ("step_s", 1, "seconds a step"),

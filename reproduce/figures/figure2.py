@@ -1,73 +1,112 @@
-"""Figure 2: what layers receive in full precision, before and after finetuning, from the checkpoints of its rows."""
+"""Figure 2: what layers receive in full precision, and before and after finetuning."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
-import torch
+from matplotlib.figure import Figure
+from torch import nn
 
 import questlib
-from questlib.config import QuantConfig
-from questlib.finetuning.stages import stages
+from questlib.errors import ConfigError
+from questlib.finetuning.stages import select_stages
 from questlib.quantization.roles import layer_roles
-from reproduce.figures.pictures import input_table
-from reproduce.pipeline import SeedRun
+from reproduce.figures.activations import histogram_figure, input_table, layer_inputs
 from reproduce.plan import Plan
-from reproduce.store import write_json
+from reproduce.seed_run import SeedRun
+from reproduce.store import Artifact, write_json
 
 ROWS = {"before": "w4a4-before", "after": "w4a4-after"}
 SAMPLES = 4  # trajectories, at all their steps
+BITS = 4  # of the grids above the histograms
 
 
-def models(plan: Plan) -> tuple[dict[str, torch.nn.Module], questlib.Calibration, QuantConfig]:
-    """UNets by name ("full precision", "before", "after"; of the first seed), their calibration set and the config of "after".
+class InputRanges:
+    """Ranges of every layer's input in the models of Figure 2, from the first seed's checkpoints.
 
-    The rows must have been run: their checkpoints are read from `plan.work`.
+    Attributes:
+        unets: models by name: "full precision", "before" and "after".
+        calib: the calibration set that they run on.
+        config: the configuration of "after".
+        table: one line a layer input, the widest before finetuning first: its role, whether the
+            layer is finetuned, and min, max and std in each model. Layers that receive the same
+            (queries, keys and values) are one line, under the first one's name.
     """
-    runs = {
-        name: SeedRun(plan.table.cell(cell), plan, plan.seeds[0]) for name, cell in ROWS.items()
-    }
-    unets = {"full precision": runs["after"].pipe.unet}
-    device = unets["full precision"].device
-    unets |= {
-        name: questlib.from_pretrained(run.checkpoint.folder / "unet").to(device)
-        for name, run in runs.items()
-    }
-    calib = questlib.Calibration.load(runs["after"].calibration.folder / "calibration.safetensors")
-    return unets, calib, runs["after"].config
 
+    def __init__(self, plan: Plan) -> None:
+        """Measure the ranges and write them to ranges.json beside the rows.
 
-def input_ranges(plan: Plan) -> pd.DataFrame:
-    """One line a layer input: role, whether the layer is finetuned; min, max, std in each model. Also kept as ranges.json.
-
-    Layers that receive the same (queries, keys and values) are one line, under the first one's name; widest before
-    finetuning first.
-    """
-    unets, calib, config = models(plan)
-    roles = layer_roles(unets["full precision"])
-    tuned = {name for stage in stages(unets["after"], config) for name in stage.layers}
-    table = pd.DataFrame(index=list(roles))
-    table["role"], table["finetuned"] = list(roles.values()), [name in tuned for name in roles]
-    for model, unet in unets.items():
-        found = input_table(unet, calib, SAMPLES)
-        for key in ("min", "max", "std"):
-            table[f"{key}, {model}"] = found[key]
-    table = table.drop_duplicates([c for c in table if "full precision" in c])
-    table = table.loc[
-        (table["max, before"] - table["min, before"]).sort_values(ascending=False).index
-    ]
-    write_json(plan.folder / "ranges.json", {name: row.to_dict() for name, row in table.iterrows()})
-    return table
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """By whether the layers are finetuned: how many, and the mean ratio after / before of their widths and deviations."""
-    width = {m: table[f"max, {m}"] - table[f"min, {m}"] for m in ROWS}
-    deviation = table["std, after"] / table["std, before"]
-    ratios = pd.DataFrame(
-        {
-            "range, after / before": width["after"] / width["before"],
-            "std, after / before": deviation,
+        Args:
+            plan: of Figure 2; its rows must have been run, their checkpoints are in `plan.work`.
+        """
+        before, after = (SeedRun(plan.table.row(row), plan, plan.seeds[0]) for row in ROWS.values())
+        self.unets = {
+            "full precision": after.pipe.unet,
+            "before": _load_unet(before),
+            "after": _load_unet(after),
         }
-    )
-    names = table["finetuned"].map({True: "finetuned layers", False: "other layers"})
-    return ratios.groupby(names).mean().assign(layers=names.value_counts())
+        self.calib = questlib.Calibration.load(
+            _folder(after.calibration) / "calibration.safetensors"
+        )
+        self.config = plan.config(plan.table.row(ROWS["after"]), plan.seeds[0])
+        self.table = self._measure()
+        lines = {str(name): line.to_dict() for name, line in self.table.iterrows()}
+        write_json(plan.folder / "ranges.json", lines)
+
+    def _measure(self) -> pd.DataFrame:
+        roles = layer_roles(self.unets["full precision"])
+        stages = select_stages(self.unets["after"], self.config)
+        tuned = {name for stage in stages for name in stage.layers}
+        table = pd.DataFrame(index=list(roles))
+        table["role"] = list(roles.values())
+        table["finetuned"] = [name in tuned for name in roles]
+        for model, unet in self.unets.items():
+            found = input_table(unet, self.calib, SAMPLES)
+            for key in ("min", "max", "std"):
+                table[f"{key}, {model}"] = found[key]
+        same_input = [column for column in table if "full precision" in str(column)]
+        table = table.drop_duplicates(same_input)
+        width = table["max, before"] - table["min, before"]
+        return table.loc[width.sort_values(ascending=False).index]
+
+    def widest(self, count: int) -> pd.DataFrame:
+        """The first lines of the table, rounded."""
+        return self.table.head(count).round(3)
+
+    def summary(self) -> pd.DataFrame:
+        """Mean ratios after / before of widths and deviations, by whether layers are finetuned."""
+        table = self.table
+        before, after = (table[f"max, {model}"] - table[f"min, {model}"] for model in ROWS)
+        ratios = pd.DataFrame(
+            {
+                "range, after / before": after / before,
+                "std, after / before": table["std, after"] / table["std, before"],
+            }
+        )
+        names = table["finetuned"].map({True: "finetuned layers", False: "other layers"})
+        return ratios.groupby(names).mean().assign(layers=names.value_counts())
+
+    def histogram(self, place: int) -> Figure:
+        """Histograms of one finetuned layer's input in each model, in the style of the paper.
+
+        Args:
+            place: of the layer among the finetuned ones, 0 for the one with the widest input.
+        """
+        name = str(self.table.index[self.table["finetuned"]][place])
+        seen = {
+            model: layer_inputs(unet, self.calib, [name], SAMPLES)[name]
+            for model, unet in self.unets.items()
+        }
+        return histogram_figure(seen, BITS, name)
+
+
+def _folder(artifact: Artifact | None) -> Path:
+    if artifact is None:
+        raise ConfigError("figure2: expected quantized rows, found one in full precision")
+    return artifact.folder
+
+
+def _load_unet(run: SeedRun) -> nn.Module:
+    """The row's checkpoint, where the pipeline is; simulated, whatever engine the rows ran on."""
+    return questlib.from_pretrained(_folder(run.checkpoint) / "unet").to(run.pipe.device)

@@ -1,4 +1,4 @@
-"""The paper's checkpoints: fetch one, make a diffusers folder of it.
+"""The paper's checkpoints: download one, and make a diffusers folder of it.
 
 python -m reproduce.models download sd-v1-4 --out DIR
 python -m reproduce.models convert DIR/sd-v1-4.ckpt --config sd-v1-4 --out FOLDER
@@ -12,14 +12,15 @@ from pathlib import Path
 
 from questlib import arguments
 from questlib.files import check_new
-from reproduce.models.compvis import config_names, convert, save
-from reproduce.models.download import SOURCES, download
+from reproduce.models.compvis import convert_checkpoint, save_pipeline
+from reproduce.models.compvis_files import config_names
+from reproduce.models.download import CHECKPOINTS, download_checkpoint
 
 
 def run_convert(args: argparse.Namespace) -> None:
     check_new(args.out)
-    pipe = convert(args.checkpoint, args.config, ema=not args.raw, sha256=args.sha256)
-    save(pipe, args.out)
+    pipe = convert_checkpoint(args.checkpoint, args.config, ema=not args.raw, sha256=args.sha256)
+    save_pipeline(pipe, args.out)
     parts = ", ".join(
         f"{name} {type(part).__name__}"
         for name, part in pipe.components.items()
@@ -28,12 +29,13 @@ def run_convert(args: argparse.Namespace) -> None:
     print(f"{args.out}: {type(pipe).__name__} ({parts})")
     if "text_encoder" in pipe.components and pipe.text_encoder is None:
         print(
-            "the config names no text encoder: this pipeline takes prompt_embeds and negative_prompt_embeds, not prompts"
+            "the config names no text encoder: this pipeline takes prompt_embeds and "
+            "negative_prompt_embeds, not prompts"
         )
 
 
 def run_download(args: argparse.Namespace) -> None:
-    path = download(args.name, args.out)
+    path = download_checkpoint(args.name, args.out)
     print(
         f"{path}; now: python -m reproduce.models convert {path} --config {args.name} --out FOLDER"
     )
@@ -41,13 +43,14 @@ def run_download(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m reproduce.models", description="Fetch and convert the paper's checkpoints."
+        prog="python -m reproduce.models",
+        description="Download and convert the paper's checkpoints.",
     )
     sub = parser.add_subparsers(dest="command", required=True)
     d = sub.add_parser(
-        "download", help="fetch one of the paper's checkpoints; a broken download is resumed"
+        "download", help="one of the paper's checkpoints; a broken download is resumed"
     )
-    d.add_argument("name", help=", ".join(SOURCES))
+    d.add_argument("name", help=", ".join(CHECKPOINTS))
     d.add_argument("--out", type=Path, required=True, help="folder for NAME.ckpt")
     d.set_defaults(run=run_download)
     c = sub.add_parser(

@@ -1,4 +1,4 @@
-"""The metric network of the mini scale: a small convolutional classifier of the nine emoji groups."""
+"""The metric network of the mini scale: a small classifier of the nine emoji groups."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import nn
 
 
 class GroupClassifier(nn.Module):
-    """Four strided stages of 3x3 convolutions; `features` gives what FID, KID and sFID are computed on.
+    """Four strided stages of 3x3 convolutions.
+
+    `features` gives what FID, KID and sFID are computed on.
 
     Input: float [N, 3, 64, 64] in (-1, 1).
     """
@@ -18,7 +20,8 @@ class GroupClassifier(nn.Module):
     def __init__(self, num_classes: int = 9, width: int = 24) -> None:
         super().__init__()
         widths = (width, 2 * width, 4 * width, self.POOLED)
-        stages, c = [], 3
+        stages = []
+        c = 3
         for w in widths:
             stages.append(
                 nn.Sequential(
@@ -35,7 +38,10 @@ class GroupClassifier(nn.Module):
         self.head = nn.Linear(c, num_classes)
 
     def features(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """pooled [N, 128], spatial [N, 128] (first 8 channels of the 8x8 stage, averaged to 4x4), logits [N, classes]."""
+        """pooled [N, 128], spatial [N, 128], logits [N, classes].
+
+        The spatial features are the first 8 channels of the 8x8 stage, averaged to 4x4.
+        """
         mid = self.stages[:3](x)  # [N, 4 * width, 8, 8]
         pooled = self.stages[3](mid).mean((2, 3))  # [N, 128, 4, 4] -> [N, 128]
         spatial = nn.functional.avg_pool2d(mid[:, :8], 2).flatten(1)  # [N, 8, 4, 4] -> [N, 128]

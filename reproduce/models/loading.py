@@ -8,14 +8,8 @@ from diffusers import DiffusionPipeline
 
 from questlib.diffusion import loading
 from questlib.errors import ConfigError
+from reproduce.models.embedded import MINI, embedded_models
 from reproduce.models.pipelines import PIPELINES
-
-MINI = Path(__file__).parent / "minis" / "weights"  # written by reproduce.models.minis.export
-
-
-def embedded_models() -> list[str]:
-    """Names of the pipelines that ship with the package."""
-    return sorted(p.parent.name for p in MINI.glob("*/model_index.json"))
 
 
 def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:

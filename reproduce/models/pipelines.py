@@ -1,13 +1,12 @@
-"""Latent diffusion pipelines, unconditional and class-conditional, and the two parts that diffusers lacks for the paper's models.
+"""The paper's latent diffusion pipelines, unconditional and class-conditional.
 
-diffusers' LDMPipeline draws the noise of eta > 0 from no generator and knows no classes; hence the pipelines here.
+diffusers' own LDMPipeline takes the noise of eta > 0 from no generator, and knows no classes.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from diffusers import (
@@ -26,13 +25,18 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from questlib.diffusion.conditioning import Condition
+from questlib.diffusion.sampling import choose_scheduler, denoise, sample_shape
 from questlib.errors import ConfigError
 
-Generators = torch.Generator | list[torch.Generator] | None
+Generators: TypeAlias = torch.Generator | list[torch.Generator] | None
+Output: TypeAlias = ImagePipelineOutput | tuple[torch.Tensor]
 
 
 class ClassEmbedder(ModelMixin, ConfigMixin):
-    """Class labels to cross-attention context: one learned vector a class, and one more for "no class", the last."""
+    """Class labels to cross-attention context.
+
+    One learned vector for each class, and a last one for "no class".
+    """
 
     @register_to_config
     def __init__(self, num_classes: int = 1000, embed_dim: int = 512) -> None:
@@ -41,16 +45,21 @@ class ClassEmbedder(ModelMixin, ConfigMixin):
 
     @property
     def null_class(self) -> int:
-        """The label that stands for no class, in classifier-free guidance."""
+        """The label that stands for no class in classifier-free guidance."""
         return self.config.num_classes
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
-        """labels int64 [N] -> context [N, 1, embed_dim]"""
+        """labels int64 [N] -> context [N, 1, embed_dim]."""
         return self.embedding(labels)[:, None]
 
 
 class LatentDiffusionPipeline(DiffusionPipeline):
-    """Unconditional latent diffusion: `vae` VQModel (LDM-4) or AutoencoderKL (LDM-8), `unet`, `scheduler`."""
+    """Unconditional latent diffusion: LDM-4 (VQModel) and LDM-8 (AutoencoderKL).
+
+    Example:
+        >>> pipe = load_pipeline("mini-ldm8")
+        >>> images = pipe(batch_size=4, num_inference_steps=20).images
+    """
 
     model_cpu_offload_seq = "unet->vae"
 
@@ -70,13 +79,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Images from noise; `latents` [N, C, h, w] replaces the noise drawn from `generator`. output_type: pil, np, pt, latent.
+    ) -> Output:
+        """Draw images.
 
-        ConfigError when eta > 0 is asked of a scheduler that has none.
+        Args:
+            latents: [N, C, h, w] in place of the noise that `generator` would give.
+            output_type: "pil", "np", "pt", or "latent" for what the autoencoder would decode.
+
+        Raises:
+            ConfigError: eta > 0 with a scheduler that has none.
         """
         return self._sample(
-            lambda x, t: self.unet(x, t).sample,
+            Condition(),
             batch_size,
             num_inference_steps,
             eta,
@@ -88,7 +102,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _sample(
         self,
-        eps: Callable,
+        condition: Condition,
         batch_size: int,
         steps: int,
         eta: float,
@@ -96,27 +110,22 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None,
         output_type: str,
         return_dict: bool,
-    ) -> ImagePipelineOutput | tuple:
-        """x_T -> x_0 -> images; eps(x_t [N, C, h, w], t) is the predicted noise."""
-        device, size = self._execution_device, self.unet.config.sample_size
-        shape = (batch_size, self.unet.config.in_channels, size, size)
-        accepted = inspect.signature(self.scheduler.step).parameters
-        if eta > 0 and "eta" not in accepted:
-            raise ConfigError(
-                f"eta = {eta}: {type(self.scheduler).__name__} has no eta, use DDIMScheduler"
-            )
-        extra = {k: v for k, v in {"eta": eta, "generator": generator}.items() if k in accepted}
-        self.scheduler.set_timesteps(steps, device=device)
-        x = (
-            randn_tensor(shape, generator, device, self.unet.dtype)
-            if latents is None
-            else latents.to(device, self.unet.dtype)
+    ) -> Output:
+        """x_T -> x_0 -> images."""
+        device = self._execution_device
+        if latents is None:
+            shape = (batch_size, self.unet.config.in_channels, *sample_shape(self.unet))
+            latents = randn_tensor(shape, generator, device, self.unet.dtype)
+        x = denoise(
+            self.unet,
+            choose_scheduler(self, eta=eta),
+            latents.to(device, self.unet.dtype),
+            steps,
+            eta=eta,
+            generators=generator,
+            condition=condition,
+            track=self.progress_bar,
         )
-        x = x * self.scheduler.init_noise_sigma
-        for t in self.progress_bar(self.scheduler.timesteps):
-            x = self.scheduler.step(
-                eps(self.scheduler.scale_model_input(x, t), t), t, x, **extra
-            ).prev_sample
         if output_type != "latent":
             x = self.vae.decode(x / self.vae.config.scaling_factor).sample
             x = VaeImageProcessor().postprocess(x, output_type)
@@ -125,7 +134,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 
 class ClassConditionalPipeline(LatentDiffusionPipeline):
-    """Class-conditional latent diffusion: LDM-4 on ImageNet. The context of `class_embedder` enters by cross-attention."""
+    """Class-conditional latent diffusion: LDM-4 on ImageNet.
+
+    The context of `class_embedder` enters the UNet by cross-attention.
+
+    Example:
+        >>> pipe = load_pipeline("mini-cin")
+        >>> images = pipe([0, 1, 2], guidance_scale=3.0).images
+    """
 
     model_cpu_offload_seq = "class_embedder->unet->vae"
 
@@ -152,28 +168,43 @@ class ClassConditionalPipeline(LatentDiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """One image a label. With guidance_scale s != 1, eps = eps_null + s (eps_label - eps_null), both from one UNet call.
+    ) -> Output:
+        """Draw one image for each label; see LatentDiffusionPipeline for the other arguments.
 
-        ConfigError for labels outside 0..num_classes (num_classes itself is the null class), or eta > 0 without DDIM.
+        Args:
+            class_labels: each in 0..num_classes; num_classes itself is the null class.
+            guidance_scale: s in eps = eps_null + s (eps_label - eps_null); both predictions come
+                from one call of the UNet.
+
+        Raises:
+            ConfigError: other labels, or eta > 0 with a scheduler that has none.
         """
-        labels = (
-            torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1).to(self._execution_device)
-        )
+        labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1)
+        labels = labels.to(self._execution_device)
         null = self.class_embedder.null_class
         if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) > null:
             raise ConfigError(
-                f"class_labels: expected one or more labels in 0..{null} ({null}: no class), found {labels.tolist()}"
+                f"class_labels: expected one or more labels in 0..{null} ({null}: no class), "
+                f"found {labels.tolist()}"
             )
         condition = Condition(
             self.class_embedder(labels),
             self.class_embedder(torch.full_like(labels, null)),
             guidance_scale,
         )
-        eps = functools.partial(condition.predict, self.unet)
         return self._sample(
-            eps, len(labels), num_inference_steps, eta, generator, latents, output_type, return_dict
+            condition,
+            len(labels),
+            num_inference_steps,
+            eta,
+            generator,
+            latents,
+            output_type,
+            return_dict,
         )
 
 
-PIPELINES = {c.__name__: c for c in (LatentDiffusionPipeline, ClassConditionalPipeline)}
+PIPELINES: dict[str, type[DiffusionPipeline]] = {
+    "LatentDiffusionPipeline": LatentDiffusionPipeline,
+    "ClassConditionalPipeline": ClassConditionalPipeline,
+}

@@ -1,62 +1,88 @@
-"""The paper's claims, each as comparisons of rows, and whether they hold in the committed results."""
+"""The paper's claims, each as comparisons of rows, and whether they hold in the results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from statistics import fmean
-from typing import Any
+from typing import NamedTuple
 
-from reproduce.reporting.report import HEADS, PAIRED, quantize_seconds
+from reproduce.reporting.report import HEADS
+from reproduce.results import Result
+from reproduce.table_results import TableResults
 from reproduce.tables.methods import LABELS
-from reproduce.tables.registry import get_table
-from reproduce.verdicts import ONE_SEED, TWO_PROCESSORS, by_seed, verdict
-
-Results = Mapping[str, Sequence[Mapping[str, Any]]]  # by table
+from reproduce.verdicts import PAIRED, Order, Remark, by_seed, compare
 
 
 @dataclass(frozen=True)
 class Claim:
-    """Row `mine` is better than row `base`, for all `pairs` of one table, by each of `metrics`: metrics, or keys of COSTS."""
+    """One row of a table is better than another, for each of several pairs and measures."""
 
     text: str
-    where: str  # in the paper
+    where: str
+    """Table or figure of the paper."""
+
     table: str
     pairs: tuple[tuple[str, str], ...]
+    """Ids of the better row and the other one."""
+
     metrics: tuple[str, ...] = ("fid", PAIRED)
+    """Metrics, or keys of MEASURED_COSTS."""
 
 
-# what a row costs, less is better: the head, and the number of a result
-COSTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], float]]] = {
-    "hours": ("seconds to quantize", quantize_seconds),
-    "memory_mb": ("memory, MB", lambda r: r["peak_bytes"] / 1e6),
+def _memory_mb(result: Result) -> float | None:
+    return None if result.peak_bytes is None else result.peak_bytes / 1e6
+
+
+# What a row costs, where less is better: the head, and the number of a result.
+MEASURED_COSTS: dict[str, tuple[str, Callable[[Result], float | None]]] = {
+    "hours": ("seconds to quantize", lambda result: result.quantize_seconds),
+    "memory_mb": ("memory, MB", _memory_mb),
 }
 BITS = ("w8a8", "w4a8", "w4a4")
 A8, W4, A4 = BITS[:2], BITS[1:], BITS[2:]
-# data set in words, its rows' prefix, the paper's table, ours; metrics that the paper judges by
-BEDROOMS = ("Bedrooms", "bedrooms", "Table 3", "table3", ("fid", PAIRED))
-CHURCHES = ("Churches", "churches", "Table 3", "table3-churches", ("fid", PAIRED))
-IMAGENET = ("ImageNet", "imagenet", "Table 4", "table4", ("sfid", "inception_score", PAIRED))
-SD = ("text to image", "sd", "Table 5", "table5", ("clip_score", PAIRED))
-CIFAR10 = ("CIFAR-10", "cifar10", "Table 11", "table11", ("fid", PAIRED))
+
+
+class Data(NamedTuple):
+    """The rows of one data set."""
+
+    words: str
+    prefix: str
+    """Of the rows' ids."""
+
+    where: str
+    """Table of the paper."""
+
+    table: str
+    metrics: tuple[str, ...] = ("fid", PAIRED)
+    """What the paper judges by."""
+
+
+BEDROOMS = Data("Bedrooms", "bedrooms", "Table 3", "table3")
+CHURCHES = Data("Churches", "churches", "Table 3", "table3-churches")
+IMAGENET = Data("ImageNet", "imagenet", "Table 4", "table4", ("sfid", "inception_score", PAIRED))
+SD = Data("text to image", "sd", "Table 5", "table5", ("clip_score", PAIRED))
+CIFAR10 = Data("CIFAR-10", "cifar10", "Table 11", "table11")
 DATA = (BEDROOMS, CHURCHES, IMAGENET, SD, CIFAR10)
 
 
 def _beats(
-    data: tuple, base: str, bits: Sequence[str], preset: str = "quest", text: str = "QuEST"
+    data: Data, base: str, bits: Sequence[str], preset: str = "quest", text: str = "QuEST"
 ) -> Claim:
-    words, prefix, where, table, metrics = data
-    pairs = tuple((f"{prefix}-{b}-{preset}", f"{prefix}-{b}-{base}") for b in bits)
+    """A preset against a baseline at some bit-widths."""
+    widths = ", ".join(b.upper() for b in bits)
     return Claim(
-        f"{text} beats {LABELS[base]} at {', '.join(b.upper() for b in bits)}, {words}",
-        where,
-        table,
-        pairs,
-        metrics,
+        text=f"{text} beats {LABELS[base]} at {widths}, {data.words}",
+        where=data.where,
+        table=data.table,
+        pairs=tuple((f"{data.prefix}-{b}-{preset}", f"{data.prefix}-{b}-{base}") for b in bits),
+        metrics=data.metrics,
     )
 
 
-def _tfmq(data: tuple) -> Claim:
+def _tfmq(data: Data) -> Claim:
+    """The same against TFMQ-DM, which has a table of its own."""
     return replace(
         _beats(data, "tfmq-dm", A8), where="Table 9", table="table9", metrics=("fid", PAIRED)
     )
@@ -155,34 +181,110 @@ CLAIMS = (
 )
 
 
-def judge(claim: Claim, results: Results) -> tuple[str, str]:
-    """("holds" | "holds in part" | "does not hold" | "not run", the comparisons in words); ", one seed" after it where so."""
-    table, rows = get_table(claim.table), {r["cell"]: r for r in results[claim.table]}
-    found, words, one_seed = [], [], False
+class Holds(StrEnum):
+    """What became of a claim."""
+
+    HOLDS = "holds"
+    IN_PART = "holds in part"
+    NOT = "does not hold"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows by one metric or cost. `values` None: not both were measured."""
+
+    head: str
+    """Of the metric or cost, after the rows' bits where the claim has several pairs."""
+
+    values: tuple[float, float] | None
+    order: Order
+    remarks: tuple[Remark, ...] = ()
+    is_cost: bool = False
+
+    @property
+    def holds(self) -> bool:
+        """Whether the first row is better."""
+        return self.order == Order.BETTER
+
+    def __str__(self) -> str:
+        if self.values is None:
+            return f"{self.head}: {self.order}"
+        mine, base = self.values
+        if self.is_cost:
+            less = "less" if self.holds else "not less"
+            return f"{self.head} {mine:.0f} against {base:.0f}: {less}"
+        words = [str(self.order)]
+        words += [str(r) for r in self.remarks if r == Remark.TWO_PROCESSORS]
+        return f"{self.head} {mine:.2f} against {base:.2f}: {', '.join(words)}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Whether a claim holds, and the comparisons that say so."""
+
+    holds: Holds
+    comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether a comparison has no spread to be judged by."""
+        return any(Remark.ONE_SEED in c.remarks for c in self.comparisons)
+
+    @property
+    def details(self) -> str:
+        """The comparisons in words."""
+        return "; ".join(map(str, self.comparisons)) or "-"
+
+    def __str__(self) -> str:
+        return f"{self.holds}, one seed" if self.one_seed else str(self.holds)
+
+
+def judge(claim: Claim, results: Mapping[str, TableResults]) -> Judgement:
+    """Whether a claim holds.
+
+    Args:
+        results: by table; that of the claim is looked at.
+    """
+    found = results[claim.table]
+    if not all(found[row_id].done for pair in claim.pairs for row_id in pair):
+        return Judgement(Holds.NOT_RUN)
+    comparisons = tuple(_comparisons(claim, found))
+    missing = tuple(c for c in comparisons if c.values is None)
+    if missing:
+        return Judgement(Holds.NOT_RUN, missing[:1])
+    true = [c.holds for c in comparisons]
+    holds = Holds.HOLDS if all(true) else Holds.IN_PART if any(true) else Holds.NOT
+    return Judgement(holds, comparisons)
+
+
+def _comparisons(claim: Claim, results: TableResults) -> Iterator[Comparison]:
+    """Each pair by each metric."""
     for mine, base in claim.pairs:
-        if any(rows[c]["status"] != "done" for c in (mine, base)):
-            return "not run", "-"
-        bits = f"{table.cell(mine).bits} " if len(claim.pairs) > 1 else ""
+        bits = f"{results.table.row(mine).bits} " if len(claim.pairs) > 1 else ""
         for metric in claim.metrics:
-            if metric in COSTS:
-                head, cost = COSTS[metric]
-                values = [cost(rows[c]) for c in (mine, base)]
-                found.append(values[0] < values[1])
-                words.append(
-                    f"{bits}{head} {values[0]:.0f} against {values[1]:.0f}: {'less' if found[-1] else 'not less'}"
-                )
-                continue
-            if any(rows[c]["metrics"][metric]["value"] is None for c in (mine, base)):
-                return "not run", f"{HEADS[metric]} not measured"
-            pairs = by_seed(metric, rows[mine], rows[base])
-            if not pairs:
-                return "not run", "no seed in common"
-            values = [fmean(v) for v in zip(*pairs, strict=True)]
-            line = verdict(metric, table.cell(mine), table.cell(base), rows[mine], rows[base])
-            one_seed |= ONE_SEED in line
-            found.append(line.startswith("better"))
-            order = line.split(" than ")[0] if " than " in line else "no clear difference"
-            order += f", {TWO_PROCESSORS}" if TWO_PROCESSORS in line else ""
-            words.append(f"{bits}{HEADS[metric]} {values[0]:.2f} against {values[1]:.2f}: {order}")
-    word = "holds" if all(found) else "holds in part" if any(found) else "does not hold"
-    return word + (", one seed" if one_seed else ""), "; ".join(words)
+            if metric in MEASURED_COSTS:
+                yield _by_cost(bits, metric, results[mine], results[base])
+            else:
+                yield _by_metric(bits, metric, results, mine, base)
+
+
+def _by_cost(bits: str, name: str, mine: Result, base: Result) -> Comparison:
+    head, cost = MEASURED_COSTS[name]
+    ours, others = cost(mine), cost(base)
+    if ours is None or others is None:
+        return Comparison(bits + head, None, Order.NOT_MEASURED, is_cost=True)
+    order = Order.BETTER if ours < others else Order.WORSE
+    return Comparison(bits + head, (ours, others), order, is_cost=True)
+
+
+def _by_metric(bits: str, metric: str, results: TableResults, mine: str, base: str) -> Comparison:
+    """Means over the seeds that both rows have, and the order of the rows' verdict."""
+    rows = results.table
+    found = compare(metric, rows.row(mine), rows.row(base), results[mine], results[base])
+    head = bits + HEADS[metric]
+    if not found.measured:
+        return Comparison(head, None, found.order)
+    pairs = by_seed(metric, results[mine], results[base])
+    values = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
+    return Comparison(head, values, found.order, found.remarks)

@@ -1,4 +1,7 @@
-"""Markdown and notebooks as HTML that needs no network and no script: MathML, highlighted code, images as files."""
+"""Markdown and notebooks as HTML that needs no network and no script.
+
+Equations are MathML, code is highlighted, images are files.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ SHOWN = ["text/html", "text/markdown", "image/svg+xml", "image/png", "image/jpeg
 
 
 class Renderer(IPythonRenderer):
-    """nbconvert's, with equations as MathML, tables in a box that scrolls, and links that hold inside the site."""
+    """nbconvert's renderer, with MathML, tables that scroll, and links inside the site."""
 
     def block_math(self, body: str) -> str:
         return f'<span class="equation">{mathml(body, "block")}</span>'
@@ -39,7 +42,7 @@ class Renderer(IPythonRenderer):
         return f'<div class="scroll"><table>{text}</table></div>'
 
     def link(self, text: str, url: str, title: str | None = None) -> str:
-        """A notebook's link leads to its page; one to another file of the repository, which the site has not, is text."""
+        """A notebook's link leads to its page; a link to a file that the site lacks is text."""
         parts = urlsplit(url)
         if parts.scheme or not parts.path:
             return super().link(text, url, title)
@@ -49,15 +52,17 @@ class Renderer(IPythonRenderer):
 
 
 def page_file(notebook: Path) -> str:
+    """Name of a notebook's page."""
     return f"{notebook.stem}.html"
 
 
 def markdown(source: str) -> str:
+    """Markdown as HTML."""
     return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
 
 
 def mathml(latex: str, display: str) -> str:
-    """MathML of an equation; QuestError where a command stays unknown, instead of showing its name."""
+    """MathML of an equation. QuestError for a LaTeX command that is not known."""
     found = convert(latex.strip(), display=display)
     if "\\" in found:
         raise QuestError(f"equation {latex.strip()!r}: expected LaTeX that latex2mathml knows")
@@ -70,6 +75,7 @@ def plain(heading: str) -> str:
 
 
 def highlight_style() -> str:
+    """CSS of highlighted code."""
     return HtmlFormatter(style="friendly").get_style_defs(".highlight")
 
 
@@ -87,6 +93,7 @@ def data_table(data: pd.DataFrame) -> str:
 
 
 def read_notebook(path: Path) -> NotebookNode:
+    """The notebook in a file. QuestError for anything else."""
     try:
         return nbformat.read(path, as_version=4)
     except (
@@ -102,11 +109,14 @@ def read_notebook(path: Path) -> NotebookNode:
 
 
 def notebook_html(notebook: NotebookNode, name: str) -> tuple[str, str, dict[str, bytes]]:
-    """(the first heading, or `name`; the HTML fragment; its images by file name, which starts with `name`)."""
-    headings = []
-    notebook.metadata.pop(
-        "widgets", None
-    )  # their state would come as a script; their text is shown
+    """A notebook as an HTML fragment.
+
+    Returns:
+        The first heading (or `name`), the fragment, and its images by file name, which starts with
+        `name`.
+    """
+    headings: list[str] = []
+    notebook.metadata.pop("widgets", None)  # their state would come as a script; their text shows
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             headings += map(plain, re.findall(r"^#+ +(.+)$", cell.source, re.M))

@@ -1,20 +1,27 @@
-"""From result JSON to tables: terminal, markdown, HTML. Every number comes from a result file or from the table's own file."""
+"""From results to tables: terminal, markdown, HTML.
+
+Every number comes from a result file or from the table's own file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Mapping
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from questlib.files import atomic_path
+from reproduce.choices import Choices
 from reproduce.plan import Plan, make_plan
-from reproduce.results import stored_result
-from reproduce.store import write_atomically, write_json
-from reproduce.tables.base import Number
-from reproduce.verdicts import verdict
+from reproduce.results import Result
+from reproduce.table_results import TableResults
+from reproduce.tables.base import COSTS, Number, Row
+from reproduce.verdicts import PAIRED, verdict
 
-JUDGED = ("fid", "sfid", "kid", "inception_score", "clip_score")
 HEADS = {
     "fid": "FID",
     "sfid": "sFID",
@@ -22,286 +29,320 @@ HEADS = {
     "clip_score": "CLIP score x100",
     "kid": "KID x1000",
     "psnr_to_fp": "PSNR to FP, dB",
-    "feature_distance_to_fp": "distance to FP",
+    PAIRED: "distance to FP",
 }
+COST_HEADS = {"hours": "hours", "memory_mb": "memory MB", "iterations": "iterations"}
 IF_REPORTED = ("inception_score", "clip_score")  # shown where the paper's table has them
-PAIRED = "feature_distance_to_fp"  # compared with the order of the paper's FIDs: it resolves what few samples' FID cannot
 FACTORS = {"kid": 1000.0}
+DIGITS = {PAIRED: 3}
 
 
-def load_results(plan: Plan) -> list[dict[str, Any]]:
-    """One result per cell of the whole table, in its order; a cell without a file is "not run", with the reason."""
-    return with_verdicts(plan, [stored_result(cell, plan) for cell in plan.table.cells])
+def finish(plan: Plan) -> TableResults:
+    """Write the table as markdown and HTML beside its results, which are only read.
 
-
-def with_verdicts(plan: Plan, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same results, each metric that the paper's tables use with its verdict."""
-    by_id = {r["cell"]: r for r in results}
-    for cell in plan.table.cells:
-        base = None if cell.against is None else plan.table.cell(cell.against)
-        for metric, entry in by_id[cell.id]["metrics"].items():
-            other = None if base is None else by_id[base.id]
-            if metric in JUDGED:
-                entry["verdict"] = verdict(metric, cell, base, by_id[cell.id], other)
-            elif metric == PAIRED and base is not None and base.preset is not None:
-                entry["verdict"] = verdict(
-                    metric, cell, base, by_id[cell.id], other, claim=plan.table.claim
-                )
+    Raises:
+        ResultError: a result file is damaged, or of an older layout.
+    """
+    results = TableResults.stored(plan)
+    for name, text in (("table.md", markdown(results)), ("table.html", html(results))):
+        with atomic_path(plan.folder / name) as temporary:
+            temporary.write_text(text)
     return results
 
 
-def finish(plan: Plan) -> list[dict[str, Any]]:
-    """Write verdicts into the result files, and the table as markdown and HTML. Call it when all cells are there."""
-    results = load_results(plan)
-    for result in results:
-        path = plan.row_file(result["cell"])
-        if path.is_file():
-            write_json(path, result)
-    write_atomically(plan.folder / "table.md", markdown(plan, results))
-    write_atomically(plan.folder / "table.html", html(plan, results))
-    return results
+def committed(table: str, folder: Path) -> TableResults:
+    """The results of a full mini run under `folder`, where nothing is written.
+
+    Raises:
+        ResultError: a result file is damaged, or of an older layout.
+    """
+    choices = Choices(scale="mini", results=folder, work=folder)
+    return TableResults.stored(make_plan(table, choices, dry=True))
 
 
-def _ours(result: dict[str, Any], metric: str) -> str:
-    entry = result["metrics"][metric]
-    if result["status"] != "done":
-        return result["status"]
-    if entry["value"] is None:
+# ---- numbers as text ----
+
+
+def _ours(result: Result, metric: str) -> str:
+    """Mean ± deviation, or why there is none."""
+    if not result.done:
+        return str(result.status)
+    value, std = result.metric(metric)
+    if value is None:
         return "-"
     factor = FACTORS.get(metric, 1.0)
-    digits = 3 if metric == "feature_distance_to_fp" else 2
-    spread = "" if entry["std"] is None else f" ± {entry['std'] * factor:.{digits}f}"
-    return f"{entry['value'] * factor:.{digits}f}{spread}"
+    digits = DIGITS.get(metric, 2)
+    spread = "" if std is None else f" ± {std * factor:.{digits}f}"
+    return f"{value * factor:.{digits}f}{spread}"
 
 
 def _paper(value: Number, note: str) -> str:
-    if value is None and note.startswith("the paper has no such row"):
-        return "not in the paper"
-    return "not reported" if value is None else value if isinstance(value, str) else f"{value:.2f}"
+    if value is None:
+        no_row = note.startswith("the paper has no such row")
+        return "not in the paper" if no_row else "not reported"
+    return value if isinstance(value, str) else f"{value:.2f}"
 
 
 def _quantity(value: float | None, unit: float, digits: int = 1) -> str:
     return "-" if value is None else f"{value / unit:.{digits}f}"
 
 
-def quantize_seconds(r: dict[str, Any]) -> float | None:
-    """Of calibrating, quantizing, finetuning; None for full precision and for rows without a result."""
-    if r["preset"] is None or r["status"] != "done":
-        return None
-    return sum(v for k, v in r["seconds"].items() if k not in ("sample", "evaluate"))
+# ---- tables ----
 
 
-def _trained(r: dict[str, Any]) -> float | None:
-    """The share of the quantized layers' weights that finetuning trains; None where nothing is finetuned."""
-    return (
-        next((s["finetune"]["trained_fraction"] for s in r["per_seed"] if s.get("finetune")), None)
-        or None
-    )
-
-
-def reported(results: list[dict[str, Any]]) -> list[str]:
+def reported(results: TableResults) -> list[str]:
     """The metrics that the paper's table has."""
-    return [
-        m for m in HEADS if any(r["metrics"].get(m, {}).get("paper") is not None for r in results)
-    ]
+    rows = results.table.rows
+    return [m for m in HEADS if any(row.paper.get(m) is not None for row in rows)]
 
 
-def bits(r: dict[str, Any]) -> str:
-    """Of a row's weights and activations, as `Cell.bits` has it."""
-    return "32/32" if r["preset"] is None else f"W{r['weight_bits']}A{r['act_bits']}"
-
-
-def _name(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+def _name(row: Row, results: TableResults) -> dict[str, str]:
     """The columns that say which row this is; the data set where the table has several."""
-    several = len({x["dataset"] for x in results}) > 1
-    return ({"data": r["dataset"]} if several else {}) | {"bits": bits(r), "method": r["label"]}
+    several = len({r.dataset for r in results.table.rows}) > 1
+    data = {"data": row.dataset} if several else {}
+    return data | {"bits": row.bits, "method": row.label}
 
 
-def frame(results: list[dict[str, Any]]) -> pd.DataFrame:
+def frame(results: TableResults) -> pd.DataFrame:
     """Our numbers: mean ± sample standard deviation over the seeds."""
-    heads = {m: head for m, head in HEADS.items() if m not in IF_REPORTED or m in reported(results)}
-    rows = []
-    for r in results:
-        row = _name(r, results)
-        row |= {"preset": r["preset"] or "-"} | {
-            head: _ours(r, metric) for metric, head in heads.items()
-        }
-        if any(_trained(x) is not None for x in results):
-            row["weights trained"] = "-" if _trained(r) is None else f"{_trained(r):.0%}"
-        row["size MB"] = _quantity(r["size_bytes"], 1e6, 2)
-        row["quantize s"] = _quantity(quantize_seconds(r), 1, 0)
-        row["memory MB"] = _quantity(r["peak_bytes"], 1e6, 0)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    shown = [m for m in HEADS if m not in IF_REPORTED or m in reported(results)]
+    trains = any(result.trained_fraction is not None for _, result in results)
+    lines = []
+    for row, result in results:
+        line = _name(row, results) | {"preset": row.preset or "-"}
+        line |= {HEADS[metric]: _ours(result, metric) for metric in shown}
+        if trains:
+            trained = result.trained_fraction
+            line["weights trained"] = "-" if trained is None else f"{trained:.0%}"
+        line["size MB"] = _quantity(result.size_bytes, 1e6, 2)
+        line["quantize s"] = _quantity(result.quantize_seconds, 1, 0)
+        line["memory MB"] = _quantity(result.peak_bytes, 1e6, 0)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
-def side_by_side(results: list[dict[str, Any]]) -> pd.DataFrame:
-    """Paper, independent re-runs and ours, with the verdict; metrics that the paper's table has."""
+def side_by_side(results: TableResults) -> pd.DataFrame:
+    """Paper, independent runs and ours, with the verdict, by the metrics of the paper's table."""
     metrics = reported(results)
-    rows = []
-    for r in results:
-        row = _name(r, results)
-        for m in metrics:
-            entry = r["metrics"][m]
-            others = ", ".join(
-                f"{name} {value:.2f}" for name, value in entry["independent"].items()
-            )
-            row |= {
-                f"{HEADS[m]} paper": _paper(entry["paper"], r["note"]),
-                f"{HEADS[m]} others": others or "-",
-                f"{HEADS[m]} ours": _ours(r, m),
-            }
-            row[f"{HEADS[m]} verdict"] = entry["verdict"]
-        row |= _sizes(r, results) | _costs(r, results)
-        row["verdict by distance to FP"] = r["metrics"][PAIRED]["verdict"] or "-"
-        row = {
-            k: v
-            for k, v in row.items()
-            if not k.endswith(" others")
-            or any(x["metrics"][m]["independent"] for x in results for m in metrics)
-        }
-        rows.append(row)
-    return pd.DataFrame(rows)
+    others = any(_independent(row, m) != "-" for row in results.table.rows for m in metrics)
+    lines = []
+    for row, result in results:
+        line = _name(row, results)
+        for metric in metrics:
+            head = HEADS[metric]
+            line[f"{head} paper"] = _paper(row.paper.get(metric), row.note)
+            if others:
+                line[f"{head} others"] = _independent(row, metric)
+            line[f"{head} ours"] = _ours(result, metric)
+            line[f"{head} verdict"] = str(verdict(results, row, metric))
+        line |= _sizes(row, result, results) | _costs(row, result, results)
+        paired = verdict(results, row, PAIRED)
+        line["verdict by distance to FP"] = "-" if paired is None else str(paired)
+        lines.append(line)
+    return pd.DataFrame(lines)
 
 
-def _sizes(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
+def _independent(row: Row, metric: str) -> str:
+    """Numbers of independent runs, each after its source."""
+    found = ((name, values[metric]) for name, values in row.independent.items() if metric in values)
+    return ", ".join(f"{name} {value:.2f}" for name, value in found) or "-"
+
+
+def _sizes(row: Row, result: Result, results: TableResults) -> dict[str, str]:
     """The checkpoint's size as a share of full precision's, where the paper's table has sizes."""
     full = next(
         (
-            x
-            for x in results
-            if x["preset"] is None and x["dataset"] == r["dataset"] and x["paper_size_mb"]
+            (whole_row, whole)
+            for whole_row, whole in results
+            if whole_row.full_precision
+            and whole_row.dataset == row.dataset
+            and whole_row.paper_size_mb
         ),
         None,
     )
     if full is None:
         return {}
-    mb = {
-        "paper": (r["paper_size_mb"], full["paper_size_mb"]),
-        "ours": (r["size_bytes"], full["size_bytes"]),
-    }
-    unit = {"paper": 1.0, "ours": 1e6}
     return {
-        f"size {who}": f"{own / unit[who]:.1f} MB ({own / whole:.1%})" if own and whole else "-"
-        for who, (own, whole) in mb.items()
+        "size paper": _share(row.paper_size_mb, full[0].paper_size_mb, 1.0),
+        "size ours": _share(result.size_bytes, full[1].size_bytes, 1e6),
     }
 
 
-def _costs(r: dict[str, Any], results: list[dict[str, Any]]) -> dict[str, str]:
-    """Hours and memory of quantizing beside the paper's, where its table has them (Tables 6 and 8)."""
-    costs: dict[str, str] = {}
+def _share(own: float | None, whole: float | None, unit: float) -> str:
+    return f"{own / unit:.1f} MB ({own / whole:.1%})" if own and whole else "-"
+
+
+def _costs(row: Row, result: Result, results: TableResults) -> dict[str, str]:
+    """Hours, memory and iterations beside the paper's, where its table has them (Tables 6, 8)."""
+    plan = results.plan
+    iterations = None if row.full_precision else plan.config(row, plan.seeds[0]).iterations
     ours = {
-        "hours": _quantity(quantize_seconds(r), 3600, 3),
-        "memory_mb": _quantity(r["peak_bytes"], 1e6, 0),
+        "hours": _quantity(result.quantize_seconds, 3600, 3),
+        "memory_mb": _quantity(result.peak_bytes, 1e6, 0),
+        "iterations": _quantity(iterations, 1, 0),
     }
-    ours["iterations"] = _quantity(r["iterations"], 1, 0)
-    for key, head in (("hours", "hours"), ("memory_mb", "memory MB"), ("iterations", "iterations")):
-        if any(x["paper_costs"][key] is not None for x in results):
-            value = r["paper_costs"][key]
-            costs[f"{head} paper"] = "not reported" if value is None else f"{value:g}"
-            costs[f"{head} ours"] = ours[key]
+    costs: dict[str, str] = {}
+    for key in COSTS:
+        if any(r.paper.get(key) is not None for r in results.table.rows):
+            value = row.paper.get(key)
+            papers = "not reported" if value is None else f"{value:g}"
+            costs |= {f"{COST_HEADS[key]} paper": papers, f"{COST_HEADS[key]} ours": ours[key]}
     return costs
 
 
-def reasons(results: list[dict[str, Any]]) -> list[str]:
-    """Why cells have no numbers, one line a reason."""
-    found: dict[tuple[str, str], list[str]] = {}
-    for r in results:
-        if r["status"] != "done":
-            found.setdefault((r["status"], r["reason"]), []).append(r["cell"])
-    return [f"{status} ({', '.join(cells)}): {reason}" for (status, reason), cells in found.items()]
+# ---- what stands around them ----
 
 
-def sampling_words(r: dict[str, Any]) -> str:
-    guidance = f", guidance {r['guidance_scale']:g}" if r["guidance_scale"] != 1 else ""
-    return f"{r['sampler'].upper()} {r['num_inference_steps']} steps, eta {r['eta']:g}{guidance}"
+def reasons(results: TableResults) -> list[str]:
+    """Why rows have no numbers, one line a reason."""
+    found: dict[tuple[str, str | None], list[str]] = {}
+    for row, result in results:
+        if not result.done:
+            found.setdefault((result.status, result.reason), []).append(row.id)
+    return [f"{status} ({', '.join(rows)}): {reason}" for (status, reason), rows in found.items()]
 
 
-def conditions(plan: Plan, results: list[dict[str, Any]]) -> str:
-    """How the numbers were made, from the results themselves; also what stands between them and the paper's."""
-    done = [r for r in results if r["status"] == "done"]
-    if not done:
+def _conditions_of(result: Result) -> str:
+    """How one row's numbers were made."""
+    how = result.conditions
+    seeds = ", ".join(str(s.seed) for s in result.seeds)
+    model = "" if how.model is None else how.model.id
+    features = "no" if how.features == "none" else how.features
+    reference = f"reference {how.reference}" if how.reference else "no reference"
+    return (
+        f"{model}, {how.sampling}, {how.samples_per_seed} samples a seed, seeds {seeds}, "
+        f"{features} features, {reference}"
+    )
+
+
+def conditions(results: TableResults) -> str:
+    """How the numbers were made, and what stands between them and the paper's."""
+    plan = results.plan
+    if not results.done:
         return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
-    kinds = sorted(
-        {
-            f"{r['model']['id']}, {sampling_words(r)}, {r['n_samples'] // len(r['seeds'])} samples a seed, seeds "
-            f"{', '.join(map(str, r['seeds']))}, {r['features'].replace('none', 'no')} features, "
-            + (f"reference {r['reference']}" if r["reference"] else "no reference")
-            + ("" if plan.engine == "fake" else f", quantized models run by engine {plan.engine}")
-            for r in done
-        }
-    )
-    words = f"Scale {plan.scale.name}: {'; '.join(kinds)}. Values: mean ± standard deviation over the seeds. "
+    engine = plan.choices.engine
+    by = "" if engine == "fake" else f", quantized models run by engine {engine}"
+    kinds = sorted({_conditions_of(result) + by for _, result in results.done})
+    words = [
+        f"Scale {plan.scale.name}: {'; '.join(kinds)}.",
+        "Values: mean ± standard deviation over the seeds.",
+    ]
     if plan.scale.name != "paper":
-        words += "The paper's numbers are of its own model and data: compare orders, not values. "
-        words += "Few samples bias FID upwards, for all rows alike, and a row may come out below full precision by chance: "
-        words += "the distance to the full-precision images from the same noise tells rows apart that FID cannot. "
-    if shared := [f"{r['cell']} ({r['same_as']})" for r in done if r.get("same_as")]:
-        words += f"Taken from an earlier run of another table, which may show a later one, of another machine: {', '.join(shared)}. "
-    return words + plan.table.note
+        words += [
+            "The paper's numbers are of its own model and data: compare orders, not values.",
+            "Few samples bias FID upwards, for all rows alike, and a row may come out below full "
+            "precision by chance: the distance to the full-precision images from the same noise "
+            "tells rows apart that FID cannot.",
+        ]
+    return " ".join([*words, plan.table.note])
 
 
-def made_by(results: list[dict[str, Any]]) -> str:
-    """Commits, torch and machines of the rows that are there; a commit with changes beside it is named so."""
-    made = [r["provenance"] for r in results if r["status"] == "done"]
-    lines = dict.fromkeys(
-        f"made at commit {p['commit']}{' with changes' if p['dirty'] else ''}, torch {p['versions']['torch']}, "
-        f"{p['machine']['cpu']}, {p['machine']['cores']} cores"
-        for p in made
-    )
+def made_by(results: TableResults) -> str:
+    """Commits, torch and machines of the rows that are there.
+
+    A commit that had changes beside it is named so.
+    """
+    lines: dict[str, None] = {}
+    for _, result in results.done:
+        made = result.provenance[0]
+        changed = " with changes" if made["dirty"] else ""
+        machine = made["machine"]
+        line = (
+            f"made at commit {made['commit']}{changed}, torch {made['versions']['torch']}, "
+            f"{machine['cpu']}, {machine['cores']} cores"
+        )
+        lines[line] = None
     return "\n".join(lines) or "nothing was made"
 
 
+# ---- whole reports ----
+
+
 def as_markdown(data: pd.DataFrame) -> str:
-    cells = [
-        list(map(str, data.columns)),
-        ["---"] * len(data.columns),
-        *data.astype(str).values.tolist(),
+    """A data frame as a markdown table."""
+    lines = [list(map(str, data.columns)), ["---"] * len(data.columns)]
+    lines += data.astype(str).to_numpy().tolist()
+    escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
+
+
+def markdown(results: TableResults) -> str:
+    """The whole report in markdown."""
+    parts = [
+        f"### {results.table.title}",
+        conditions(results),
+        as_markdown(frame(results)),
+        *(f"- {line}" for line in reasons(results)),
+        "Paper and ours:",
+        as_markdown(side_by_side(results)),
     ]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells)
+    return "\n\n".join(parts) + "\n"
 
 
-def markdown(plan: Plan, results: list[dict[str, Any]]) -> str:
-    parts = [f"### {plan.table.title}", conditions(plan, results), as_markdown(frame(results))]
-    parts += [f"- {line}" for line in reasons(results)]
-    return "\n\n".join([*parts, "Paper and ours:", as_markdown(side_by_side(results))]) + "\n"
+STYLE = """<style>
+body {font: 15px sans-serif; max-width: 75em; margin: 2em auto}
+td, th {padding: .3em .7em; text-align: left}
+</style>"""
 
 
-def html(plan: Plan, results: list[dict[str, Any]]) -> str:
-    style = "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto}td,th{padding:.3em .7em;text-align:left}</style>"
-    notes = "".join(f"<li>{line}</li>" for line in reasons(results))
+def html(results: TableResults) -> str:
+    """The whole report as a page."""
+    title = escape(results.table.title)
+    notes = "".join(f"<li>{escape(line)}</li>" for line in reasons(results))
     with pd.option_context("display.max_colwidth", None):  # verdicts are whole sentences
-        tables = [
+        ours, both = (
             data.to_html(index=False, border=0) for data in (frame(results), side_by_side(results))
-        ]
+        )
     return (
-        f"<!doctype html><meta charset='utf-8'><title>{plan.table.title}</title>{style}<h1>{plan.table.title}</h1>"
-        f"<p>{conditions(plan, results)}</p>{tables[0]}<ul>{notes}</ul><h2>Paper and ours</h2>{tables[1]}\n"
+        f"<!doctype html><meta charset='utf-8'><title>{title}</title>{STYLE}<h1>{title}</h1>"
+        f"<p>{escape(conditions(results))}</p>{ours}<ul>{notes}</ul>"
+        f"<h2>Paper and ours</h2>{both}\n"
     )
 
 
-def terminal(plan: Plan, results: list[dict[str, Any]]) -> str:
-    wide = {"index": False, "justify": "left"}
-    parts = [
-        plan.table.title,
-        conditions(plan, results),
-        frame(results).to_string(**wide),
-        *reasons(results),
-    ]
-    return "\n\n".join([*parts, side_by_side(results).to_string(**wide)])
+def terminal(results: TableResults) -> str:
+    """The whole report as plain text."""
+    ours, both = (
+        data.to_string(index=False, justify="left")
+        for data in (frame(results), side_by_side(results))
+    )
+    parts = [results.table.title, conditions(results), ours, *reasons(results), both]
+    return "\n\n".join(parts)
 
 
-def as_json(plan: Plan, results: list[dict[str, Any]]) -> str:
+def as_json(results: TableResults) -> str:
+    """The whole report as JSON: each row's specification, result and verdicts."""
+    table = results.table
     about = {
-        "table": plan.table.name,
-        "title": plan.table.title,
-        "scale": plan.scale.name,
-        "note": plan.table.note,
+        "table": table.name,
+        "title": table.title,
+        "scale": results.plan.scale.name,
+        "note": table.note,
     }
-    return json.dumps(about | {"results": results}, indent=1, allow_nan=False)
+    rows = [_row_json(row, result, results) for row, result in results]
+    return json.dumps(about | {"rows": rows}, indent=1, allow_nan=False)
 
 
-def committed(table: str, results: Path) -> tuple[Plan, list[dict[str, Any]]]:
-    """Plan and results of a full mini run under `results`, where nothing is written; for the README and the site."""
-    plan = make_plan(table, scale="mini", results=results, work=results, dry=True)
-    return plan, load_results(plan)
+def _row_json(row: Row, result: Result, results: TableResults) -> dict[str, Any]:
+    """What is known of one row."""
+    judged = {metric: verdict(results, row, metric) for metric in HEADS}
+    return {
+        "specified": _plain(dataclasses.asdict(row)) | {"bits": row.bits},
+        "result": dataclasses.asdict(result),
+        "metrics": {metric: result.metric(metric)._asdict() for metric in HEADS},
+        "size_bytes": result.size_bytes,
+        "peak_bytes": result.peak_bytes,
+        "seconds": result.seconds,
+        "verdicts": {
+            metric: dataclasses.asdict(found) | {"text": str(found)}
+            for metric, found in judged.items()
+            if found is not None
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Mappings of any kind as dicts, which JSON can hold."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value

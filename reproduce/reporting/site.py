@@ -1,8 +1,10 @@
-"""A static site of the executed notebooks and of every table's committed results: HTML files alone, nothing from the network."""
+"""A static site of the executed notebooks and of every table's committed results.
+
+It consists of HTML files alone and loads nothing from the network.
+"""
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
 from collections import Counter
@@ -10,13 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from nbformat import NotebookNode
 
 from questlib.errors import ConfigError, QuestError
 from questlib.files import check_writable
-from reproduce.plan import Plan
 from reproduce.provenance import ROOT
 from reproduce.reporting import report
 from reproduce.reporting.markup import (
@@ -28,27 +28,36 @@ from reproduce.reporting.markup import (
     plain,
     read_notebook,
 )
+from reproduce.table_results import TableResults
 from reproduce.tables.base import Table
 from reproduce.tables.registry import all_tables
 
-MARK = '<meta name="generator" content="python -m reproduce site">'  # a folder without it is not ours to replace
-SCALES = {"smoke": "smoke scale: it shows that all runs, its numbers mean nothing"}
-Results = list[dict[str, Any]]  # of a table's rows, as report.committed gives them
+# Only a folder whose index has this mark is replaced.
+MARK = '<meta name="generator" content="python -m reproduce site">'
+SCALES = {"smoke": "smoke scale: it shows that everything runs, its numbers mean nothing"}
 
 
 @dataclass(frozen=True)
 class Page:
+    """One page of the site."""
+
     file: str
     title: str
-    body: str  # HTML
-    about: str = ""  # HTML, one line: where what the page shows comes from
+    body: str
+    """HTML."""
+
+    about: str = ""
+    """One line of HTML: where what the page shows comes from."""
 
 
 def reading_order(path: Path) -> tuple[int, str]:
-    """The tour and the engine (00 to 29), tables, figures, what goes beyond the paper (30 and above)."""
+    """The tour and the engine (00 to 29), tables, figures, what goes beyond the paper (30 on)."""
     if number := re.match(r"\d+", path.name):
         return (0 if int(number[0]) < 30 else 3, path.name)
-    return ({"table": 1, "figure": 2}.get(re.match(r"[a-z]*", path.name)[0], 3), path.name)
+    for place, kind in ((1, "table"), (2, "figure")):
+        if path.name.startswith(kind):
+            return (place, path.name)
+    return (3, path.name)
 
 
 def shown_run(path: Path, results: Path) -> Path:
@@ -61,13 +70,17 @@ def shown_run(path: Path, results: Path) -> Path:
 
 
 def about_run(notebook: NotebookNode) -> str:
-    code = [c for c in notebook.cells if c.cell_type == "code"]
-    if not any(c.outputs for c in code):
+    """Which run a notebook shows, in one line."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if not any(cell.outputs for cell in code):
         return "Not executed: this page shows the code alone."
-    scales = [
-        m[1] for c in code if (m := re.search(r'^SCALE = "(\w+)"', c.source, re.M))
-    ]  # injected parameters come last
-    return f"The run shown: {SCALES.get(scales[-1], f'{scales[-1]} scale') if scales else 'the defaults of the notebook'}."
+    # Injected parameters come last.
+    found = [re.search(r'^SCALE = "(\w+)"', cell.source, re.M) for cell in code]
+    scales = [match[1] for match in found if match]
+    shown = "the defaults of the notebook"
+    if scales:
+        shown = SCALES.get(scales[-1], f"{scales[-1]} scale")
+    return f"The run shown: {shown}."
 
 
 def notebook_page(path: Path, results: Path, folder: Path) -> Page:
@@ -81,11 +94,13 @@ def notebook_page(path: Path, results: Path, folder: Path) -> Page:
         for t in all_tables().values()
         if t.notebook == path.name
     ]
-    words = [about_run(notebook), *(["Results at mini scale:", ", ".join(links)] if links else [])]
+    words = [about_run(notebook)]
+    words += ["Results at mini scale:", ", ".join(links)] if links else []
     return Page(page_file(path), title, body, " ".join(words))
 
 
 def table_file(table: Table) -> str:
+    """Name of a table's page."""
     return f"results-{table.name}.html"
 
 
@@ -94,60 +109,53 @@ def bullets(lines: Iterable[str]) -> str:
     return f"<ul>{items}</ul>" if items else ""
 
 
-def committed(results: Path) -> list[tuple[Plan, Results]]:
-    found = []
-    for name in all_tables():
-        try:
-            found.append(report.committed(name, results))
-        except json.JSONDecodeError as error:
-            raise QuestError(
-                f"results of {name} in {results}: expected JSON, found {error}"
-            ) from error
-    return found
-
-
-def table_page(plan: Plan, found: Results, notebooks: list[Path]) -> Page:
+def table_page(results: TableResults, notebooks: list[Path]) -> Page:
     """Everything that the result files say of a table."""
+    table = results.table
     made = [
-        f'How it is made: <a href="{page_file(n)}">{n.name}</a>.'
-        for n in notebooks
-        if n.name == plan.table.notebook
+        f'How it is made: <a href="{page_file(path)}">{path.name}</a>.'
+        for path in notebooks
+        if path.name == table.notebook
     ]
-    title = plain(plan.table.title)
+    title = plain(table.title)
     body = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(report.conditions(plan, found))}</p>",
+        f"<p>{escape(report.conditions(results))}</p>",
         "<h2>Paper and ours</h2>",
+        data_table(report.side_by_side(results)),
+        bullets(map(escape, report.reasons(results))),
+        "<h2>Ours</h2>",
+        data_table(report.frame(results)),
     ]
-    body += [data_table(report.side_by_side(found)), bullets(map(escape, report.reasons(found)))]
-    return Page(
-        table_file(plan.table),
-        title,
-        "\n".join([*body, "<h2>Ours</h2>", data_table(report.frame(found))]),
-        *made,
-    )
+    return Page(table_file(table), title, "\n".join(body), *made)
 
 
-def run_count(found: Results) -> str:
-    return f"{sum(r['status'] == 'done' for r in found)} of {len(found)} rows run at mini scale"
+def run_count(results: TableResults) -> str:
+    """How many rows of a table have numbers."""
+    return f"{len(results.done)} of {len(results)} rows run at mini scale"
 
 
-def summary(plan: Plan, found: Results) -> str:
-    """Paper and ours without the rest (ours alone where the paper has no numbers), and why rows have no numbers."""
-    data = report.side_by_side(found) if report.reported(found) else report.frame(found)
-    data = data[[c for c in data.columns if not re.search("verdict|others", c)]]
-    why = Counter((r["status"], r["reason"]) for r in found if r["status"] != "done")
+def summary(results: TableResults) -> str:
+    """Paper and ours without the rest, and why rows have no numbers.
+
+    Where the paper has no numbers, ours alone.
+    """
+    data = report.side_by_side(results) if report.reported(results) else report.frame(results)
+    data = data[[column for column in data.columns if not re.search("verdict|others", column)]]
+    why = Counter((r.status, r.reason or "") for _, r in results if not r.done)
+    table = results.table
+    link = f'<a href="{table_file(table)}">All columns, verdicts, conditions</a>'
     return "\n".join(
         [
-            f'<h3 id="{plan.table.name}">{escape(plain(plan.table.title))}</h3>',
-            f'<p class="quiet">{run_count(found)}. <a href="{table_file(plan.table)}">All columns, verdicts, conditions</a></p>',
+            f'<h3 id="{table.name}">{escape(plain(table.title))}</h3>',
+            f'<p class="quiet">{run_count(results)}. {link}</p>',
             data_table(data),
             bullets(escape(f"{n} rows {status}: {reason}") for (status, reason), n in why.items()),
         ]
     )
 
 
-def index(readme: Path, notebooks: list[Page], tables: list[tuple[Plan, Results]]) -> Page:
+def index(readme: Path, notebooks: list[Page], tables: list[TableResults]) -> Page:
     """What this is (the README's words above its first section), the notebooks, the tables."""
     intro = readme.read_text().split("\n## ")[0]
     title = re.match(r"# (.+)", intro)
@@ -158,19 +166,21 @@ def index(readme: Path, notebooks: list[Page], tables: list[tuple[Plan, Results]
         for p in notebooks
     ]
     jump = [
-        f'<a href="#{p.table.name}">{escape(plain(p.table.title))}</a> <span class="quiet">{run_count(r)}</span>'
-        for p, r in tables
+        f'<a href="#{r.table.name}">{escape(plain(r.table.title))}</a> '
+        f'<span class="quiet">{run_count(r)}</span>'
+        for r in tables
     ]
     body = [markdown(intro), '<h2 id="notebooks">Notebooks</h2>', bullets(pages)]
     body += [
         '<h2 id="tables">Tables: paper and ours</h2>',
         bullets(jump),
-        *(summary(p, r) for p, r in tables),
+        *map(summary, tables),
     ]
     return Page("index.html", plain(title[1]), "\n".join(body))
 
 
 def framed(page: Page, before: Page | None = None, after: Page | None = None) -> str:
+    """The whole HTML of a page, with links to its neighbours."""
     steps = [
         f'<a href="{p.file}">{way} {escape(p.title)}</a>'
         for way, p in (("Previous:", before), ("Next:", after))
@@ -187,7 +197,9 @@ def framed(page: Page, before: Page | None = None, after: Page | None = None) ->
 </head>
 <body>
 <header>
-<a href="index.html">questlib</a> <a href="index.html#notebooks">Notebooks</a> <a href="index.html#tables">Tables</a>
+<a href="index.html">questlib</a>
+<a href="index.html#notebooks">Notebooks</a>
+<a href="index.html#tables">Tables</a>
 </header>
 <main>
 {f'<p class="about">{page.about}</p>' if page.about else ""}
@@ -200,10 +212,11 @@ def framed(page: Page, before: Page | None = None, after: Page | None = None) ->
 
 
 def write_pages(folder: Path, results: Path, root: Path) -> None:
+    """Write every page, image and style to `folder`."""
     paths = sorted((root / "notebooks").glob("*.ipynb"), key=reading_order)
-    tables = committed(results)
+    tables = [report.committed(name, results) for name in all_tables()]
     notebooks = [notebook_page(path, results, folder) for path in paths]
-    for row in (notebooks, [table_page(plan, found, paths) for plan, found in tables]):
+    for row in (notebooks, [table_page(found, paths) for found in tables]):
         for before, page, after in zip([None, *row], row, [*row[1:], None], strict=False):
             (folder / page.file).write_text(framed(page, before, after))
     (folder / "index.html").write_text(framed(index(root / "README.md", notebooks, tables)))
@@ -213,10 +226,16 @@ def write_pages(folder: Path, results: Path, root: Path) -> None:
 
 
 def build(out: Path, results: Path, root: Path = ROOT) -> int:
-    """Write the site of `results` and of the notebooks and README under `root` to folder `out`; how many pages it has.
+    """Write the site of `results`, and of the notebooks and README under `root`, to `out`.
 
-    An older site in `out` is replaced in one step, when the new one is whole. ConfigError for a place that cannot be written
-    or holds anything else; QuestError for results, notebooks or equations that cannot be read.
+    An older site in `out` is replaced in one step, when the new one is whole.
+
+    Returns:
+        The number of pages.
+
+    Raises:
+        ConfigError: a place that cannot be written or holds anything else.
+        QuestError: results, notebooks or equations that cannot be read.
     """
     out = out.resolve()
     if not (results / "mini").is_dir():

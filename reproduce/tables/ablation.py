@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from reproduce.tables.base import Cell, Table
+from reproduce.tables.base import Row, Table
 
 GROUPS = 4  # step groups of the `quest` preset
 EVERY_STEP = 1000  # step groups: as many as the sampler has steps
@@ -52,7 +52,9 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("minmax", "min-max PTQ", "minmax", {}),
     ("minmax-groups", f"min-max PTQ, {GROUPS} step groups", "minmax", dict(step_groups=GROUPS)),
 )
-# another sampler or number of steps than calibrated: quest against full precision drawn in the same way
+
+# Another sampler or number of steps than calibrated: quest against full precision that is drawn in
+# the same way.
 DRAWN: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("steps-10", "DDIM 10 steps", dict(num_inference_steps=10)),
     ("steps-50", "DDIM 50 steps", dict(num_inference_steps=50)),
@@ -67,9 +69,9 @@ ABLATION = Table(
     title="Ablation: what the parts of `quest` do at W4A4",
     notebook="30_ablation.ipynb",
     in_paper=False,
-    cells=(
-        Cell(id="fp", label="full precision", preset=None, note=NOTE),
-        Cell(
+    rows=(
+        Row(id="fp", label="full precision", preset=None, note=NOTE),
+        Row(
             id=BASE,
             label="quest",
             preset="quest",
@@ -79,7 +81,7 @@ ABLATION = Table(
             note=NOTE,
         ),
         *(
-            Cell(
+            Row(
                 id=f"w4a4-{name}",
                 label=label,
                 preset=preset,
@@ -92,17 +94,17 @@ ABLATION = Table(
             for name, label, preset, overrides in ROWS
         ),
         *(
-            cell
+            row
             for name, label, how in DRAWN
-            for cell in (
-                Cell(
+            for row in (
+                Row(
                     id=f"fp-{name}",
                     label=f"full precision, {label}",
                     preset=None,
                     sampling=how,
                     note=NOTE,
                 ),
-                Cell(
+                Row(
                     id=f"w4a4-{name}",
                     label=f"quest, drawn by {label}",
                     preset="quest",

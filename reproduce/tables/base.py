@@ -1,4 +1,4 @@
-"""The paper's tables: one file each, with its cells, their presets, the paper's numbers and independent re-runs."""
+"""What a table is: rows as specified, each with its preset and the numbers that others report."""
 
 from __future__ import annotations
 
@@ -10,47 +10,68 @@ from questlib.errors import ConfigError
 
 FAILED = "N/A"  # the paper: generation failed
 UNKNOWN = "not available"  # the paper has a number, but this project does not know it
-# names of `make` targets by table; the others are named as their table. `make reproduce-table3` runs both of the first two
+Number = float | str | None  # a number, FAILED, UNKNOWN, or None = not reported
+COSTS = ("hours", "memory_mb", "iterations")  # keys of Row.paper beside metrics
+
+# Names of `make` targets by table; the others are named as their table. `make reproduce-table3`
+# runs both of the first two.
 TARGETS = {
     "table3": "bedrooms",
     "table3-churches": "churches",
     "table4": "imagenet",
     "table5": "sd",
 }
-Number = float | str | None  # a number, FAILED, UNKNOWN, or None = not reported
-COSTS = ("hours", "memory_mb", "iterations")  # keys of Cell.paper beside metrics
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One row of a table: how to make it, and what the paper and others report. `preset` None is the full-precision model."""
+class Row:
+    """One row of a table as specified: how to make it, and what the paper and others report."""
 
     id: str
     label: str
     preset: str | None
+    """Preset of `QuantConfig`; None is the full-precision model."""
+
     weight_bits: int = 32
     act_bits: int = 32
-    overrides: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # QuantConfig keys, they win over the scale's
-    dataset: str = "bedrooms"  # name in reproduce.datasets: the model, and how it is sampled
-    sampling: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # keys of its Setting: images are drawn otherwise than calibrated
-    paper: Mapping[str, Number] = field(default_factory=dict)  # by metric, or one of COSTS
-    independent: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict
-    )  # by source, by metric
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Values of `QuantConfig` by name; they win over the scale's."""
+
+    dataset: str = "bedrooms"
+    """Name in `reproduce.datasets`, which says the model and how it is sampled."""
+
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the data set's `Setting`, where images are drawn otherwise than calibrated."""
+
+    paper: Mapping[str, Number] = field(default_factory=dict)
+    """The paper's numbers by metric, or by one of COSTS."""
+
+    independent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Numbers of independent runs, by source and metric."""
+
     paper_size_mb: float | None = None
-    against: str | None = None  # id of the row that the paper's claim compares this one with
-    paper_order: Mapping[str, str] = field(
-        default_factory=dict
-    )  # by metric, "better" | "worse", from the text
+    against: str | None = None
+    """Id of the row that the paper's claim compares this one with."""
+
+    paper_order: Mapping[str, str] = field(default_factory=dict)
+    """By metric "better" or "worse", where only the paper's text gives an order."""
+
     note: str = ""
 
     @property
+    def full_precision(self) -> bool:
+        """Whether nothing is quantized."""
+        return self.preset is None
+
+    @property
     def bits(self) -> str:
-        return "32/32" if self.preset is None else f"W{self.weight_bits}A{self.act_bits}"
+        """Of weights and activations."""
+        return "32/32" if self.full_precision else f"W{self.weight_bits}A{self.act_bits}"
+
+    @property
+    def title(self) -> str:
+        """Label and bits; of full precision the label alone."""
+        return self.label if self.full_precision else f"{self.label} {self.bits}"
 
 
 @dataclass(frozen=True)
@@ -59,28 +80,35 @@ class Table:
 
     name: str
     title: str
-    notebook: str  # file name in notebooks/
-    cells: tuple[Cell, ...]
-    picture: tuple[
-        str, ...
-    ]  # cells whose samples, from the same noise, are shown one above the other
+    notebook: str
+    """File name in notebooks/."""
+
+    rows: tuple[Row, ...]
+    picture: tuple[str, ...]
+    """Ids of the rows whose samples, from the same noise, are shown one above the other."""
+
     note: str
     in_paper: bool = True
-    opens_checkpoints: bool = False  # its notebook does, so rows alone do not show it
-    shares: bool = True  # False: its rows read no ranges and weights that another row made, so their memory is of all stages
-    claim: str = (
-        "fid"  # the metric whose order in the paper the distance to full precision is compared with
-    )
+    opens_checkpoints: bool = False
+    """Whether its notebook reads the rows' checkpoints, so that results alone do not show it."""
+
+    shares: bool = True
+    """Whether its rows read ranges and weights that another row made. Rows of tables of cost do
+    not, so that their time and memory are those of all stages."""
+
+    claim: str = "fid"
+    """The metric whose order in the paper the distance to full precision is compared with."""
 
     @property
     def target(self) -> str:
         """What `make` calls it."""
         return f"reproduce-{TARGETS.get(self.name, self.name)}"
 
-    def cell(self, cell_id: str) -> Cell:
-        for cell in self.cells:
-            if cell.id == cell_id:
-                return cell
+    def row(self, row_id: str) -> Row:
+        """The row with this id. ConfigError names the ids there are."""
+        for row in self.rows:
+            if row.id == row_id:
+                return row
         raise ConfigError(
-            f"{self.name}: cells are {', '.join(c.id for c in self.cells)}; found {cell_id!r}"
+            f"{self.name}: rows are {', '.join(row.id for row in self.rows)}; found {row_id!r}"
         )

@@ -1,8 +1,12 @@
-"""Figures 2 and 3 as tables: what finetuning does to activations, and which kind of layer suffers from few activation bits."""
+"""Figures 2 and 3 as tables.
+
+Figure 2: what finetuning does to activations. Figure 3: which kind of layer suffers from few
+activation bits.
+"""
 
 from __future__ import annotations
 
-from reproduce.tables.base import Cell, Table
+from reproduce.tables.base import Row, Table
 from reproduce.tables.methods import full_precision
 
 FIGURE2 = Table(
@@ -10,10 +14,10 @@ FIGURE2 = Table(
     title="Figure 2: activations before and after finetuning, W4A4",
     notebook="figure02_activations.ipynb",
     opens_checkpoints=True,
-    cells=(
+    rows=(
         full_precision("bedrooms", None),
         *(
-            Cell(
+            Row(
                 id=f"w4a4-{row}",
                 label=label,
                 preset="quest",
@@ -29,11 +33,12 @@ FIGURE2 = Table(
         ),
     ),
     picture=("bedrooms-fp", "w4a4-before", "w4a4-after"),
-    note="The paper shows two layers without naming them: their ranges go from [-10, 34] to [-4, 14] and from [-11, 20] to "
-    "[-4, 4], their standard deviations from 0.171 to 0.157 and from 0.073 to 0.071. It reports no metric here.",
+    note="The paper shows two layers without naming them: their ranges go from [-10, 34] to [-4, "
+    "14] and from [-11, 20] to [-4, 4], their standard deviations from 0.171 to 0.157 and "
+    "from 0.073 to 0.071. It reports no metric here.",
 )
 
-# kinds of layers (QuantConfig.act_layers), and what the paper says of each
+# Kinds of layers (`QuantConfig.act_layers`), and their names in the paper.
 KINDS = {
     "feed_forward": "feed-forward layers",
     "linear": "all other linear layers",
@@ -44,10 +49,10 @@ FIGURE3 = Table(
     name="figure3",
     title="Figure 3: sensitivity of layer types to activation bits",
     notebook="figure03_sensitivity.ipynb",
-    cells=(
+    rows=(
         full_precision("imagenet", None),
         *(
-            Cell(
+            Row(
                 id=f"a{bits}-{kind}",
                 label=label,
                 preset="quest-paper",
@@ -62,8 +67,9 @@ FIGURE3 = Table(
         ),
     ),
     picture=("imagenet-fp", *(f"a{bits}-{kind}" for kind in KINDS for bits in (6, 4))),
-    note="The paper gives a picture and no numbers: feed-forward activations fail at 6 bits, all other linear layers (5 times as "
-    "many) hardly fail at 4, convolutions (3 times as many) fail only at 4. Here the inputs of one kind of layer are quantized "
-    "(one range a tensor, by squared error), all else stays in full precision; class-conditional model, the only one of the LDMs "
-    "with feed-forward layers.",
+    note="The paper gives a picture and no numbers: feed-forward activations fail at 6 bits, all "
+    "other linear layers (5 times as many) hardly fail at 4, convolutions (3 times as many) "
+    "fail only at 4. Here the inputs of one kind of layer are quantized (one range a "
+    "tensor, by squared error), all else stays in full precision; class-conditional model, "
+    "the only one of the LDMs with feed-forward layers.",
 )

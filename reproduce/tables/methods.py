@@ -1,16 +1,18 @@
-"""Rows that several tables share: the methods' names, QuEST's three presets, and independent re-runs of QuEST."""
+"""Rows that several tables share: the methods, QuEST's three presets, independent runs of QuEST."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reproduce.tables.base import Cell, Number
+from reproduce.tables.base import Number, Row
 
 Bits = tuple[int, int]  # weights, activations
-W8A8, W4A8, W4A4 = (8, 8), (4, 8), (4, 4)
-SURVEY = "survey"  # Diffusion Model Quantization: A Review, arXiv 2505.05215; QuEST run again by its authors
-USER = "QuEST issue 20"  # a user of the official code, hatchetProject/QuEST issue 20
+W8A8 = (8, 8)
+W4A8 = (4, 8)
+W4A4 = (4, 4)
+FP = "fp"
+
 LABELS = {
     "minmax": "min-max PTQ",
     "ptq4dm": "PTQ4DM",
@@ -20,7 +22,9 @@ LABELS = {
     "tfmq-dm": "TFMQ-DM",
     "full-finetune": "full finetuning",
 }
-QUEST = "quest"  # the paper's one row, which is three here:
+
+# The paper's one QuEST row is three here.
+QUEST = "quest"
 QUEST_PRESETS = {
     "quest-paper": "QuEST, as the paper says",
     "quest-release": "QuEST, as the official release does",
@@ -28,10 +32,19 @@ QUEST_PRESETS = {
 }
 ONE_ROW = "the paper has one QuEST row; its number stands beside all three presets"
 NOT_IN_PAPER = "the paper has no such row"
-SOURCES = "survey: arXiv 2505.05215, QuEST run again by its authors; QuEST issue 20: a user of the official code."
+
+# "Diffusion Model Quantization: A Review" (arXiv 2505.05215), whose authors ran QuEST again; and a
+# user of the official code (hatchetProject/QuEST, issue 20).
+SURVEY = "survey"
+USER = "QuEST issue 20"
+SOURCES = (
+    "survey: arXiv 2505.05215, QuEST run again by its authors; "
+    "QuEST issue 20: a user of the official code."
+)
 Independent = Mapping[str, Mapping[str, float]]  # by source, by metric
-FP = "fp"
-AGAIN: dict[str, dict[Bits | str, Independent]] = {  # QuEST and full precision, by data set
+
+# Independent runs of QuEST and of full precision, by data set.
+AGAIN: dict[str, dict[Bits | str, Independent]] = {
     "bedrooms": {
         FP: {SURVEY: {"fid": 3.03, "sfid": 7.03}, USER: {"fid": 3.03}},
         W8A8: {SURVEY: {"fid": 4.52, "sfid": 9.31}, USER: {"fid": 2.93}},
@@ -60,9 +73,14 @@ def name(dataset: str, bits: Bits, method: str) -> str:
 
 def full_precision(
     dataset: str, paper: Mapping[str, Number] | None, size_mb: float | None = None
-) -> Cell:
-    """paper None: its table has no such row."""
-    return Cell(
+) -> Row:
+    """The full-precision row of a data set.
+
+    Args:
+        paper: the paper's numbers by metric; None: its table has no such row.
+        size_mb: the paper's.
+    """
+    return Row(
         id=f"{dataset}-{FP}",
         label="full precision",
         preset=None,
@@ -82,46 +100,51 @@ def rows(
     sizes: Mapping[str, float] | float | None = None,
     base: str = "q-diffusion",
     reference: bool = True,
-) -> tuple[Cell, ...]:
-    """One row a method at these bits, in the order of `numbers` (None: the paper has no such row); QuEST as its three presets.
+) -> tuple[Row, ...]:
+    """One row a method at these bits, and three for QuEST, one for each of its presets.
 
-    QuEST is compared with `base`, the others with full precision, if the table has that row (`reference`).
-    sizes: the paper's MB, of all or by method.
+    QuEST is compared with `base`, the others with full precision.
+
+    Args:
+        numbers: the paper's numbers by method and metric, in the order of the rows; None: the
+            paper has no such row.
+        sizes: the paper's MB, of all rows that it has or by method.
+        reference: whether the table has a row of full precision.
     """
-    cells = []
+    found: list[Row] = []
     for method, paper in numbers.items():
         common: dict[str, Any] = dict(
             weight_bits=bits[0],
             act_bits=bits[1],
             dataset=dataset,
             paper=paper or {},
-            paper_size_mb=sizes.get(method)
-            if isinstance(sizes, Mapping)
-            else sizes
-            if paper is not None
-            else None,
+            paper_size_mb=_size(sizes, method, paper is not None),
         )
         if method == QUEST:
             again = AGAIN.get(dataset, {}).get(bits, {})
             common |= dict(independent=again, against=name(dataset, bits, base), note=ONE_ROW)
-            cells += [
-                Cell(id=name(dataset, bits, p), label=label, preset=p, **common)
-                for p, label in QUEST_PRESETS.items()
+            found += [
+                Row(id=name(dataset, bits, preset), label=label, preset=preset, **common)
+                for preset, label in QUEST_PRESETS.items()
             ]
         else:
-            against = f"{dataset}-{FP}" if reference else None
-            note = NOT_IN_PAPER if paper is None else ""
-            cells.append(
-                Cell(
-                    id=name(dataset, bits, method),
-                    label=LABELS[method],
-                    preset=method,
-                    against=against,
-                    note=note,
-                    **common,
-                )
+            row = Row(
+                id=name(dataset, bits, method),
+                label=LABELS[method],
+                preset=method,
+                against=f"{dataset}-{FP}" if reference else None,
+                note=NOT_IN_PAPER if paper is None else "",
+                **common,
             )
-    return tuple(cells)
+            found.append(row)
+    return tuple(found)
+
+
+def _size(sizes: Mapping[str, float] | float | None, method: str, in_paper: bool) -> float | None:
+    """The paper's MB of one row."""
+    if isinstance(sizes, Mapping):
+        return sizes.get(method)
+    return sizes if in_paper else None
 
 
 def all_rows(
@@ -132,15 +155,19 @@ def all_rows(
     sizes: Mapping[int, Mapping[str, float] | float] | None = None,
     extra: Sequence[str] = (),
     **choices: Any,
-) -> tuple[Cell, ...]:
-    """`rows` at all bit-widths of a table: paper[bits][method] holds the number of each of `metrics`.
+) -> tuple[Row, ...]:
+    """`rows` at all bit-widths of a table.
 
-    sizes: by weight bits. extra: methods that the paper does not have, first.
+    Args:
+        paper: the numbers of a method, one for each of `metrics`, by bits and method.
+        sizes: as for `rows`, by weight bits.
+        extra: methods that the paper does not have, which come first.
+        **choices: further arguments of `rows`.
     """
-    cells: tuple[Cell, ...] = ()
+    found: tuple[Row, ...] = ()
     for bits, numbers in paper.items():
-        named = dict.fromkeys(extra) | {
-            m: dict(zip(metrics, values, strict=True)) for m, values in numbers.items()
-        }
-        cells += rows(dataset, bits, named, sizes=sizes and sizes[bits[0]], **choices)
-    return cells
+        named: dict[str, Mapping[str, Number] | None] = dict.fromkeys(extra)
+        named |= {m: dict(zip(metrics, values, strict=True)) for m, values in numbers.items()}
+        own = None if sizes is None else sizes[bits[0]]
+        found += rows(dataset, bits, named, sizes=own, **choices)
+    return found

@@ -24,8 +24,9 @@ TABLE10 = Table(
     name="table10",
     title="Table 10: more metrics on LSUN-Bedrooms",
     notebook="table10_more_metrics.ipynb",
-    cells=all_rows("bedrooms", PAPER, ["sfid", "inception_score"], reference=False),
+    rows=all_rows("bedrooms", PAPER, ["sfid", "inception_score"], reference=False),
     picture=("bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
-    note=f"N/A: generation failed. The paper's W4A4 numbers of QuEST are not available to this project. {SOURCES}",
+    note="N/A: generation failed. The paper's W4A4 numbers of QuEST are not available to this "
+    f"project. {SOURCES}",
     claim="sfid",
 )

@@ -14,11 +14,12 @@ TABLE11 = Table(
     name="table11",
     title="Table 11: CIFAR-10 32x32",
     notebook="table11_cifar10.ipynb",
-    cells=(
+    rows=(
         full_precision("cifar10", None),
         *all_rows("cifar10", PAPER, ["fid"]),
     ),
     picture=("cifar10-fp", "cifar10-w4a4-q-diffusion", "cifar10-w4a4-quest"),
-    note="N/A: generation failed. The paper does not state the number of steps: 100 at paper scale, this project's choice. "
-    "FID is always taken with Inception features; at smoke scale none is taken.",
+    note="N/A: generation failed. The paper does not state the number of steps: 100 at paper "
+    "scale, this project's choice. FID is always taken with Inception features; at smoke "
+    "scale none is taken.",
 )

@@ -1,10 +1,13 @@
-"""Table 2: three ways to treat the time-embedding (TE) layers, the rest of the model at the column's bits."""
+"""Table 2: three ways to treat the time-embedding (TE) layers.
+
+The rest of the model has the bits of the column.
+"""
 
 from __future__ import annotations
 
-from reproduce.tables.base import Cell, Table
+from reproduce.tables.base import Row, Table
 
-# What each setting asks of preset "quest": Table 2 is about TE layers, so CMA is off in all three.
+# What each setting asks of preset "quest". Table 2 is about TE layers, so CMA is off in all three.
 SETTINGS = {
     "ptq": ("TE quantized, not finetuned (PTQ)", dict(te="ptq", tla_iters=0, cma_iters=0)),
     "fp": ("TE in full precision (FP)", dict(te="fp", tla_iters=0, cma_iters=0)),
@@ -16,9 +19,9 @@ PAPER = {  # FID, sFID
 }
 
 
-def _cells() -> tuple[Cell, ...]:
-    cells = [
-        Cell(
+def _rows() -> tuple[Row, ...]:
+    rows = [
+        Row(
             id="fp",
             label="full precision",
             preset=None,
@@ -29,8 +32,8 @@ def _cells() -> tuple[Cell, ...]:
         bits = f"w{weight_bits}a{act_bits}"
         for setting, (label, overrides) in SETTINGS.items():
             fid, sfid = numbers[setting]
-            cells.append(
-                Cell(
+            rows.append(
+                Row(
                     id=f"{bits}-te-{setting}",
                     label=label,
                     preset="quest",
@@ -41,16 +44,16 @@ def _cells() -> tuple[Cell, ...]:
                     against=None if setting == "ptq" else f"{bits}-te-ptq",
                 )
             )
-    return tuple(cells)
+    return tuple(rows)
 
 
 TABLE2 = Table(
     name="table2",
     title="Table 2: time-embedding settings",
     notebook="table02.ipynb",
-    cells=_cells(),
+    rows=_rows(),
     picture=("fp", "w4a8-te-ptq", "w4a8-te-fp", "w4a8-te-finetune"),
-    note="The paper states neither the data set nor the number of samples of its Table 2 "
-    "(an sFID near 22 fits none of its other tables). "
-    "This reproduction declares its own: Bedrooms at `paper` scale, the embedded mini-ldm4 otherwise.",
+    note="The paper states neither the data set nor the number of samples of its Table 2 (an "
+    "sFID near 22 fits none of its other tables). This reproduction declares its own: "
+    "Bedrooms at `paper` scale, the embedded mini-ldm4 otherwise.",
 )

@@ -1,4 +1,4 @@
-"""Table 3, LSUN: PTQ4DM, Q-Diffusion, PTQ-D, EfficientDM and QuEST (three presets) at W8A8, W4A8, W4A4; FID.
+"""Table 3, LSUN: five methods, QuEST as three presets, at W8A8, W4A8 and W4A4; FID.
 
 Two tables here: Bedrooms, with min-max PTQ as one more row, and Churches.
 """
@@ -72,7 +72,7 @@ TABLE3 = Table(
     name="table3",
     title="Table 3: LSUN-Bedrooms 256x256, LDM-4",
     notebook="table03_bedrooms.ipynb",
-    cells=(
+    rows=(
         full_precision("bedrooms", {"fid": 2.95}, BEDROOMS_MB[32]),
         *all_rows("bedrooms", BEDROOMS, ["fid"], sizes=BEDROOMS_MB, extra=["minmax"]),
     ),
@@ -83,7 +83,7 @@ TABLE3_CHURCHES = Table(
     name="table3-churches",
     title="Table 3: LSUN-Churches 256x256, LDM-8",
     notebook="table03_churches.ipynb",
-    cells=(
+    rows=(
         full_precision("churches", {"fid": 4.02}, CHURCHES_MB[32]),
         *all_rows("churches", CHURCHES, ["fid"], sizes=CHURCHES_MB),
     ),

@@ -44,14 +44,15 @@ TABLE4 = Table(
     name="table4",
     title="Table 4: ImageNet 256x256, LDM-4",
     notebook="table04_imagenet.ipynb",
-    cells=(
+    rows=(
         full_precision("imagenet", dict(zip(METRICS, (11.28, 7.70, 364.73), strict=True)), 1529.7),
         *all_rows("imagenet", PAPER, METRICS, sizes=SIZES_MB),
     ),
     picture=("imagenet-fp", "imagenet-w4a4-q-diffusion", "imagenet-w4a4-quest"),
-    note="The paper says itself that FID is not valid here (it falls as bits fall): judge on sFID and IS. "
-    f"N/A: generation failed. EfficientDM: run again by the paper's authors. {SOURCES} At mini scale labels are drawn evenly, "
-    "but the classes of the reference images are not equally frequent: every row's FID has that in it, full precision's too "
+    note="The paper says itself that FID is not valid here (it falls as bits fall): judge on "
+    "sFID and IS. N/A: generation failed. EfficientDM: run again by the paper's authors. "
+    f"{SOURCES} At mini scale labels are drawn evenly, but the classes of the reference "
+    "images are not equally frequent: every row's FID has that in it, full precision's too "
     "(mini-cin's card has an FID without it).",
     claim="sfid",
 )

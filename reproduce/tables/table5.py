@@ -16,11 +16,12 @@ TABLE5 = Table(
     name="table5",
     title="Table 5: Stable Diffusion v1.4, 512x512",
     notebook="table05_stable_diffusion.ipynb",
-    cells=(
+    rows=(
         full_precision("sd", {"clip_score": 31.50}, 3279.1),
         *all_rows("sd", PAPER, ["clip_score"], sizes=SIZES_MB),
     ),
     picture=("sd-fp", "sd-w4a4-q-diffusion", "sd-w4a4-quest"),
-    note="The paper: CLIP ViT-B/16 score x100; N/A: generation failed. Prompts: one caption an image, see reproduce.evaluation.clip_score.",
+    note="The paper: CLIP ViT-B/16 score x100; N/A: generation failed. Prompts: one caption an "
+    "image, see reproduce.evaluation.clip_score.",
     claim="clip_score",
 )

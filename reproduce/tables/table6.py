@@ -1,14 +1,16 @@
-"""Table 6, LSUN-Bedrooms W4A8: what the parts of QuEST add to direct quantization, and what they cost."""
+"""Table 6, LSUN-Bedrooms W4A8: what the parts of QuEST add, and what they cost."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from reproduce.tables.base import Cell, Table
+from reproduce.tables.base import Row, Table
 from reproduce.tables.methods import full_precision
 
 SIZE_MB = 148.4
-# id, label, preset, what the row switches off; the paper's GPU hours, memory MB, FID; the row that it is compared with
+
+# Id, label, preset, what the row switches off; the paper's GPU hours, memory in MB and FID; the row
+# that it is compared with.
 ROWS: tuple[tuple[str, str, str, dict[str, Any], tuple[float, float, float], str], ...] = (
     ("ptq", "PTQ (Q-Diffusion)", "q-diffusion", {}, (23.08, 10334, 5.37), "bedrooms-fp"),
     (
@@ -27,10 +29,10 @@ TABLE6 = Table(
     name="table6",
     title="Table 6: components of QuEST and their cost, LSUN-Bedrooms W4A8",
     notebook="table06_components.ipynb",
-    cells=(
+    rows=(
         full_precision("bedrooms", {"fid": 2.95}, 1045.6),
         *(
-            Cell(
+            Row(
                 id=f"w4a8-{row}",
                 label=label,
                 preset=preset,

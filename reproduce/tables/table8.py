@@ -1,8 +1,11 @@
-"""Table 8, LSUN-Bedrooms: what finetuning costs, and what it gains, against EfficientDM and finetuning all weights."""
+"""Table 8, LSUN-Bedrooms: what finetuning costs and gains.
+
+QuEST stands against EfficientDM and against finetuning all weights.
+"""
 
 from __future__ import annotations
 
-from reproduce.tables.base import Cell, Table
+from reproduce.tables.base import Row, Table
 from reproduce.tables.methods import W4A4, W4A8, full_precision
 
 # preset: label, then the paper's hours, memory MB, iterations (of both bit-widths), and FID
@@ -16,10 +19,10 @@ TABLE8 = Table(
     name="table8",
     title="Table 8: cost of finetuning, LDM-4",
     notebook="table08_finetuning_cost.ipynb",
-    cells=(
+    rows=(
         full_precision("bedrooms", None),
         *(
-            Cell(
+            Row(
                 id=f"w{bits[0]}a{bits[1]}-{preset}",
                 label=label,
                 preset=preset,
@@ -41,7 +44,8 @@ TABLE8 = Table(
     ),
     picture=("bedrooms-fp", "w4a4-efficientdm", "w4a4-full-finetune", "w4a4-quest"),
     shares=False,
-    note="The paper: LDM-4 (Bedrooms by its numbers) on one A6000; QuEST's FIDs here differ from its Table 3 (3.26 and 5.64), "
-    "which has a larger training budget. Ours: hours of all stages, calibration and AdaRound too. The paper's text: LoRA "
-    "(QALoRA, rank 32) in place of the original weights costs 5.62 FID on ImageNet.",
+    note="The paper: LDM-4 (Bedrooms by its numbers) on one A6000; QuEST's FIDs here differ from "
+    "its Table 3 (3.26 and 5.64), which has a larger training budget. Ours: hours of all "
+    "stages, calibration and AdaRound too. The paper's text: LoRA (QALoRA, rank 32) in "
+    "place of the original weights costs 5.62 FID on ImageNet.",
 )

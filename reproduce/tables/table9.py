@@ -20,10 +20,10 @@ TABLE9 = Table(
     name="table9",
     title="Table 9: against TFMQ-DM",
     notebook="table09_tfmq_dm.ipynb",
-    cells=tuple(
-        cell
+    rows=tuple(
+        row
         for dataset, numbers in PAPER.items()
-        for cell in all_rows(dataset, numbers, ["fid"], base="tfmq-dm", reference=False)
+        for row in all_rows(dataset, numbers, ["fid"], base="tfmq-dm", reference=False)
     ),
     picture=("bedrooms-w4a8-tfmq-dm", "bedrooms-w4a8-quest"),
     note=f"The paper reports FID only. {SOURCES}",

@@ -1,4 +1,4 @@
-"""Four tiny checkpoints in CompVis's layout, with the networks that made them (ldm_reference.py) as the oracle."""
+"""Four tiny checkpoints in CompVis's layout; the networks that made them are the oracle."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The networks of latent diffusion written out plainly, with CompVis's names: what a converted checkpoint is compared with.
+"""The networks of latent diffusion written out plainly: the oracle of converted checkpoints.
 
-Independent of the converter: names and equations follow the original architecture, not questlib's tables.
+They are independent of the converter: names and equations follow CompVis's architecture, not the
+converter's tables.
 """
 
 from __future__ import annotations
@@ -260,7 +261,10 @@ class VaeAttention(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, decoder, the convolutions between, and a codebook unless the latents are Gaussian (double_z)."""
+    """Encoder, decoder, the convolutions between, and a codebook.
+
+    There is no codebook where the latents are Gaussian (double_z).
+    """
 
     def __init__(self, p: dict) -> None:
         super().__init__()
@@ -301,7 +305,7 @@ class Autoencoder(nn.Module):
             blocks = nn.ModuleList(
                 [VaeResBlock(c if j == 0 else width, width) for j in range(layers + 1)]
             )
-            up.prepare(0, named(block=blocks))
+            up.insert(0, named(block=blocks))
             c = width
             if level:
                 up[0].add_module("upsample", named(conv=nn.Conv2d(c, c, 3, padding=1)))

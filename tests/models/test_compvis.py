@@ -1,4 +1,4 @@
-"""reproduce.models.compvis: converted checkpoints compute what the originals do, and what is wrong with a file is said."""
+"""Converted checkpoints compute what the originals do; what is wrong with a file is said."""
 
 from __future__ import annotations
 
@@ -30,14 +30,12 @@ from questlib.errors import CheckpointError, ConfigError
 from reproduce.models.__main__ import main
 from reproduce.models.compvis import (
     clip_tokenizer,
-    config_names,
-    convert,
+    convert_checkpoint,
     convert_state,
-    load_config,
-    read_state_dict,
-    save,
+    save_pipeline,
 )
-from reproduce.models.compvis_parts import condition_part
+from reproduce.models.compvis_components import condition_component
+from reproduce.models.compvis_files import config_names, load_config, read_state_dict
 from reproduce.models.loading import load_pipeline
 from reproduce.models.pipelines import ClassConditionalPipeline, LatentDiffusionPipeline
 
@@ -76,7 +74,7 @@ def unet_output(pipe, x, t, context):
 @torch.no_grad()
 def test_a_converted_model_computes_what_the_original_does(checkpoints, kind, tmp_path):
     made = checkpoints[kind]
-    save(convert(made.ckpt, made.config), tmp_path / "out")
+    save_pipeline(convert_checkpoint(made.ckpt, made.config), tmp_path / "out")
     pipe = load_pipeline(tmp_path / "out")
     assert (type(pipe), type(pipe.unet), type(pipe.vae)) == CLASSES[kind]
     generator = torch.Generator().manual_seed(1)
@@ -97,23 +95,26 @@ def test_a_converted_model_computes_what_the_original_does(checkpoints, kind, tm
 def test_raw_weights_on_request_and_where_there_are_no_others(checkpoints):
     x, t = torch.ones(1, 3, 8, 8), torch.tensor([5])
     beds = checkpoints["beds"]
-    raw = convert(beds.ckpt, beds.config, ema=False).unet(x, t).sample
+    raw = convert_checkpoint(beds.ckpt, beds.config, ema=False).unet(x, t).sample
     assert relative(raw, beds.raw(x, t)) < 1e-4 < relative(raw, beds.unet(x, t))
     cin = checkpoints["cin"]
     context = torch.ones(1, 1, 24)
     assert (
-        relative(convert(cin.ckpt, cin.config).unet(x, t, context).sample, cin.unet(x, t, context))
+        relative(
+            convert_checkpoint(cin.ckpt, cin.config).unet(x, t, context).sample,
+            cin.unet(x, t, context),
+        )
         < 1e-4
     )
 
 
 @torch.no_grad()
 def test_class_embedder_and_text_encoder(checkpoints):
-    cin = convert(checkpoints["cin"].ckpt, checkpoints["cin"].config)
+    cin = convert_checkpoint(checkpoints["cin"].ckpt, checkpoints["cin"].config)
     assert (cin.class_embedder.config.num_classes, cin.class_embedder.null_class) == (10, 10)
     table = checkpoints["cin"].state["cond_stage_model.embedding.weight"]
     assert torch.equal(cin.class_embedder(torch.tensor([3, 10])), table[[3, 10]][:, None])
-    sd = convert(checkpoints["sd"].ckpt, checkpoints["sd"].config)
+    sd = convert_checkpoint(checkpoints["sd"].ckpt, checkpoints["sd"].config)
     assert (
         sd.text_encoder.config.num_hidden_layers == 2
         and sd.text_encoder.config.hidden_act == "quick_gelu"
@@ -157,7 +158,7 @@ def test_tokenizer_is_that_of_clip():
 @torch.no_grad()
 def test_goldens_of_the_original_implementation(quest_data, name):
     folder = quest_data / "compvis"
-    pipe = convert(folder / f"{name}-tiny.ckpt", folder / f"{name}-tiny.yaml")
+    pipe = convert_checkpoint(folder / f"{name}-tiny.ckpt", folder / f"{name}-tiny.yaml")
     golden = load_file(folder / f"{name}-tiny-golden.safetensors")
     assert (
         relative(
@@ -182,7 +183,7 @@ def test_goldens_of_the_original_implementation(quest_data, name):
 @pytest.mark.parametrize("ema", [True, False])
 @pytest.mark.parametrize("name", ORIGINALS)
 def test_full_size_manifests_map_key_by_key(quest_data, name, ema):
-    """Every key has its place, none is left over, all shapes agree: otherwise convert_state raises."""
+    """Every key has its place, none is left over, all shapes agree; else convert_state raises."""
     manifest = json.loads((quest_data / "compvis" / "manifests.json").read_text())[name]
     state = {k: torch.empty(s, device="meta") for k, s in manifest["state_dict"].items()}
     if ema and manifest["has_ema"]:
@@ -215,12 +216,14 @@ def test_full_size_text_encoder():
     """CLIP ViT-L/14's text transformer: 123,060,480 parameters."""
     with torch.device("meta"):
         state = clip_state(768, 12, 3072)
-    part = condition_part({"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}, state)
-    assert (
-        sum(p.numel() for p in part.model.parameters()) == 123_060_480
-        and part.model.config.num_attention_heads == 12
+    component = condition_component(
+        {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}, state
     )
-    keys = {f"{part.prefix}{s.key}" for s in part.sources.values()}
+    assert (
+        sum(p.numel() for p in component.model.parameters()) == 123_060_480
+        and component.model.config.num_attention_heads == 12
+    )
+    keys = {f"{component.prefix}{s.key}" for s in component.origins.values()}
     assert keys == set(state) - {"cond_stage_model.transformer.text_model.embeddings.position_ids"}
 
 
@@ -279,7 +282,7 @@ def test_no_text_encoder_is_said_and_the_folder_loads(checkpoints, tmp_path, cap
     assert "no text encoder" in capsys.readouterr().out
     assert load_pipeline(out).text_encoder is None
     with pytest.raises(CheckpointError, match="CLIP text encoder, the checkpoint has none"):
-        convert(ckpt, made.config)
+        convert_checkpoint(ckpt, made.config)
 
 
 # --- what can be wrong with a checkpoint ---
@@ -309,7 +312,10 @@ def test_code_in_a_pickle_is_named_and_never_executed(tmp_path, zipped):
 
 
 def test_bookkeeping_of_the_training_framework_is_no_code(tmp_path, monkeypatch):
-    """Real checkpoints name Lightning's callbacks and hold numpy scalars; none of their classes is imported."""
+    """Real checkpoints name Lightning's callbacks and hold numpy scalars.
+
+    None of their classes is imported.
+    """
     name, path = "pytorch_lightning.callbacks", tmp_path / "lightning.ckpt"
     callback = type("ModelCheckpoint", (), {"__module__": name})
     module = ModuleType(name)
@@ -344,7 +350,7 @@ def test_not_a_checkpoint(tmp_path):
 
 def test_wrong_digest(checkpoints):
     with pytest.raises(CheckpointError, match=f"expected sha256 {'ab' * 32}, found"):
-        convert(checkpoints["beds"].ckpt, checkpoints["beds"].config, sha256="AB" * 32)
+        convert_checkpoint(checkpoints["beds"].ckpt, checkpoints["beds"].config, sha256="AB" * 32)
 
 
 def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
@@ -381,7 +387,7 @@ def test_all_missing_misshapen_and_unexpected_keys_are_listed(checkpoints):
 )
 def test_config_of_another_model(checkpoints, ckpt, config):
     with pytest.raises(CheckpointError, match="with config"):
-        convert(checkpoints[ckpt].ckpt, checkpoints[config].config)
+        convert_checkpoint(checkpoints[ckpt].ckpt, checkpoints[config].config)
 
 
 def test_other_betas_than_those_of_the_training(checkpoints):
@@ -459,12 +465,12 @@ def test_embedded_configs_are_found_by_name():
 
 
 def test_a_failed_save_leaves_nothing_behind(checkpoints, tmp_path, monkeypatch):
-    pipe = convert(checkpoints["beds"].ckpt, checkpoints["beds"].config)
+    pipe = convert_checkpoint(checkpoints["beds"].ckpt, checkpoints["beds"].config)
 
     def full_disk(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(pipe.vae), "save_pretrained", full_disk)
     with pytest.raises(Exception, match="No space left"):
-        save(pipe, tmp_path / "out")
+        save_pipeline(pipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -13,8 +13,13 @@ import pytest
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from reproduce.models import download as module
 from reproduce.models.__main__ import main
-from reproduce.models.compvis import config_names
-from reproduce.models.download import SOURCES, Source, download, fetch
+from reproduce.models.compvis_files import config_names
+from reproduce.models.download import (
+    CHECKPOINTS,
+    RemoteFile,
+    download_checkpoint,
+    download_file,
+)
 
 CONTENT = bytes(range(256)) * 400
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -54,22 +59,28 @@ def server(monkeypatch):
 
 
 def test_download_and_digest(server, tmp_path):
-    path = fetch(f"{server.url}/model.ckpt", tmp_path / "new" / "a.ckpt", DIGEST)
+    path = download_file(f"{server.url}/model.ckpt", tmp_path / "new" / "a.ckpt", DIGEST)
     assert path.read_bytes() == CONTENT and [p.name for p in path.parent.iterdir()] == ["a.ckpt"]
-    fetch(f"{server.url}/model.ckpt", path, DIGEST)
+    download_file(f"{server.url}/model.ckpt", path, DIGEST)
     assert server.ranges == [None]  # not asked again
 
 
 def test_a_broken_download_goes_on_where_it_stopped(server, tmp_path):
     (tmp_path / "a.ckpt.part").write_bytes(CONTENT[:1000])
-    assert fetch(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", DIGEST).read_bytes() == CONTENT
+    assert (
+        download_file(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", DIGEST).read_bytes()
+        == CONTENT
+    )
     assert server.ranges == ["bytes=1000-"]
 
 
 def test_a_download_that_was_stopped_at_its_very_end(server, tmp_path):
     """All of it is there, but not renamed yet: the server has nothing left to send."""
     (tmp_path / "a.ckpt.part").write_bytes(CONTENT)
-    assert fetch(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", DIGEST).read_bytes() == CONTENT
+    assert (
+        download_file(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", DIGEST).read_bytes()
+        == CONTENT
+    )
     assert server.ranges == [f"bytes={len(CONTENT)}-"]
 
 
@@ -80,17 +91,17 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
     (tmp_path / "a.ckpt.part").write_bytes(b"kept")
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between tries
     with pytest.raises(QuestError, match=f"download {closed}/model.ckpt: .*kept in .*a.ckpt.part"):
-        fetch(f"{closed}/model.ckpt", tmp_path / "a.ckpt")
+        download_file(f"{closed}/model.ckpt", tmp_path / "a.ckpt")
     assert (tmp_path / "a.ckpt.part").read_bytes() == b"kept"
 
 
 def test_wrong_digest_and_missing_file(server, tmp_path):
     with pytest.raises(CheckpointError, match=DIGEST):
-        fetch(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", "0" * 64)
+        download_file(f"{server.url}/model.ckpt", tmp_path / "a.ckpt", "0" * 64)
     assert not list(tmp_path.iterdir())
     (tmp_path / "b.ckpt.part").write_bytes(b"kept")
     with pytest.raises(QuestError, match="404.*b.ckpt.part"):
-        fetch(f"{server.url}/none", tmp_path / "b.ckpt")
+        download_file(f"{server.url}/none", tmp_path / "b.ckpt")
     assert (tmp_path / "b.ckpt.part").read_bytes() == b"kept"
 
 
@@ -100,19 +111,23 @@ def test_archives_are_unpacked(server, tmp_path, monkeypatch, capsys):
         zipped.writestr("model.ckpt", CONTENT)
     server.files["/beds.zip"] = archive.read_bytes()
     monkeypatch.setitem(
-        module.SOURCES, "lsun_beds256", Source(f"{server.url}/beds.zip", member="model.ckpt")
+        module.CHECKPOINTS,
+        "lsun_beds256",
+        RemoteFile(f"{server.url}/beds.zip", member="model.ckpt"),
     )
     assert main(["download", "lsun_beds256", "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "lsun_beds256.ckpt").read_bytes() == CONTENT
     assert "reproduce.models convert" in capsys.readouterr().out
     monkeypatch.setitem(
-        module.SOURCES, "lsun_beds256", Source(f"{server.url}/beds.zip", member="other.ckpt")
+        module.CHECKPOINTS,
+        "lsun_beds256",
+        RemoteFile(f"{server.url}/beds.zip", member="other.ckpt"),
     )
     with pytest.raises(QuestError, match="other.ckpt"):
-        download("lsun_beds256", tmp_path / "out2")
+        download_checkpoint("lsun_beds256", tmp_path / "out2")
 
 
 def test_every_model_has_a_source_and_a_config():
-    assert sorted(SOURCES) == config_names()
+    assert sorted(CHECKPOINTS) == config_names()
     with pytest.raises(ConfigError, match="sd-v1-4"):
-        download("sd-v9", None)
+        download_checkpoint("sd-v9", None)

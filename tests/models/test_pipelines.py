@@ -1,4 +1,4 @@
-"""reproduce.models.pipelines: guidance in one call, noise from the generator, folders that load again."""
+"""Pipelines: guidance in one call, noise from the generator, folders that load again."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_eta_without_ddim_is_refused(unconditional):
     )
     pipe.set_progress_bar_config(disable=True)
     assert len(pipe(1, 2, output_type="pil").images) == 1
-    with pytest.raises(ConfigError, match="PNDMScheduler has no eta"):
+    with pytest.raises(ConfigError, match="eta: PNDMScheduler has none"):
         pipe(1, 2, eta=1.0)
 
 
@@ -176,7 +176,7 @@ def test_number_of_heads_is_the_same_at_every_width(unconditional):
 def test_a_unet_with_fixed_heads_is_quantized_and_loads_from_its_checkpoint(
     unconditional, tmp_path
 ):
-    """Residual blocks that resample, scale-shift norms and heads of several widths pass through the whole of quantization."""
+    """So are residual blocks that resample, scale-shift norms and heads of several widths."""
     calib = calibrate(unconditional, 2, 2)
     unet = quantize(unconditional.unet, QuantConfig.preset("minmax", 8, 8), calib)
     save_pretrained(unet, tmp_path)

@@ -1,4 +1,7 @@
-"""A random latent diffusion pipeline, metric classifier and reference set: small enough to run real cells in a second."""
+"""A random latent diffusion pipeline, metric classifier and reference set.
+
+They are small enough to run real rows in a second.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from reproduce import datasets, pipeline, plan
+from reproduce import datasets, plan, seed_run
+from reproduce.choices import Choices
 from reproduce.evaluation import features
 from reproduce.models.classifier import GroupClassifier
 
@@ -62,7 +66,7 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
     """make(table, **choices) -> a plan at a scale of two DDIM steps on the tiny pipeline."""
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
     features._load_extractor.cache_clear()
-    pipeline.load.cache_clear()
+    seed_run.load.cache_clear()
     setting = datasets.Setting(
         model=str(tiny / "model"),
         reference=str(tiny / "reference"),
@@ -76,9 +80,10 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
 
     def make(table: str = "table3", **choices):
         return plan.make_plan(
-            table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices
+            table,
+            Choices(scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices),
         )
 
     yield make
     features._load_extractor.cache_clear()
-    pipeline.load.cache_clear()
+    seed_run.load.cache_clear()

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
+from made_results import STAGES, made_result, made_table, seed_result
 
+from reproduce.choices import Choices
 from reproduce.plan import make_plan
-from reproduce.reporting.claims import CLAIMS, judge
-from reproduce.reporting.report import PAIRED, load_results
+from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
+from reproduce.table_results import TableResults
 from reproduce.tables.registry import all_tables, get_table
-from reproduce.verdicts import HIGHER_IS_BETTER, paper_order
+from reproduce.verdicts import HIGHER_IS_BETTER, PAIRED, Order, paper_order
+
+
+def results_of(claim: Claim, metrics: dict[str, dict[str, list[float]]]) -> dict[str, TableResults]:
+    """Results of the claim's table, where its rows have metrics[row id] = {metric: [by seed]}."""
+    plan = make_plan(claim.table, Choices(scale="mini"), dry=True)
+    made = {row_id: made_result(found) for row_id, found in metrics.items()}
+    return {claim.table: made_table(plan, made)}
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda c: f"{c.table}: {c.text}")
 def test_rows_exist(claim):
     table = get_table(claim.table)
     for pair in claim.pairs:
-        for cell in pair:
-            assert table.cell(cell)
+        for row_id in pair:
+            assert table.row(row_id)
     assert claim.where.startswith(("Table", "Fig."))
 
 
@@ -30,78 +40,85 @@ def test_the_paper_does_claim_it(claim):
     table = get_table(claim.table)
     for mine, base in claim.pairs:
         for metric in set(claim.metrics) - {PAIRED}:
-            papers = [table.cell(c).paper[metric] for c in (mine, base)]
+            papers = [table.row(row_id).paper[metric] for row_id in (mine, base)]
             assert paper_order(*papers, higher_is_better=metric in HIGHER_IS_BETTER) == "better"
 
 
-def test_costs_are_compared_as_they_are(tmp_path):
+def test_costs_are_compared_as_they_are():
     claim = next(c for c in CLAIMS if "memory_mb" in c.metrics)
-    results = load_results(make_plan(claim.table, scale="mini", results=tmp_path, work=tmp_path))
-    for r in results:
-        quest = r["preset"] == "quest"
-        r |= {
-            "status": "done",
-            "peak_bytes": 5e6,
-            "seconds": {"calibrate": 1.0, "finetune": 2.0 if quest else 3.0, "sample": 9.0},
-        }
-    word, words = judge(claim, {claim.table: results})
-    assert word == "holds in part"
-    assert words.startswith(
-        "W4A8 seconds to quantize 3 against 4: less; W4A8 memory, MB 5 against 5: not less; W4A4"
+    plan = make_plan(claim.table, Choices(scale="mini"), dry=True)
+    made: dict[str, Any] = {}
+    for row in plan.table.rows:
+        seconds = dict.fromkeys(STAGES, 0.0) | {"calibrate": 1.0, "sample": 9.0}
+        seconds["finetune"] = 2.0 if row.preset == "quest" else 3.0
+        seed = seed_result(seconds=seconds, peak_bytes=5_000_000)
+        made[row.id] = replace(made_result({"fid": [1.0]}), seeds=(seed,))
+    found = judge(claim, {claim.table: made_table(plan, made)})
+    assert found.holds == Holds.IN_PART and not found.one_seed
+    hours, memory = (
+        ("W4A8 seconds to quantize", (3.0, 4.0), True),
+        ("W4A8 memory, MB", (5.0, 5.0), False),
     )
-
-
-def results_of(claim, tmp_path, values):
-    """Results of the claim's table where its rows have values[cell] = {metric: [by seed]}."""
-    results = load_results(make_plan(claim.table, scale="mini", results=tmp_path, work=tmp_path))
-    for r in results:
-        for seed, _ in enumerate(next(iter(values.get(r["cell"], {"": []}).values()))):
-            r["per_seed"].append(
-                {"seed": seed, "metrics": {m: v[seed] for m, v in values[r["cell"]].items()}}
-            )
-        for metric, v in values.get(r["cell"], {}).items():
-            r["status"] = "done"
-            r["metrics"][metric]["value"] = sum(v) / len(v)
-    return {claim.table: results}
+    assert [(c.head, c.values, c.holds) for c in found.comparisons[:2]] == [hours, memory]
+    assert len(found.comparisons) == 4
+    assert str(found.comparisons[0]) == "W4A8 seconds to quantize 3 against 4: less"
+    assert str(found.comparisons[1]) == "W4A8 memory, MB 5 against 5: not less"
 
 
 @pytest.mark.parametrize(
-    ("fid", "distance", "word"),
+    ("fid", "distance", "holds", "order"),
     [
-        ([1.0, 1.1], [1.0, 1.1], "holds"),
-        ([1.0, 1.1], [3.0, 3.1], "holds in part"),
-        ([3.0, 1.0], [3.0, 3.1], "does not hold"),
+        ([1.0, 1.1], [1.0, 1.1], Holds.HOLDS, Order.BETTER),
+        ([1.0, 1.1], [3.0, 3.1], Holds.IN_PART, Order.BETTER),
+        ([3.0, 1.0], [3.0, 3.1], Holds.NOT, Order.UNCLEAR),
     ],
 )
-def test_verdicts(tmp_path, fid, distance, word):
+def test_metrics_are_compared_as_in_verdicts(fid, distance, holds, order):
     claim = CLAIMS[0]
     ((mine, base),) = claim.pairs
-    values = {mine: {"fid": fid, PAIRED: distance}, base: {"fid": [2.0, 2.1], PAIRED: [2.0, 2.1]}}
-    results = results_of(claim, tmp_path, values)
-    before = copy.deepcopy(results)
-    found, words = judge(claim, results)
-    assert found == word and results == before
-    assert f"FID {sum(fid) / 2:.2f} against 2.05" in words
+    results = results_of(
+        claim,
+        {
+            mine: {"fid": fid, PAIRED: distance},
+            base: {"fid": [2.0, 2.1], PAIRED: [2.0, 2.1]},
+        },
+    )
+    found = judge(claim, results)
+    assert (found.holds, found.one_seed) == (holds, False)
+    first = found.comparisons[0]
+    assert (first.head, first.order) == ("FID", order)
+    assert first.values == pytest.approx((sum(fid) / 2, 2.05))
+    assert str(first) == f"FID {sum(fid) / 2:.2f} against 2.05: {order}"
 
 
-def test_seeds_that_one_row_lacks_are_left_out(tmp_path):
-    """EfficientDM's rows have one seed often: it is compared with the same seed of ours, and the claim says so."""
+def test_seeds_that_one_row_lacks_are_left_out():
+    """A row of one seed is compared with the same seed of ours, and the claim says so."""
     claim = CLAIMS[0]
     ((mine, base),) = claim.pairs
-    values = {mine: {"fid": [1.0, 9.0], PAIRED: [1.0, 9.0]}, base: {"fid": [2.0], PAIRED: [2.0]}}
-    found, words = judge(claim, results_of(claim, tmp_path, values))
-    assert found == "holds, one seed" and "FID 1.00 against 2.00: better" in words
+    results = results_of(
+        claim,
+        {mine: {"fid": [1.0, 9.0], PAIRED: [1.0, 9.0]}, base: {"fid": [2.0], PAIRED: [2.0]}},
+    )
+    found = judge(claim, results)
+    assert found.holds == Holds.HOLDS and found.one_seed
+    assert found.comparisons[0].values == (1.0, 2.0)
+    assert str(found) == "holds, one seed"
 
 
-def test_without_results_nothing_is_said(tmp_path):
-    results = {
-        t: load_results(make_plan(t, scale="mini", results=tmp_path, work=tmp_path))
-        for t in all_tables()
-    }
-    assert {judge(claim, results)[0] for claim in CLAIMS} == {"not run"}
+def test_without_results_nothing_is_said():
+    results = {}
+    for name in all_tables():
+        results[name] = made_table(make_plan(name, Choices(scale="mini"), dry=True), {})
+    for claim in CLAIMS:
+        found = judge(claim, results)
+        assert found.holds == Holds.NOT_RUN and not found.comparisons and found.details == "-"
+
+
+def test_a_metric_that_is_missing_is_named():
     claim = CLAIMS[0]
     ((mine, base),) = claim.pairs
-    half = results_of(
-        claim, tmp_path, {mine: {"fid": [1.0]}, base: {"fid": [2.0]}}
-    )  # a metric is missing
-    assert judge(claim, half) == ("not run", "distance to FP not measured")
+    found = judge(claim, results_of(claim, {mine: {"fid": [1.0]}, base: {"fid": [2.0]}}))
+    assert found.holds == Holds.NOT_RUN
+    assert [(c.head, c.order) for c in found.comparisons] == [
+        ("distance to FP", Order.NOT_MEASURED)
+    ]

@@ -1,15 +1,17 @@
-"""The command line: one clear line and exit code 2 before any long work; what a table says when nothing can run."""
+"""The command line: help, wrong input, and what a table says when nothing can run."""
 
 from __future__ import annotations
 
 import json
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from reproduce.__main__ import main
+from reproduce.__main__ import COMMANDS, main
+from reproduce.tables.registry import all_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,27 +29,22 @@ def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table99"], "table: expected one of table2, table3, table3-churches, table4"),
-        (
-            ["table9", "--model", "x"],
-            "these cells are of bedrooms, imagenet: choose some (--cells)",
-        ),
-        (
-            ["table4", "--captions", "x", "--dry-run"],
-            "no use for prompts, these cells are of imagenet",
-        ),
+        (["table99"], "table99"),
+        (["table9", "--model", "x"], "rows are of bedrooms, imagenet: choose some (--rows)"),
+        (["table4", "--captions", "x", "--dry-run"], "no use for prompts"),
         (["table4", "--dry-run", "--scale", "huge"], "found 'huge'"),
-        (["table4", "--dry-run", "--cells", "imagenet-w9a9"], "found 'imagenet-w9a9'"),
+        (["table4", "--dry-run", "--rows", "imagenet-w9a9"], "found 'imagenet-w9a9'"),
         (["table2", "--scale", "huge"], "scale: expected one of smoke, mini, paper, found 'huge'"),
-        (["table2", "--cells", "fp,nothing"], "found 'nothing'"),
-        (
-            ["table2", "--seeds", "one"],
-            "seeds: expected whole numbers separated by commas, found 'one'",
-        ),
+        (["table2", "--rows", "fp,nothing"], "found 'nothing'"),
+        (["table2", "--rows", ""], "rows: expected at least one name"),
+        (["table2", "--seeds", "one"], "seeds: expected whole numbers separated by commas"),
         (["table2", "--results", "file/below"], "cannot be written"),
         (["table2", "--work", "file"], "cannot be written"),
         (["table2", "--model", "./no/such/folder"], "unknown model './no/such/folder'"),
         (["table2", "--resolts", "x"], "unrecognized arguments"),
+        (["table2", "--stored", "--seeds", "0"], "expected no --seeds"),
+        (["notebooks", "nowhere.ipynb"], "found no file nowhere.ipynb"),
+        ([], "required"),
     ],
 )
 def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
@@ -63,13 +60,13 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
     assert not list(tmp_path.glob("results/**/*.json"))
 
 
-TINY_RUN = ["table3", "--scale", "smoke", "--cells", "bedrooms-fp", "--work", "work"]
+TINY_RUN = ["table3", "--scale", "smoke", "--rows", "bedrooms-fp", "--work", "work"]
 
 
 @pytest.mark.parametrize(
     ("marker", "found"),
     [
-        (None, "found products of a questlib before 0.2"),
+        (None, "found artifacts of a questlib before 0.2"),
         ('{"format": 3}', "found format 3"),
         ("[]", "found format None"),
         ("no JSON", "store.json cannot be read"),
@@ -101,17 +98,63 @@ def test_bad_input_in_a_process(tmp_path):
     )
 
 
+HEAVY = ("torch", "diffusers", "transformers", "pandas", "matplotlib", "papermill", "triton")
+
+
+@pytest.mark.parametrize("package", ["questlib", "reproduce"])
+def test_help_is_answered_at_once(package, tmp_path):
+    """Nothing heavy is loaded. CPU time, so that a loaded machine does not matter."""
+    code = f"""
+import runpy, sys
+try:
+    runpy.run_module({package!r}, run_name="__main__", alter_sys=True)
+except SystemExit as stop:
+    assert not stop.code
+print("loaded:", *(name for name in {HEAVY!r} if name in sys.modules))
+"""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.startswith(f"usage: python -m {package}")
+    assert done.stdout.splitlines()[-1] == "loaded:"
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
+
+
+def test_every_command_has_its_help(capsys):
+    for command in (*all_tables(), *COMMANDS):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert f"python -m reproduce {command}" in capsys.readouterr().out
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(monkeypatch, capsys):
+    def interrupt(*args, **choices):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("reproduce.plan.make_plan", interrupt)
+    assert main(["table2", "--dry-run"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "goes on where this stopped" in err
+
+
 def test_paper_scale_without_weights(tmp_path):
-    """Every row says "not run" and why, the table is whole, stdout is JSON alone, and that is no failure."""
+    """Every row says "not run" and why, the table is whole, and stdout is JSON alone."""
     done = reproduce("table3", "--scale", "paper", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = json.loads(done.stdout)
-    assert table["table"] == "table3" and len(table["results"]) == 25
-    for result in table["results"]:
-        assert result["status"] == "not run" and result["reason"].startswith(
-            "needs the LSUN-Bedrooms LDM-4 weights"
-        )
-        assert all(entry["value"] is None for entry in result["metrics"].values())
+    assert table["table"] == "table3" and len(table["rows"]) == 25
+    for row in table["rows"]:
+        result = row["result"]
+        assert result["status"] == "not run"
+        assert result["reason"].startswith("needs the LSUN-Bedrooms LDM-4 weights")
+        assert all(metric["value"] is None for metric in row["metrics"].values())
     folder = tmp_path / "results" / "paper" / "table3"
     assert {"table.md", "table.html", "table03_bedrooms.ipynb", "table03_bedrooms.html"} <= {
         f.name for f in folder.iterdir()
@@ -126,22 +169,20 @@ def test_rows_of_a_guided_model_without_weights(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["table4", "--scale", "paper", "--json"]) == 0
     table = json.loads(capsys.readouterr().out)
-    reasons = {r["reason"].split(" (")[0] for r in table["results"]}
-    assert reasons == {"needs the ImageNet LDM-4 weights"} and len(table["results"]) == 19
-    row = table["results"][3]
-    assert (row["dataset"], row["sampler"], row["num_inference_steps"], row["guidance_scale"]) == (
-        "imagenet",
-        "ddim",
-        20,
-        3.0,
-    )
-    assert row["metrics"]["inception_score"] == {
-        "value": None,
-        "std": None,
-        "paper": 362.34,
-        "independent": {},
-        "verdict": "not run",
+    reasons = {row["result"]["reason"].split(" (")[0] for row in table["rows"]}
+    assert reasons == {"needs the ImageNet LDM-4 weights"} and len(table["rows"]) == 19
+    row = table["rows"][3]
+    conditions = row["result"]["conditions"]
+    assert conditions["dataset"] == "imagenet"
+    assert conditions["sampling"] == {
+        "sampler": "ddim",
+        "num_inference_steps": 20,
+        "eta": 0.0,
+        "guidance_scale": 3.0,
     }
+    assert row["metrics"]["inception_score"] == {"value": None, "std": None}
+    assert row["specified"]["paper"]["inception_score"] == 362.34
+    assert row["verdicts"]["inception_score"]["order"] == "not run"
     folder = tmp_path / "results" / "paper" / "table4"
     assert {"table.md", "table.html", "table04_imagenet.ipynb"} <= {
         f.name for f in folder.iterdir()

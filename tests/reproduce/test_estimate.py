@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
-from reproduce import estimate
+from reproduce import estimate, unet_counts
 from reproduce.__main__ import main
+from reproduce.choices import Choices
 from reproduce.datasets import DATASETS
 from reproduce.plan import make_plan
+from reproduce.results import Result
 from reproduce.scales import SCALES
 from reproduce.tables.registry import all_tables
 
@@ -36,7 +37,7 @@ def no_environment(monkeypatch):
 )
 def test_architectures_are_the_papers(dataset, millions, mib):
     """Weights: those of the released checkpoints."""
-    found = estimate._architecture(dataset, "paper", None)
+    found = unet_counts.model_counts(dataset, "paper", None)
     assert found.weight_bytes / 4e6 == pytest.approx(millions, abs=0.06)
     assert found.weight_bytes / 2**20 == pytest.approx(mib, abs=0.5)
     assert found.largest_kept_bytes < found.kept_bytes and found.boundary_bytes < found.kept_bytes
@@ -64,12 +65,12 @@ def test_operations_are_counted():
             expected += 2 * layer.weight.numel() * 8 * 8
         elif isinstance(layer, torch.nn.Linear):
             expected += 2 * layer.weight.numel()
-    assert estimate.measure(unet).operations == expected > 0
+    assert unet_counts.measure(unet).operations == expected > 0
 
 
 @pytest.mark.parametrize("table", all_tables())
 def test_dry_run_of_the_paper(table, tmp_path, monkeypatch, capsys):
-    """Every cell with its command, its numbers and what it lacks; nothing is written, nothing is loaded."""
+    """Every row with its command, numbers and what it lacks; nothing is written or loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         "reproduce.models.loading.load_pipeline", lambda *a: pytest.fail("a pipeline was loaded")
@@ -77,18 +78,16 @@ def test_dry_run_of_the_paper(table, tmp_path, monkeypatch, capsys):
     assert main([table, "--scale", "paper", "--dry-run"]) == 0
     text = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    for cell in all_tables()[table].cells:
-        dataset = DATASETS[cell.dataset]
-        part = text[text.index(f"\n{cell.id}: ") :].split("\n  not run: ")[0]
-        assert (
-            f'python -m reproduce {table} --scale paper --cells {cell.id} --model "${dataset.model_env}"'
-            in part
-        )
+    for row in all_tables()[table].rows:
+        dataset = DATASETS[row.dataset]
+        part = text[text.index(f"\n{row.id}: ") :].split("\n  not run: ")[0]
+        command = f"python -m reproduce {table} --scale paper --rows {row.id}"
+        assert f'{command} --model "${dataset.model_env}"' in part
         assert ('--captions "$QUEST_COCO"' in part) == dataset.has_captions
         assert (f'--reference "${dataset.reference_env}"' in part) == dataset.has_reference
-        assert all(f"{k} {v}" in part for k, v in cell.paper.items() if v is not None)
+        assert all(f"{k} {v}" in part for k, v in row.paper.items() if v is not None)
         assert "UNet evaluations" in part and "GPU hours" in part and " GB" in part
-    assert text.count("not run: needs ") == len(all_tables()[table].cells)
+    assert text.count("not run: needs ") == len(all_tables()[table].rows)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "mini"])
@@ -104,17 +103,17 @@ def test_dry_run_of_embedded_models(scale, capsys):
 @pytest.fixture
 def no_architecture_kept():
     """Of models that a test hides, and of those that it hid."""
-    estimate._architecture.cache_clear()
+    unet_counts.model_counts.cache_clear()
     yield
-    estimate._architecture.cache_clear()
+    unet_counts.model_counts.cache_clear()
 
 
 def test_dry_run_names_an_embedded_model_that_does_not_exist(
     no_architecture_kept, tmp_path, monkeypatch, capsys
 ):
-    for module in ("datasets", "estimate"):
+    for module in ("datasets", "unet_counts"):
         monkeypatch.setattr(f"reproduce.{module}.MINI", tmp_path)
-    assert main(["table4", "--scale", "mini", "--dry-run", "--cells", "imagenet-fp"]) == 0
+    assert main(["table4", "--scale", "mini", "--dry-run", "--rows", "imagenet-fp"]) == 0
     text = capsys.readouterr().out
     assert (
         "estimate: none" in text
@@ -135,13 +134,11 @@ def test_what_is_given_stands_in_the_command(capsys):
         "--features",
         "inception",
     ]
-    assert (
-        main(["table3", "--scale", "paper", "--dry-run", "--cells", "bedrooms-fp", *choices]) == 0
-    )
+    assert main(["table3", "--scale", "paper", "--dry-run", "--rows", "bedrooms-fp", *choices]) == 0
     text = capsys.readouterr().out
     assert (
-        "python -m reproduce table3 --scale paper --cells bedrooms-fp --seeds 3,4 --features inception --engine cpu "
-        "--model 'my model' --reference r.npz\n"
+        "python -m reproduce table3 --scale paper --rows bedrooms-fp --seeds 3,4 "
+        "--features inception --engine cpu --model 'my model' --reference r.npz\n"
     ) in text
     assert "100,000 samples, 20,000,000 UNet evaluations" in text and "not run" not in text
 
@@ -158,12 +155,11 @@ def test_evaluations_of_a_sample():
 
 
 def test_hours_follow_from_counts_and_the_stated_rate():
-    plan = make_plan("table3", scale="paper", dry=True)
+    plan = make_plan("table3", Choices(scale="paper"), dry=True)
     full, quest = (
-        estimate.estimate(plan.table.cell(f"bedrooms-{c}"), plan)
-        for c in ("fp", "w4a8-quest-paper")
+        estimate.estimate(plan.table.row(f"bedrooms-{c}"), plan) for c in ("fp", "w4a8-quest-paper")
     )
-    operations = estimate._architecture("bedrooms", "paper", None).operations
+    operations = unet_counts.model_counts("bedrooms", "paper", None).operations
     assert full.hours == {
         "sample": pytest.approx(50_000 * 200 * operations / estimate.RATE["paper"] / 3600)
     }
@@ -174,7 +170,7 @@ def test_hours_follow_from_counts_and_the_stated_rate():
 
 
 @pytest.mark.parametrize(
-    ("table", "cell"),
+    ("table", "row_id"),
     [
         ("table6", "w4a8-tla-cma"),
         ("table4", "imagenet-w4a4-q-diffusion"),
@@ -182,30 +178,29 @@ def test_hours_follow_from_counts_and_the_stated_rate():
         ("table9", "bedrooms-w8a8-quest-paper"),
     ],
 )
-def test_estimates_are_near_what_was_measured_at_mini_scale(table, cell):
-    """Within a factor of 3 of the committed results: times, and memory beyond the first 100 MB of any run.
+def test_estimates_are_near_what_was_measured_at_mini_scale(table, row_id):
+    """Times and memory lie within a factor of 3 of the committed results.
 
-    Of rows whose times are of the machine that the rate is of; Table 3 was made on a slower one, beside other work.
+    The first 100 MB of memory are those of any run. The rows are of the machine that the rate is
+    of; Table 3 was made on a slower one, beside other work.
     """
-    measured = json.loads((ROOT / "results" / "mini" / table / f"{cell}.json").read_text())
-    assert measured["provenance"]["machine"]["cpu"] == "AMD EPYC"
-    plan = make_plan(table, scale="mini", dry=True)
-    found = estimate.estimate(plan.table.cell(cell), plan)
+    plan = make_plan(table, Choices(scale="mini", results=ROOT / "results"), dry=True)
+    measured = Result.read(plan.row_file(row_id))
+    assert measured.provenance[0]["machine"]["cpu"] == "AMD EPYC"
+    found = estimate.estimate(plan.table.row(row_id), plan)
     for stage in ("sample", "reconstruct", "finetune"):
-        seconds = measured["seconds"][stage] * len(plan.seeds)
-        assert (
-            seconds / 3 <= found.hours[stage] * 3600 <= seconds * 3
-            or seconds == found.hours[stage] == 0
-        )
-    assert measured["peak_bytes"] / 3 - 1e8 <= found.memory_bytes <= measured["peak_bytes"] * 3
+        seconds = measured.seconds[stage] * len(plan.seeds)
+        estimated = found.hours[stage] * 3600
+        assert seconds / 3 <= estimated <= seconds * 3
+    assert measured.peak_bytes / 3 - 1e8 <= found.memory_bytes <= measured.peak_bytes * 3
 
 
 def test_full_finetuning_takes_gradients_and_moments_of_all_weights():
-    plan = make_plan("table8", scale="paper", dry=True)
+    plan = make_plan("table8", Choices(scale="paper"), dry=True)
     full, quest = (
-        estimate.estimate(plan.table.cell(f"w4a8-{m}"), plan) for m in ("full-finetune", "quest")
+        estimate.estimate(plan.table.row(f"w4a8-{m}"), plan) for m in ("full-finetune", "quest")
     )
-    weights = estimate._architecture("bedrooms", "paper", None).weight_bytes
+    weights = unet_counts.model_counts("bedrooms", "paper", None).weight_bytes
     assert full.memory_bytes - quest.memory_bytes == pytest.approx(
         3 * (1 - estimate.TRAINED) * weights
     )

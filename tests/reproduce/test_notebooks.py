@@ -1,9 +1,8 @@
-"""The notebooks as they are committed: parameters, no logic, outputs with the commit that made them, one way through all."""
+"""The notebooks as committed: parameters, no logic, outputs with their commit, one way through."""
 
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from html import escape
 from pathlib import Path
@@ -11,8 +10,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+import reproduce
 from reproduce.notebooks import NOTEBOOKS
-from reproduce.plan import make_plan
 from reproduce.provenance import ROOT
 from reproduce.reporting import report
 from reproduce.tables.registry import all_tables
@@ -20,6 +19,7 @@ from reproduce.tables.registry import all_tables
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 LINES_OF_A_FUNCTION = 4
 LINES_OF_A_CELL = 25
+LINES_OF_A_TABLE = 14  # of code, without the parameters
 NEXT = re.compile(r"^\*\*Next notebook:\*\* \[(.+?)\]\((.+?)\)")
 
 
@@ -28,38 +28,37 @@ def read(path: Path) -> nbformat.NotebookNode:
 
 
 def code(path: Path) -> list[nbformat.NotebookNode]:
-    return [c for c in read(path).cells if c.cell_type == "code"]
+    return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def code_lines(cell: nbformat.NotebookNode) -> list[str]:
+    """Lines that are neither empty nor a comment."""
+    lines = [line.strip() for line in cell.source.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_opens_with_a_question_and_has_parameters(path):
     cells = read(path).cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
-    assert "?" in cells[0].source and re.search(r"second|minute", cells[0].source), (
-        "no question, or no runtime"
-    )
-    (parameters,) = (c for c in cells if "parameters" in c.metadata.get("tags", []))
-    assert parameters is code(path)[0] or parameters.source == code(path)[0].source, (
-        "parameters come first"
-    )
-    tree = ast.parse(parameters.source)
-    assert all(isinstance(node, ast.Assign) for node in tree.body), (
-        "a parameters cell holds assignments alone"
-    )
+    assert "?" in cells[0].source, "no question"
+    assert re.search(r"second|minute", cells[0].source), "no runtime"
+    tagged = [cell for cell in code(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert tagged == code(path)[:1], "parameters come first"
+    body = ast.parse(tagged[0].source).body
+    assert all(isinstance(node, ast.Assign) for node in body), "parameters are assignments alone"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_holds_no_logic(path):
     for cell in code(path):
-        tree = ast.parse(cell.source)
-        for node in ast.walk(tree):
-            assert not isinstance(
-                node, ast.ClassDef | ast.Try | ast.While | ast.AsyncFunctionDef
-            ), cell.source
+        for node in ast.walk(ast.parse(cell.source)):
+            forbidden = ast.ClassDef | ast.Try | ast.While | ast.AsyncFunctionDef
+            assert not isinstance(node, forbidden), cell.source
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < LINES_OF_A_FUNCTION, (
-                    f"{node.name} belongs in the library"
-                )
+                length = node.end_lineno - node.lineno
+                assert length < LINES_OF_A_FUNCTION, f"{node.name} belongs in the library"
+    for cell in code(path)[1:]:  # after the parameters
         assert len(cell.source.splitlines()) <= LINES_OF_A_CELL
 
 
@@ -106,14 +105,31 @@ def test_links_between_notebooks_and_to_files_lead_somewhere():
 
 
 @pytest.mark.parametrize("table", all_tables().values(), ids=lambda t: t.name)
-def test_a_table_s_notebook_takes_every_choice_of_a_plan(table):
-    """The parameters that papermill sets are all there, the plan is made of the right table, and its default cells exist."""
-    cells = code(NOTEBOOKS / table.notebook)
-    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(cells[0].source).body}
-    choices = set(inspect.signature(make_plan).parameters) - {"table", "dry"}
-    assert {name.lower() for name in values} == choices
-    assert values["SCALE"] == "smoke" and all(table.cell(c) for c in values["CELLS"] or [])
-    assert f'make_plan("{table.name}", **choices)' in cells[1].source
+def test_a_table_is_one_object(table, tmp_path):
+    """Its parameters are choices, and all it shows comes from what `reproduce.notebook` made."""
+    parameters, *cells = code(NOTEBOOKS / table.notebook)
+    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(parameters.source).body}
+    assert values.keys() <= {"SCALE", "ROWS"} and values["SCALE"] == "smoke"
+    folders = {"RESULTS": str(tmp_path), "WORK": str(tmp_path)}
+    run = reproduce.notebook(table.name, values | folders)
+    assert run.plan.table is table and repr(run) == run.plan.words
+    asked = values.get("ROWS", [row.id for row in table.rows])
+    assert [row.id for row in run.plan.rows] == asked
+
+    assert code_lines(cells[0]) == [
+        "import reproduce",
+        f'run = reproduce.notebook("{table.name}", globals())',
+        "run",
+    ]
+    lines = [line for cell in cells for line in code_lines(cell)]
+    assert len(lines) <= LINES_OF_A_TABLE
+    for cell in cells:
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                if node.value.id == "run":
+                    assert hasattr(type(run), node.attr), node.attr
+    assert {"run.execute()", "run.statuses()", "run.rows()", "run.picture()"} <= set(lines)
+    assert lines[-2:] == ["run.conditions()", "run.verdicts()"]
     assert f"`make {table.target}`" in read(NOTEBOOKS / table.notebook).cells[0].source
 
 
@@ -122,21 +138,11 @@ def test_the_committed_run_is_of_this_notebook_and_shows_the_committed_rows(tabl
     """`python -m reproduce TABLE --stored` brings it up to date."""
     made = read(ROOT / "results" / "mini" / table.name / table.notebook)
     cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    assert [(c.cell_type, c.source) for c in cells] == [
-        (c.cell_type, c.source) for c in read(NOTEBOOKS / table.notebook).cells
-    ]
-    shown = "".join(
-        "".join(o.get("data", {}).get("text/html", ""))
-        for c in cells
-        if c.cell_type == "code"
-        for o in c.outputs
-    )
-    _, results = report.committed(table.name, ROOT / "results")
+    committed = read(NOTEBOOKS / table.notebook).cells
+    assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in committed]
+    outputs = [output for c in cells if c.cell_type == "code" for output in c.outputs]
+    shown = "".join("".join(o.get("data", {}).get("text/html", "")) for o in outputs)
+    results = report.committed(table.name, ROOT / "results")
     for data in (report.frame(results), report.side_by_side(results)):
-        missing = {
-            str(value)
-            for row in data.values.tolist()
-            for value in row
-            if f"<td>{escape(str(value), quote=False)}</td>" not in shown
-        }
-        assert not missing
+        values = {str(value) for row in data.values.tolist() for value in row}
+        assert not {v for v in values if f"<td>{escape(v, quote=False)}</td>" not in shown}

@@ -1,4 +1,7 @@
-"""Every number of the paper and of independent re-runs in the cells, against paper_tables.md, a transcription made apart."""
+"""Every number of the paper and of independent runs in the rows.
+
+They are compared with paper_tables.md, a transcription that was made apart.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def section(heading: str) -> str:
 
 
 def grid(text: str) -> list[list[str]]:
-    """The rows of a markdown table without the rule; an empty first cell repeats the one above."""
+    """The rows of a markdown table without the rule; an empty first field repeats the one above."""
     rows = [
         [c.strip() for c in line.strip("|").split("|")]
         for line in text.splitlines()
@@ -60,11 +63,11 @@ def quest_family(numbers: dict) -> dict:
     return out
 
 
-def cells(table: str, dataset: str | None = None, keys: tuple[str, ...] = ()) -> dict:
-    """{(bits, preset): numbers} of the cells that stand for a row of the paper."""
+def rows_of(table: str, dataset: str | None = None, keys: tuple[str, ...] = ()) -> dict:
+    """{(bits, preset): numbers} of the rows that the paper has."""
     found = [
         c
-        for c in get_table(table).cells
+        for c in get_table(table).rows
         if dataset in (None, c.dataset) and not c.note.startswith("the paper has no such")
     ]
     return {
@@ -82,7 +85,7 @@ def test_table_2():
             expected[f"{bits}-te-{setting}"] = dict(
                 zip(("fid", "sfid"), map(value, pair.split("/")), strict=True)
             )
-    assert {c.id: dict(c.paper) for c in get_table("table2").cells if c.preset} == expected and len(
+    assert {c.id: dict(c.paper) for c in get_table("table2").rows if c.preset} == expected and len(
         expected
     ) == 6
 
@@ -97,13 +100,13 @@ def test_table_3(table, dataset, start):
     for row in rows[1:]:
         for method, number in zip(head[2:], row[2:], strict=True):
             numbers[row[0], METHODS[method.strip("*")]] = {"fid": value(number)}
-    assert cells(table) == expected | quest_family(numbers) and len(numbers) == 15
+    assert rows_of(table) == expected | quest_family(numbers) and len(numbers) == 15
     line = next(x for x in TEXT.splitlines() if x.startswith(f"{dataset.capitalize()}, LDM"))
     sizes = dict(
         zip((32, 8, 4), map(float, re.findall(r"(?:FP|W8|W4) (\d+\.\d)", line)), strict=True)
     )
-    for cell in get_table(table).cells:
-        assert cell.paper_size_mb == (sizes[cell.weight_bits] if cell.preset != "minmax" else None)
+    for row in get_table(table).rows:
+        assert row.paper_size_mb == (sizes[row.weight_bits] if row.preset != "minmax" else None)
 
 
 def test_table_4():
@@ -115,9 +118,9 @@ def test_table_4():
                 zip(("fid", "sfid", "inception_score"), map(value, values), strict=True)
             )
             sizes[key] = {"size": float(size)}
-    assert cells("table4") == quest_family(numbers) and len(numbers) == 13
+    assert rows_of("table4") == quest_family(numbers) and len(numbers) == 13
     assert {
-        (c.bits, c.preset): {"size": c.paper_size_mb} for c in get_table("table4").cells
+        (c.bits, c.preset): {"size": c.paper_size_mb} for c in get_table("table4").rows
     } == quest_family(sizes)
 
 
@@ -131,17 +134,17 @@ def test_table_5():
             numbers[bits, "q-diffusion"], numbers[bits, "quest"] = (
                 {"clip_score": value(v)} for v in (first, second)
             )
-    assert cells("table5") == quest_family(numbers) and len(numbers) == 7
-    assert all(c.paper_size_mb == sizes[c.bits] for c in get_table("table5").cells)
+    assert rows_of("table5") == quest_family(numbers) and len(numbers) == 7
+    assert all(c.paper_size_mb == sizes[c.bits] for c in get_table("table5").rows)
 
 
 def test_table_6():
     rows = grid(section("## Table 6"))[1:]
     assert len(rows) == 5
-    for (_, hours, memory, size, fid), cell in zip(rows, get_table("table6").cells, strict=True):
-        costs = {} if cell.preset is None else {"hours": value(hours), "memory_mb": value(memory)}
-        assert dict(cell.paper) == costs | {"fid": value(fid)} and cell.paper_size_mb == float(size)
-        assert cell.preset is None or cell.bits == "W4A8"
+    for (_, hours, memory, size, fid), row in zip(rows, get_table("table6").rows, strict=True):
+        costs = {} if row.preset is None else {"hours": value(hours), "memory_mb": value(memory)}
+        assert dict(row.paper) == costs | {"fid": value(fid)} and row.paper_size_mb == float(size)
+        assert row.preset is None or row.bits == "W4A8"
 
 
 def test_table_7():
@@ -149,7 +152,7 @@ def test_table_7():
         list(map(value, pair))
         for pair in re.findall(r"(?:FID )?([\d.]+), (?:sFID )?([\d.]+)[;.]", section("## Table 7"))
     )
-    numbers = {c.id: list(c.paper.values()) for c in get_table("table7").cells if c.preset}
+    numbers = {c.id: list(c.paper.values()) for c in get_table("table7").rows if c.preset}
     assert numbers["w4a4-tla-local"] == local and numbers["w4a4-tla"] == both
     assert numbers["w4a4-tla-global"] == [None, None]
     assert numbers["w4a4-cma"] == numbers["w4a4-cma-local"] == [UNKNOWN, UNKNOWN]
@@ -166,7 +169,7 @@ def test_table_8():
             (bits, preset): costs | {"fid": value(fid)}
             for bits, fid in zip(("W4A8", "W4A4"), fids, strict=True)
         }
-    assert cells("table8") == expected and len(expected) == 6
+    assert rows_of("table8") == expected and len(expected) == 6
 
 
 def test_table_9():
@@ -176,7 +179,7 @@ def test_table_9():
         for bits, pair in zip(("W8A8", "W4A8"), text.split(";"), strict=True):
             for method, number in zip(("tfmq-dm", "quest"), re.findall(NUMBER, pair), strict=True):
                 expected[bits, method] = {"fid": value(number)}
-        assert cells("table9", dataset.lower()) == quest_family(expected)
+        assert rows_of("table9", dataset.lower()) == quest_family(expected)
 
 
 def test_table_10():
@@ -194,7 +197,7 @@ def test_table_10():
             )
     assert len(expected) == 7 and "QuEST: not available here" in narrow
     expected["W4A4", "quest"] = {"sfid": UNKNOWN, "inception_score": UNKNOWN}
-    assert cells("table10") == quest_family(expected)
+    assert rows_of("table10") == quest_family(expected)
 
 
 def test_table_11():
@@ -204,11 +207,11 @@ def test_table_11():
         for bits, text in (("W8A8", wide), ("W4A4", narrow))
         for method, fid in re.findall(rf"(Q-Diffusion|EfficientDM|QuEST) ({NUMBER})", text)
     }
-    assert cells("table11") == quest_family(expected) and len(expected) == 6
+    assert rows_of("table11") == quest_family(expected) and len(expected) == 6
 
 
 def test_independent_numbers():
-    """The survey's and a user's runs stand beside full precision and QuEST, wherever a table has these rows."""
+    """The survey's and a user's runs stand beside full precision and QuEST, in every table."""
     expected: dict[tuple[str, str], dict] = {}
     for name, *values in grid(section("## Independent"))[1:]:
         dataset, metrics = name.split(" ", 1)
@@ -231,23 +234,23 @@ def test_independent_numbers():
     assert len(expected) == 12
     seen = set()
     for table in ("table3", "table3-churches", "table4", "table9", "table10"):
-        for cell in get_table(table).cells:
-            if cell.preset is None or cell.preset.startswith("quest"):
-                assert cell.independent == expected[cell.dataset, cell.bits], cell.id
-                seen.add((cell.dataset, cell.bits))
+        for row in get_table(table).rows:
+            if row.preset is None or row.preset.startswith("quest"):
+                assert row.independent == expected[row.dataset, row.bits], row.id
+                seen.add((row.dataset, row.bits))
             else:
-                assert cell.independent == {}
+                assert row.independent == {}
     assert seen == set(expected)
 
 
 def test_every_row_has_a_preset_and_known_columns():
     from questlib.presets import PRESETS
 
-    presets = {c.preset for t in all_tables().values() for c in t.cells} - {None}
+    presets = {c.preset for t in all_tables().values() for c in t.rows} - {None}
     assert presets == set(PRESETS)
     for table in all_tables().values():
-        for cell in table.cells:
+        for row in table.rows:
             assert all(
                 k in COSTS or k in ("fid", "sfid", "inception_score", "clip_score")
-                for k in cell.paper
+                for k in row.paper
             )

@@ -8,15 +8,19 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from made_results import made_result
 
 from questlib.errors import QuestError
-from reproduce.reporting.readme import BLOCKS, _goes, render, update
+from reproduce.reporting.readme import BLOCKS, render, update
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_readme_is_up_to_date_with_the_results(tmp_path):
-    """Of what git has staged: a user's own run, which replaces results, does not make this fail. Without git: of the files."""
+    """Of what git has staged: a user's own run, which replaces results, does not make this fail.
+
+    Without git: of the files.
+    """
     inside = subprocess.run(
         ["git", "ls-files", "--error-unmatch", "README.md"],
         cwd=ROOT,
@@ -51,7 +55,10 @@ def test_readme_is_up_to_date_with_the_results(tmp_path):
 
 @pytest.fixture
 def reproduce_all(tmp_path):
-    """(file of times, make): the Makefile's own recipe in `tmp_path`, with no table to make, and a clock that stands still."""
+    """(file of times, make): the Makefile's own recipe in `tmp_path`.
+
+    There is no table to make, and the clock stands still.
+    """
     shutil.copyfile(ROOT / "Makefile", tmp_path / "Makefile")
     (tmp_path / "installed").touch()
     log = tmp_path / "results" / "mini" / "all-time"
@@ -69,30 +76,53 @@ def reproduce_all(tmp_path):
     return log, make
 
 
-def test_reproduce_all_is_timed_over_all_its_goes(tmp_path, reproduce_all):
-    """A go that is stopped, one that ends; what comes later is told apart."""
+def measured(folder: Path) -> str:
+    """What the README says of the time of `make reproduce-all`, by the results in `folder`."""
+    lines = BLOCKS["commands"](folder / "results").splitlines()
+    (line,) = (line for line in lines if line.startswith("| `make reproduce-all`"))
+    return line.split(" | ")[2]
+
+
+def test_reproduce_all_is_timed_over_all_its_sessions(tmp_path, reproduce_all):
+    """One that is stopped, one that ends; what comes later is told apart."""
     log, make = reproduce_all
     log.write_text("999 0\n")  # of the committed run: a run from nothing begins anew
     make("JOBS=none", check=False)
-    assert log.read_text() == "0 2\n" and _goes(log, []) is None
+    assert log.read_text() == "0 2\n"
+    assert measured(tmp_path) == "not measured yet"
     (tmp_path / "runs" / "evaluate").mkdir(parents=True)
     log.write_text("600 stopped\n" + log.read_text())
-    make(), make()
+    make()
+    make()
     assert [line.split()[1] for line in log.read_text().splitlines()] == ["stopped", "2", "0", "0"]
-    (tmp_path / "README.md").write_text(
-        "\n".join(f"<!-- generated: {n} -->\n<!-- end: {n} -->" for n in BLOCKS)
-    )
+    blocks = "\n".join(f"<!-- generated: {name} -->\n<!-- end: {name} -->" for name in BLOCKS)
+    (tmp_path / "README.md").write_text(blocks)
     assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
-    assert "| 10.0 min in 3 goes |" in (tmp_path / "README.md").read_text()
+    assert "| 10.0 min in 3 sessions |" in (tmp_path / "README.md").read_text()
     found = log.read_text()
     log.write_text(found + "90 0\n")
-    assert _goes(log, []) == "10.0 min in 3 goes; later, rows of newer code: 1.5 min | "
+    assert measured(tmp_path) == "10.0 min in 3 sessions; later, rows of newer code: 1.5 min"
     log.write_text(found)
     make("-n")
     assert log.read_text() == found
     log.unlink()  # something was there already: not the whole
     make()
-    assert log.read_text() == "warm\n0 0\n" and _goes(log, []) is None
+    assert log.read_text() == "warm\n0 0\n"
+    assert measured(tmp_path) == "not measured yet"
+
+
+def test_update_writes_tables_and_only_reads_results(tmp_path):
+    """The rows' files stay as they are."""
+    row = tmp_path / "results" / "mini" / "table3" / "bedrooms-fp.json"
+    made_result({"fid": [1.0]}, row="bedrooms-fp").write(row)
+    before = row.read_bytes(), row.stat().st_mtime_ns
+    blocks = "\n".join(f"<!-- generated: {name} -->\n<!-- end: {name} -->" for name in BLOCKS)
+    (tmp_path / "README.md").write_text(blocks)
+    assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
+    assert (row.read_bytes(), row.stat().st_mtime_ns) == before
+    assert (row.parent / "table.md").is_file()
+    assert not (tmp_path / "results" / "mini" / "table2").exists()  # it has no rows
+    assert not update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -114,11 +144,8 @@ def test_blocks_are_replaced_and_the_rest_stays(tmp_path):
         f"<!-- generated: {n} -->\nold\n<!-- end: {n} -->\nbetween {n}\n" for n in BLOCKS
     )
     new = render(text, tmp_path)
-    assert (
-        new.startswith("before\n")
-        and "old" not in new
-        and all(f"between {n}\n" in new for n in BLOCKS)
-    )
+    assert new.startswith("before\n") and "old" not in new
+    assert all(f"between {n}\n" in new for n in BLOCKS)
     assert render(new, tmp_path) == new
     assert "not measured yet" in new and "not run" in new  # no results: said, not left empty
 

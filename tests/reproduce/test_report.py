@@ -1,4 +1,4 @@
-"""Tables, pictures and the executed notebook, from real results of the tiny model."""
+"""Tables and pictures of results."""
 
 from __future__ import annotations
 
@@ -6,78 +6,103 @@ import json
 
 import nbformat
 import pytest
+from made_results import made_result, made_table
 
 from reproduce import notebooks
-from reproduce.figures import plots
-from reproduce.pipeline import run_cell
+from reproduce.choices import Choices
+from reproduce.figures import plots, style
+from reproduce.pipeline import run_row
 from reproduce.plan import make_plan
 from reproduce.reporting import report
-from reproduce.results import empty_result
+from reproduce.table_results import TableResults
 
-CELLS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
+ROWS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
 
 
 def test_tables_and_pictures(tiny_plan, tmp_path):
-    plan = tiny_plan(cells=CELLS, seeds=[0, 1])
-    for cell in plan.cells:
-        run_cell(cell, plan)
+    """Of real results of the tiny model."""
+    plan = tiny_plan(rows=ROWS, seeds=[0, 1])
+    for row in plan.rows:
+        run_row(row, plan)
     results = report.finish(plan)
-    stored = json.loads((plan.folder / "bedrooms-w4a4-q-diffusion.json").read_text())
-    at = {r["cell"]: i for i, r in enumerate(results)}
-    assert (
-        stored["metrics"]["fid"]["verdict"]
-        == results[at["bedrooms-w4a4-q-diffusion"]]["metrics"]["fid"]["verdict"]
-        != ""
-    )
     ours = report.frame(results)
-    assert (
-        len(ours) == 25
-        and "±" in ours["FID"][0]
-        and (ours["FID"][1] == "not run")
-        and "IS" not in ours
-    )
-    sides = report.side_by_side(results)
-    rows = [
-        at[f"bedrooms-{c}"]
-        for c in ("fp", "w4a4-q-diffusion", "w4a4-quest", "w4a4-minmax", "w4a4-efficientdm")
-    ]
-    assert list(sides["FID paper"][rows]) == ["2.95", "N/A", "5.64", "not in the paper", "10.60"]
-    assert "survey 8.92" in sides["FID others"][at["bedrooms-w4a4-quest"]]
-    for text in (
-        report.terminal(plan, results),
-        report.markdown(plan, results),
-        report.html(plan, results),
-    ):
+    assert len(ours) == 25 and "IS" not in ours
+    assert "±" in ours["FID"][0] and ours["FID"][1] == "not run"
+    for text in (report.terminal(results), report.markdown(results), report.html(results)):
         assert "Q-Diffusion" in text and "compare orders" in text and "not run yet" in text
-    assert json.loads(report.as_json(plan, results))["results"][0]["cell"] == "bedrooms-fp"
+    assert (plan.folder / "table.md").read_text() == report.markdown(results)
+    assert (plan.folder / "table.html").read_text() == report.html(results)
     for name, figure in (
         ("a", plots.metric_figure(results)),
         ("b", plots.cost_figure(results)),
-        ("c", plots.picture(plan, results)),
+        ("c", plots.picture(results)),
     ):
-        assert plots.save(figure, tmp_path / f"{name}.png").stat().st_size > 5000
+        assert style.save(figure, tmp_path / f"{name}.png").stat().st_size > 5000
 
 
-def test_figures_without_results(tiny_plan):
-    plan = tiny_plan()
-    results = report.load_results(plan)
-    assert all(r["status"] == "not run" for r in results)
+def test_a_report_only_reads_the_results(tmp_path):
+    plan = make_plan("table3", Choices(results=tmp_path), dry=True)
+    path = plan.row_file("bedrooms-fp")
+    made_result({"fid": [1.0]}, row="bedrooms-fp").write(path)
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    report.finish(plan)
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    assert {p.name for p in plan.folder.iterdir()} == {path.name, "table.md", "table.html"}
+
+
+def table3(**rows) -> TableResults:
+    """Table 3 at mini scale with these rows, by the ends of their ids."""
+    plan = make_plan("table3", Choices(), dry=True)
+    made = {f"bedrooms-{end.replace('_', '-')}": result for end, result in rows.items()}
+    return made_table(plan, made)
+
+
+def test_the_papers_numbers_stand_beside_ours():
+    sides = report.side_by_side(table3(w4a4_minmax=made_result({"fid": [1.0, 2.0]})))
+    rows = sides.set_index(["bits", "method"])
+    papers = rows["FID paper"]
+    assert papers["32/32", "full precision"] == "2.95"
+    assert papers["W4A4", "Q-Diffusion"] == "N/A"
+    assert papers["W4A4", "EfficientDM"] == "10.60"
+    assert papers["W4A4", "min-max PTQ"] == "not in the paper"
+    assert "survey 8.92" in rows["FID others"]["W4A4", "QuEST, runs in integers (ours)"]
+    assert rows["FID ours"]["W4A4", "min-max PTQ"] == "1.50 ± 0.71"
+
+
+def test_json_has_specification_result_and_verdicts():
+    mine, base = made_result({"fid": [1.0, 1.2]}), made_result({"fid": [2.0, 2.1]})
+    results = table3(w4a4_quest=mine, w4a4_q_diffusion=base)
+    found = json.loads(report.as_json(results))
+    assert (found["table"], found["scale"]) == ("table3", "mini")
+    rows = {row["specified"]["id"]: row for row in found["rows"]}
+    quest = rows["bedrooms-w4a4-quest"]
+    assert quest["specified"]["paper"] == {"fid": 5.64}
+    assert quest["result"]["seeds"][1]["metrics"] == {"fid": 1.2}
+    assert quest["metrics"]["fid"]["value"] == pytest.approx(1.1)
+    assert quest["verdicts"]["fid"]["order"] == "better"
+    assert quest["verdicts"]["fid"]["agrees"] is True
+    assert rows["bedrooms-fp"]["result"]["status"] == "not run"
+
+
+def test_figures_without_results():
+    results = table3()
+    assert not results.done
     for figure in (
         plots.metric_figure(results),
         plots.cost_figure(results),
-        plots.picture(plan, results),
+        plots.picture(results),
     ):
         assert figure.axes
     assert "not measured" in [t.get_text() for t in plots.metric_figure(results).axes[1].texts]
 
 
 @pytest.mark.parametrize(("worst", "scale"), [(15.0, "linear"), (40.0, "log")])
-def test_axis_is_logarithmic_only_where_values_lie_far_apart(tiny_plan, worst, scale):
-    results = report.load_results(tiny_plan())
-    values = [2.0, *[worst] * (len(results) - 1)]
-    for result, value in zip(results, values, strict=True):
-        result["metrics"]["fid"]["value"] = value
-    assert plots.metric_figure(results).axes[1].get_yscale() == scale
+def test_axis_is_logarithmic_only_where_values_lie_far_apart(worst, scale):
+    plan = make_plan("table3", Choices(), dry=True)
+    made = {row.id: made_result({"fid": [worst]}) for row in plan.table.rows}
+    made["bedrooms-fp"] = made_result({"fid": [2.0]})
+    figure = plots.metric_figure(made_table(plan, made))
+    assert figure.axes[1].get_yscale() == scale
 
 
 def test_kept_notebook_names_no_machine(tiny_plan):
@@ -100,78 +125,65 @@ def test_kept_notebook_names_no_machine(tiny_plan):
 
 def test_costs_beside_the_papers(tiny_plan):
     """Table 6: hours and memory of quantizing, the paper's and ours."""
-    plan = tiny_plan("table6", cells=["bedrooms-fp", "w4a8-baseline"])
-    for cell in plan.cells:
-        run_cell(cell, plan)
+    plan = tiny_plan("table6", rows=["bedrooms-fp", "w4a8-baseline"])
+    full, baseline = (run_row(row, plan) for row in plan.rows)
     results = report.finish(plan)
     sides = report.side_by_side(results).set_index("method")
     assert list(sides["hours paper"]) == ["not reported", "23.08", "11.52", "13.13", "15.25"]
     assert list(sides["memory MB paper"]) == ["not reported", "10334", "9822", "11862", "12178"]
-    baseline = next(r for r in results if r["cell"] == "w4a8-baseline")
-    spent = sum(v for k, v in baseline["seconds"].items() if k not in ("sample", "evaluate"))
-    assert sides["hours ours"]["baseline: direct quantization + AdaRound"] == f"{spent / 3600:.3f}"
+    spent = sum(v for k, v in baseline.seconds.items() if k not in ("sample", "evaluate"))
+    method = "baseline: direct quantization + AdaRound"
+    assert sides["hours ours"][method] == f"{spent / 3600:.3f}"
     assert list(sides["hours ours"]).count("-") == 4  # full precision and what was not run
     assert "iterations paper" not in sides
-    full = next(r for r in results if r["cell"] == "bedrooms-fp")
-    sizes = sides.loc["baseline: direct quantization + AdaRound", ["size paper", "size ours"]]
-    ours = baseline["size_bytes"]
-    assert list(sizes) == [
+    ours = baseline.size_bytes
+    assert list(sides.loc[method, ["size paper", "size ours"]]) == [
         "148.4 MB (14.2%)",
-        f"{ours / 1e6:.1f} MB ({ours / full['size_bytes']:.1%})",
+        f"{ours / 1e6:.1f} MB ({ours / full.size_bytes:.1%})",
     ]
     assert "weights trained" not in report.frame(results)  # of no row that was run
 
 
 def test_iterations_and_weights_that_are_trained(tiny_plan):
-    """Table 8: the paper's iterations and ours; the share of the weights is what finetuning logged."""
-    plan = tiny_plan("table8", cells=["w4a4-quest"])
-    made = run_cell(plan.cells[0], plan)
+    """Table 8: the share of the weights is what finetuning logged."""
+    plan = tiny_plan("table8", rows=["w4a4-quest"])
+    made = run_row(plan.rows[0], plan)
     results = report.finish(plan)
     sides = report.side_by_side(results)
-    row = sides[
-        (sides["method"] == "QuEST, runs in integers (ours)") & (sides["bits"] == "W4A4")
-    ].iloc[0]
-    assert (row["iterations paper"], row["iterations ours"]) == (
-        "2200",
-        "4",
-    )  # smoke: two of each stage
+    is_quest = (sides["method"] == "QuEST, runs in integers (ours)") & (sides["bits"] == "W4A4")
+    row = sides[is_quest].iloc[0]
+    # At smoke scale two iterations of each stage.
+    assert (row["iterations paper"], row["iterations ours"]) == ("2200", "4")
     assert "size ours" not in sides  # the paper's Table 8 has no sizes
     trained = report.frame(results).loc[row.name, "weights trained"]
-    assert (
-        trained == f"{made['per_seed'][0]['finetune']['trained_fraction']:.0%}" and trained != "0%"
-    )
+    assert trained == f"{made.seeds[0].trained_fraction:.0%}" and trained != "0%"
 
 
-def test_numbers_that_are_not_available(tiny_plan):
-    plan = tiny_plan("table7")
-    sides = report.side_by_side(report.load_results(plan)).set_index("method")
-    assert (
-        sides["FID paper"]["CMA with L_G"] == "not available"
-        and sides["FID paper"]["TLA without L_G"] == "8.99"
-    )
-    assert (
-        sides["FID paper"]["full precision"]
-        == sides["FID paper"]["TLA, L_G alone"]
-        == "not in the paper"
-    )
-    assert plots.metric_figure(report.load_results(plan)).axes
+def test_numbers_that_are_not_available():
+    results = made_table(make_plan("table7", Choices(), dry=True), {})
+    papers = report.side_by_side(results).set_index("method")["FID paper"]
+    assert papers["CMA with L_G"] == "not available"
+    assert papers["TLA without L_G"] == "8.99"
+    assert papers["full precision"] == papers["TLA, L_G alone"] == "not in the paper"
+    assert plots.metric_figure(results).axes
 
 
-def test_data_sets_are_named_where_a_table_has_several():
-    plan = make_plan("table9", scale="paper", dry=True)
-    assert set(report.frame(report.load_results(plan))["data"]) == {"bedrooms", "imagenet"}
-    plan = make_plan("table4", scale="paper", dry=True)
-    assert "data" not in report.frame(report.load_results(plan))
+@pytest.mark.parametrize(
+    ("table", "data"), [("table9", {"bedrooms", "imagenet"}), ("table4", None)]
+)
+def test_data_sets_are_named_where_a_table_has_several(table, data):
+    results = made_table(make_plan(table, Choices(scale="paper"), dry=True), {})
+    frame = report.frame(results)
+    assert (set(frame["data"]) if "data" in frame else None) == data
 
 
-def test_an_older_result_without_a_metric_of_today(tiny_plan):
-    plan = tiny_plan()
-    empty = empty_result(plan.cells[0], plan, "done", None)
-    older = empty | {
-        "metrics": {k: v for k, v in empty["metrics"].items() if k != "inception_score"}
-    }
-    del older["dataset"]
-    report.write_json(plan.folder / f"{plan.cells[0].id}.json", older)
-    result = report.load_results(plan)[0]
-    assert (result["status"], result["dataset"]) == ("done", "bedrooms")
-    assert result["metrics"]["inception_score"]["value"] is None
+def test_made_by_names_commit_and_changes():
+    row = made_result({"fid": [1.0]})
+    changed = {**row.provenance[0], "commit": "d" * 40, "dirty": True}
+    other = made_result({"fid": [1.0]}, provenance=(changed,))
+    results = table3(fp=row, w4a4_quest=row, w4a4_minmax=other)
+    assert report.made_by(results).splitlines() == [
+        f"made at commit {'c' * 40}, torch 2.0, A, 2 cores",
+        f"made at commit {'d' * 40} with changes, torch 2.0, A, 2 cores",
+    ]
+    assert report.made_by(table3()) == "nothing was made"

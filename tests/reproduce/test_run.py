@@ -14,14 +14,14 @@ from questlib.errors import ConfigError, MetricError
 from questlib.versions import STAGE_VERSIONS
 from reproduce import notebooks, pipeline
 from reproduce.reporting import report
-from reproduce.store import write_json
+from reproduce.results import Status
 
-CELLS = ["bedrooms-fp", "bedrooms-w4a4-quest"]
+ROWS = ["bedrooms-fp", "bedrooms-w4a4-quest"]
 
 
 def test_a_good_reference_passes(tiny_plan, tiny):
-    notebooks.preflight(tiny_plan(cells=CELLS))
-    notebooks.preflight(tiny_plan(cells=CELLS, reference=str(tiny / "reference")))
+    notebooks.preflight(tiny_plan(rows=ROWS))
+    notebooks.preflight(tiny_plan(rows=ROWS, reference=str(tiny / "reference")))
 
 
 @pytest.mark.parametrize("kind", ["size", "few", "damaged", "absent"])
@@ -45,21 +45,21 @@ def test_a_wrong_reference_is_found_before_the_work(tiny_plan, tiny, tmp_path, k
     with pytest.raises(
         MetricError, match=says.get(kind, "not an embedded model, a file or a folder")
     ):
-        notebooks.preflight(tiny_plan(cells=CELLS, reference=str(reference)))
+        notebooks.preflight(tiny_plan(rows=ROWS, reference=str(reference)))
     assert not (tmp_path / "work").exists() or not any((tmp_path / "work").iterdir())
 
 
 def test_mini_features_are_of_small_images(tiny_plan, monkeypatch):
-    monkeypatch.setattr("questlib.diffusion.sampling.image_size", lambda pipe: (256, 256))
+    monkeypatch.setattr(notebooks, "image_size", lambda pipe: (256, 256))
     with pytest.raises(ConfigError, match="features mini: images of 64x64 only, .* draws 256x256"):
-        notebooks.preflight(tiny_plan(cells=CELLS))
+        notebooks.preflight(tiny_plan(rows=ROWS))
 
 
 def test_paths_mean_the_same_in_the_notebook(tiny_plan, tiny, tmp_path, monkeypatch):
-    """The notebook runs where the command was given: a relative path was looked at there before the work."""
+    """The notebook runs in the folder of the command, where relative paths were checked."""
     shutil.copytree(tiny / "reference", tmp_path / "here" / "images")
     monkeypatch.chdir(tmp_path / "here")
-    plan = tiny_plan(cells=CELLS, reference="images")
+    plan = tiny_plan(rows=ROWS, reference="images")
     notebooks.preflight(plan)
     parameters = nbformat.v4.new_code_cell("REFERENCE = None", metadata={"tags": ["parameters"]})
     asks = nbformat.v4.new_code_cell(
@@ -77,16 +77,18 @@ def test_paths_mean_the_same_in_the_notebook(tiny_plan, tiny, tmp_path, monkeypa
 
 
 def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
-    """The real notebook, with a number that no run has; a row without a result says so, and no file of a row is new."""
-    ran, shown = tiny_plan(cells=CELLS[:1]), tiny_plan(cells=CELLS, stored=True)
-    path = ran.folder / f"{CELLS[0]}.json"
-    result = pipeline.run_cell(ran.cells[0], ran)
-    result["metrics"]["fid"] |= {"value": 123.25, "std": None}
-    write_json(path, result)
+    """The real notebook, with a number that no run has; no file of a row is new."""
+    ran = tiny_plan(rows=ROWS[:1])
+    shown = tiny_plan(rows=ROWS, stored=True)
+    result = pipeline.run_row(ran.rows[0], ran)
+    (seed,) = result.seeds
+    made_up = dataclasses.replace(seed, metrics=seed.metrics | {"fid": 123.25})
+    path = ran.row_file(ROWS[0])
+    dataclasses.replace(result, seeds=(made_up,)).write(path)
     monkeypatch.setattr(pipeline, "SeedRun", lambda *args: pytest.fail("a row was run"))
     notebooks.preflight(shown)
     results = notebooks.run(shown)
-    assert [r["status"] for r in results if r["cell"] in CELLS] == ["done", "not run"]
+    assert [results[row].status for row in ROWS] == [Status.DONE, Status.NOT_RUN]
     assert report.frame(results)["FID"][0] == "123.25"
     notebook = (shown.folder / shown.table.notebook).read_text()
     assert "25 rows, 2 shown from their results" in notebook and "123.25" in notebook
@@ -94,39 +96,46 @@ def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
 
 
 def test_only_rows_that_are_not_what_a_run_would_make_now_are_run(tiny_plan, monkeypatch):
-    """Whether their products are still there or not: a clone has results alone."""
-    plan = tiny_plan(cells=CELLS)
-    assert notebooks.unfinished(plan).cells == plan.cells
-    result = pipeline.run_cell(plan.cells[1], plan)
-    pipeline.run_cell(plan.cells[0], plan)
+    """Whether their artifacts are still there or not: a clone has results alone."""
+    plan = tiny_plan(rows=ROWS)
+    assert notebooks.unfinished(plan) == plan
+    pipeline.run_row(plan.rows[0], plan)
+    result = pipeline.run_row(plan.rows[1], plan)
     shutil.rmtree(plan.work)
-    assert notebooks.unfinished(plan) == dataclasses.replace(plan, stored=True)
-    path = plan.row_file(CELLS[1])
-    seed = result["per_seed"][0]
+    assert notebooks.unfinished(plan) == plan.choose(stored=True)
+
+    path = plan.row_file(ROWS[1])
+    (seed,) = result.seeds
+    conditions = result.conditions
+    other_model = dataclasses.replace(conditions.model, id="other")
     for change in (
-        {"status": "failed"},
-        {"features": "inception"},
-        {"model": {"id": "other", "sha256": result["model"]["sha256"]}},
-        {"reference": "other"},
-        {"per_seed": [seed | {"products": seed["products"] | {"checkpoint": "0"}}]},
-        {"per_seed": []},
+        {"status": Status.FAILED, "seeds": ()},
+        {"conditions": dataclasses.replace(conditions, features="inception")},
+        {"conditions": dataclasses.replace(conditions, model=other_model)},
+        {"conditions": dataclasses.replace(conditions, reference="other")},
+        {"seeds": (with_artifact(seed, "checkpoint"),)},
+        {"seeds": ()},
     ):
-        write_json(path, result | change)
-        assert [c.id for c in notebooks.unfinished(plan).cells] == CELLS[1:], change
-    another = [
-        seed | {"seed": 7},
-        seed | {"products": seed["products"] | {"evaluate": "0"}},
-    ]  # of another clone's files
-    write_json(path, result | {"per_seed": another})
-    assert notebooks.unfinished(plan).stored
+        dataclasses.replace(result, **change).write(path)
+        assert [row.id for row in notebooks.unfinished(plan).rows] == ROWS[1:], change
+
+    # Another seed, and a score of another clone's files, make no difference.
+    seeds = (with_artifact(seed, "evaluate"), dataclasses.replace(seed, seed=7))
+    dataclasses.replace(result, seeds=seeds).write(path)
+    assert notebooks.unfinished(plan).choices.stored
     monkeypatch.setitem(STAGE_VERSIONS, "sample", 2)
-    assert notebooks.unfinished(plan).cells == plan.cells
+    assert notebooks.unfinished(plan) == plan
+
+
+def with_artifact(seed, stage: str):
+    """The seed's result with another artifact of one stage."""
+    return dataclasses.replace(seed, artifacts=seed.artifacts | {stage: "0"})
 
 
 def test_rows_whose_checkpoints_a_notebook_opens_are_always_run(tiny_plan):
     plan = tiny_plan("figure2")
-    for cell in plan.cells:
-        pipeline.run_cell(cell, plan)
+    for row in plan.rows:
+        pipeline.run_row(row, plan)
     assert notebooks.unfinished(plan) == plan
 
 
@@ -136,9 +145,9 @@ def test_rows_whose_checkpoints_a_notebook_opens_are_always_run(tiny_plan):
 def test_what_is_unfinished_is_asked_of_the_rows_that_the_scale_has(tiny_plan, choices):
     with pytest.raises(
         ConfigError,
-        match="--unfinished: expected no choices but of scale, cells and engine, found python",
+        match="--unfinished: expected no choices but of scale, rows and engine, found python",
     ):
-        notebooks.unfinished(tiny_plan(cells=CELLS, **choices))
+        notebooks.unfinished(tiny_plan(rows=ROWS, **choices))
 
 
 def test_a_notebook_that_opens_checkpoints_is_not_shown_from_rows_alone(tiny_plan):

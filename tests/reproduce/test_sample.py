@@ -1,4 +1,4 @@
-"""python -m reproduce sample: the command, and (slow) launches of several processes that are killed."""
+"""python -m reproduce sample: the command, and (slow) launches of processes that are killed."""
 
 import os
 import random
@@ -102,7 +102,8 @@ def launch(tiny: Path, out: Path, count: int) -> subprocess.Popen:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    # --multi_gpu: accelerate's name for several processes on this machine; without GPUs they are CPU processes on gloo
+    # --multi_gpu is accelerate's name for several processes on this machine. Without GPUs they are
+    # CPU processes on gloo.
     several = ["--multi_gpu", "--main_process_port", port] if count > 1 else []
     options = [
         *several,
@@ -133,7 +134,7 @@ def launch(tiny: Path, out: Path, count: int) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_launches_of_1_2_and_3_processes_agree_also_when_killed(tiny, tmp_path):
-    """accelerate launch, kill -9 of a worker, of the launcher or of all, at random moments while shards are being written."""
+    """accelerate launch; kill -9 of a worker, the launcher or all, while shards are written."""
     rng, folders = random.Random(0), {}
     for count in (1, 2, 3):
         out = folders[count] = tmp_path / str(count)
@@ -163,7 +164,7 @@ def test_launches_of_1_2_and_3_processes_agree_also_when_killed(tiny, tmp_path):
             assert running.wait(120) != 0
         assert launch(tiny, out, count).wait(300) == 0
         assert sum(len(s.images) for s in read_samples(out)) == 600
-        assert not list(out.glob("*.part"))
+        assert not list(out.glob("*.lock")) and not list(out.glob("*.tmp"))
     files = {p.name: p.read_bytes() for p in folders[1].iterdir()}
     assert len(files) == 301
     for count in (2, 3):

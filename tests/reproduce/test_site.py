@@ -1,8 +1,7 @@
-"""The static site: complete, self-contained, and nothing half written. What it looks like is for a browser."""
+"""The static site: complete, self-contained, and nothing half written."""
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -10,15 +9,19 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from bs4 import BeautifulSoup
+from made_results import made_result
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from questlib.errors import ConfigError, QuestError
 from reproduce.__main__ import main
-from reproduce.reporting import markup, site
+from reproduce.reporting import markup, report, site
 from reproduce.tables.registry import all_tables
 
 ROOT = Path(__file__).resolve().parents[2]
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5E"
+    "rkJggg=="
+)
 
 
 def write_notebook(path: Path, *cells) -> None:
@@ -45,12 +48,8 @@ def repository(tmp_path) -> Path:
             f'SCALE = "{scale}"', outputs=[new_output("stream", text=f"made at {scale}")]
         )
         write_notebook(path / "table02.ipynb", new_markdown_cell("# How `precise`?"), code)
-    row = {
-        "status": "done",
-        "seconds": {},
-        "metrics": {"fid": {"value": 98.765, "std": 0.25, "paper": None, "independent": {}}},
-    }
-    (mini / "table2" / "w8a8-te-ptq.json").write_text(json.dumps(row))
+    row = made_result({"fid": [98.5925, 98.9475]}, table="table2", row="w8a8-te-ptq")
+    row.write(mini / "table2" / "w8a8-te-ptq.json")
     return tmp_path
 
 
@@ -127,12 +126,12 @@ def test_our_numbers_are_those_of_the_result_files(real):
             .find_all("tr")
         )
         column = [th.text for th in rows[0].find_all("th")].index("FID")
-        for cell, row in zip(table.cells, rows[1:], strict=True):
-            path = ROOT / "results" / "mini" / table.name / f"{cell.id}.json"
-            result = json.loads(path.read_text()) if path.is_file() else {"status": "not run"}
+        results = report.committed(table.name, ROOT / "results")
+        for (_, result), row in zip(results, rows[1:], strict=True):
             text = row.find_all("td")[column].text
-            if result["status"] == "done" and result["metrics"]["fid"]["value"] is not None:
-                assert text.startswith(f"{result['metrics']['fid']['value']:.2f}")
+            fid = result.metric("fid").value
+            if fid is not None:
+                assert text.startswith(f"{fid:.2f}")
             else:
                 assert not re.search(r"\d", text)
 
@@ -155,9 +154,7 @@ def test_index_and_runs(repository):
         found["00_tour.html"].footer.a["href"] == "table02.html"
         and found["table02.html"].footer.a["href"] == "00_tour.html"
     )
-    (row,) = (
-        tr for tr in found["index.html"].find_all("tr") if "98.77 ± 0.25" in tr.text
-    )  # 98.765 rounded
+    (row,) = (tr for tr in found["index.html"].find_all("tr") if "98.77 ± 0.25" in tr.text)
     assert (
         row.td.text == "W8A8"
         and "1 of 7 rows run" in index
@@ -190,7 +187,8 @@ def test_reading_order():
 
 
 def test_links_between_notebooks_and_out_of_the_site():
-    text = "[a](table02.ipynb#FID) [b](../README.md) [c](https://example.org/x.ipynb) [d](#here) `$HOME`"
+    text = "[a](table02.ipynb#FID) [b](../README.md) [c](https://example.org/x.ipynb)"
+    text += " [d](#here) `$HOME`"
     links = BeautifulSoup(markup.markdown(text), "html.parser").find_all("a")
     assert [a["href"] for a in links] == [
         "table02.html#FID",
@@ -206,7 +204,8 @@ def test_links_between_notebooks_and_out_of_the_site():
 
 def test_equations():
     html = markup.markdown(
-        "Of $2^b$ values.\n\n$$\\left\\| \\tilde O_l \\right\\|^2$$\n\n\\begin{equation}x\\end{equation}"
+        "Of $2^b$ values.\n\n$$\\left\\| \\tilde O_l \\right\\|^2$$\n\n"
+        "\\begin{equation}x\\end{equation}"
     )
     assert (
         html.count("<math") == 3
@@ -264,7 +263,7 @@ def test_a_site_is_replaced_whole(repository):
         ),
         (
             lambda r: (r / "results" / "mini" / "table2" / "fp.json").write_text("{"),
-            "results of table2",
+            "fp.json: expected JSON",
         ),
         (lambda r: (r / "README.md").write_text("no title"), "expected a title"),
         (lambda r: (r / "results" / "mini").rename(r / "gone"), "expected a folder .*mini"),

@@ -2,37 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+from made_results import made_result, made_table
 
 from reproduce import timing
-from reproduce.pipeline import run_cell
+from reproduce.pipeline import run_row
+from reproduce.plan import Plan
+from reproduce.results import Result, Status
+from reproduce.table_results import TableResults
 
-CELLS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
+ROWS = ["bedrooms-fp", "bedrooms-w4a4-minmax", "bedrooms-w4a4-q-diffusion"]
 
 
-def test_time_of_a_fresh_run_is_kept_and_stages_of_others_are_summed_once(tiny_plan, monkeypatch):
-    plan = tiny_plan(cells=CELLS)
-    plan = dataclasses.replace(
-        plan, table=dataclasses.replace(plan.table, cells=plan.cells)
-    )  # a table of three rows
-    results = [run_cell(cell, plan) for cell in plan.cells]
+def run_rows(plan: Plan, rows: Sequence[str] | None = None) -> TableResults:
+    """These rows as run; the others of the table were not."""
+    wanted = [row.id for row in plan.rows] if rows is None else rows
+    return made_table(plan, {row: run_row(plan.table.row(row), plan) for row in wanted})
+
+
+def stages_of(*tables: TableResults) -> Counter:
+    """How often each stage is counted."""
+    return Counter(key[0] for key in timing.stage_seconds(tables))
+
+
+@pytest.fixture
+def table_of_three(tiny_plan) -> TableResults:
+    """Three rows of Table 3 as a table of their own, as run."""
+    plan = tiny_plan(rows=ROWS)
+    return run_rows(replace(plan, table=replace(plan.table, rows=plan.rows)))
+
+
+def test_time_of_a_fresh_run_is_kept(table_of_three, monkeypatch):
+    plan = table_of_three.plan
     path = plan.folder / "run.json"
-    timing.record_time(plan, results, 3.0, fresh=False)  # all came from the cache: no time of a run
-    timing.record_time(plan, [*results[1:], results[0] | {"status": "failed"}], 3.0, fresh=True)
+    timing.record_time(table_of_three, 3.0, fresh=False)  # all was there: no time of a run
+    failed = replace(table_of_three["bedrooms-fp"], status=Status.FAILED)
+    part = TableResults(plan, {**table_of_three.results, "bedrooms-fp": failed})
+    timing.record_time(part, 3.0, fresh=True)
     monkeypatch.setenv("QUEST_JOBS", "2")  # other tables beside this one
-    timing.record_time(plan, results, 3.0, fresh=True)
+    timing.record_time(table_of_three, 3.0, fresh=True)
     assert not path.exists()
     monkeypatch.setenv("QUEST_JOBS", "1")
-    timing.record_time(plan, results, 100.0, fresh=True)
-    timing.record_time(plan, results, 3.0, fresh=False)
+    timing.record_time(table_of_three, 100.0, fresh=True)
+    timing.record_time(table_of_three, 3.0, fresh=False)
     stored = json.loads(path.read_text())
     assert (stored["seconds"], stored["command"]) == (100.0, "make reproduce-bedrooms SCALE=smoke")
-    stages = timing.stage_seconds(results + results)  # rows that share all their products
-    counts = {
+
+
+def test_stages_of_rows_that_share_artifacts_are_summed_once(table_of_three):
+    stages = timing.stage_seconds([table_of_three, table_of_three])
+    assert stages_of(table_of_three, table_of_three) == {
         "sample": 3,
         "evaluate": 3,
         "calibrate": 1,
@@ -40,101 +64,83 @@ def test_time_of_a_fresh_run_is_kept_and_stages_of_others_are_summed_once(tiny_p
         "checkpoint": 2,
         "act scales": 1,
     }
-    assert Counter(key[0] for key in stages) == counts
+    seeds = [seed for _, result in table_of_three.done for seed in result.seeds]
     calibrations = {
-        s["products"]["calibrate"]: s["seconds"]["calibrate"]
-        for r in results[1:]
-        for s in r["per_seed"]
+        seed.artifacts["calibrate"]: seed.seconds["calibrate"]
+        for seed in seeds
+        if seed.config_hash is not None
     }
-    own = sum(
-        sum(s["seconds"].values()) - s["seconds"]["calibrate"]
-        for r in results
-        for s in r["per_seed"]
-    )
+    own = sum(sum(seed.seconds.values()) - seed.seconds["calibrate"] for seed in seeds)
     assert sum(stages.values()) == pytest.approx(own + sum(calibrations.values()))
 
 
-def test_the_time_of_some_seeds_is_not_that_of_the_command(tiny_plan, monkeypatch):
+@pytest.mark.parametrize(
+    ("choices", "timed"), [({"seeds": [1]}, False), ({"features": "mini"}, False), ({}, True)]
+)
+def test_the_time_of_some_seeds_is_not_that_of_the_command(tiny_plan, monkeypatch, choices, timed):
     monkeypatch.delenv("QUEST_JOBS", raising=False)
-    for choices, timed in (({"seeds": [1]}, False), ({"features": "mini"}, False), ({}, True)):
-        plan = tiny_plan(**choices)
-        timing.record_time(plan, [{"status": "done"}], 5.0, fresh=True)
-        assert (plan.folder / "run.json").exists() == timed
+    plan = tiny_plan(**choices)
+    done = made_result({"fid": [1.0]})
+    timing.record_time(made_table(plan, {r.id: done for r in plan.table.rows}), 5.0, fresh=True)
+    assert (plan.folder / "run.json").exists() == timed
 
 
 def test_adaround_that_rows_share_counts_once(tiny_plan):
-    plan = tiny_plan(
-        cells=[
-            "bedrooms-w4a8-quest-paper",
-            "bedrooms-w4a4-quest-paper",
-            "bedrooms-w4a4-q-diffusion",
-        ]
-    )
-    results = [run_cell(cell, plan) for cell in plan.cells]
     first, second, both = (
-        r["per_seed"][0] for r in sorted(results, key=lambda r: r["preset"], reverse=True)
+        "bedrooms-w4a8-quest-paper",
+        "bedrooms-w4a4-quest-paper",
+        "bedrooms-w4a4-q-diffusion",
     )
-    assert (
-        second["reconstruct_cached"]
-        and first["seconds"]["reconstruct"] == second["seconds"]["reconstruct"] > 0
-    )
-    assert (
-        both["reconstruct_cached"]
-        and both["seconds"]["reconstruct"] > first["seconds"]["reconstruct"]
-    )
-    stages = timing.stage_seconds(results)
-    found = {
-        key[0]: seconds for key, seconds in stages.items() if key[0] in ("adaround", "act scales")
-    }
-    assert sum(found.values()) == pytest.approx(
-        both["seconds"]["reconstruct"]
-    )  # AdaRound, and the scales after it
-    assert found["adaround"] == first["seconds"]["reconstruct"]
+    results = run_rows(tiny_plan(), [first, second, both])
+    seconds = {row: results[row].seeds[0].seconds["reconstruct"] for row in (first, second, both)}
+    assert not results[first].seeds[0].reconstruct_cached
+    assert results[second].seeds[0].reconstruct_cached
+    assert results[both].seeds[0].reconstruct_cached
+    assert seconds[both] > seconds[first] == seconds[second] > 0
+    found = {key[0]: value for key, value in timing.stage_seconds([results]).items()}
+    # AdaRound, and the scales after it.
+    assert found["adaround"] + found["act scales"] == pytest.approx(seconds[both])
+    assert found["adaround"] == seconds[first]
+
+
+def slower(result: Result) -> Result:
+    """The same row as another version of the code made it."""
+    seed = result.seeds[0]
+    seconds = {stage: value + 7.0 for stage, value in seed.seconds.items()}
+    artifacts = {stage: f"other-{name}" for stage, name in seed.artifacts.items()}
+    return replace(result, seeds=(replace(seed, seconds=seconds, artifacts=artifacts),))
 
 
 def test_what_two_versions_of_the_code_measured_counts_once_the_longer(tiny_plan):
-    plan = tiny_plan(cells=["bedrooms-w8a8-minmax"])
-    result = run_cell(plan.cells[0], plan)
-    seed = result["per_seed"][0]
-    slower = {stage: seconds + 7.0 for stage, seconds in seed["seconds"].items()}
-    other = seed | {
-        "seconds": slower,
-        "products": {stage: f"other-{name}" for stage, name in seed["products"].items()},
-    }
-    stages = timing.stage_seconds([result, result | {"per_seed": [other]}])
-    assert stages == timing.stage_seconds([result | {"per_seed": [other]}])
-    stages_of_a_run = ("sample", "evaluate", "calibrate", "ranges", "checkpoint", "adaround")
-    assert Counter(key[0] for key in stages) == dict.fromkeys(stages_of_a_run, 1)
+    plan = tiny_plan(rows=["bedrooms-w8a8-minmax"])
+    mine = run_rows(plan)
+    other = made_table(plan, {row.id: slower(result) for row, result in mine.done})
+    assert timing.stage_seconds([mine, other]) == timing.stage_seconds([other])
+    assert timing.stage_seconds([mine, other]) != timing.stage_seconds([mine])
+    stages = ("sample", "evaluate", "calibrate", "ranges", "checkpoint", "adaround")
+    assert stages_of(mine, other) == dict.fromkeys(stages, 1)
 
 
 def test_ranges_that_rows_share_are_searched_and_counted_once(tiny_plan):
-    plan = tiny_plan(
-        cells=["bedrooms-w4a8-q-diffusion", "bedrooms-w8a8-q-diffusion"]
-    )  # they differ in weight bits
-    first, second = (run_cell(cell, plan) for cell in plan.cells)
-    assert (
-        Counter(key[0] for key in timing.stage_seconds([first, second])).items()
-        >= {"ranges": 1, "checkpoint": 2}.items()
-    )
+    """They differ in weight bits."""
+    plan = tiny_plan(rows=["bedrooms-w4a8-q-diffusion", "bedrooms-w8a8-q-diffusion"])
+    found = stages_of(run_rows(plan))
+    assert (found["ranges"], found["checkpoint"]) == (1, 2)
     kept = [f for f in plan.work.glob("quantize/*/*.safetensors") if f.name.startswith("ranges-")]
     assert len(kept) == 1
 
 
 def test_tables_of_cost_make_every_stage_themselves_and_come_to_the_same_images(tiny_plan):
-    plan, costs, cost = (tiny_plan(table) for table in ("table3", "table6", "table8"))
-    shared = run_cell(plan.table.cell("bedrooms-w4a8-quest"), plan)
-    rows = [run_cell(costs.table.cell(cell), costs) for cell in ("w4a8-baseline", "w4a8-tla-cma")]
-    again = run_cell(cost.table.cell("w4a8-quest"), cost)
-    for row in rows:
-        seed = row["per_seed"][0]
-        assert (
-            not seed["ranges_cached"]
-            and not seed["reconstruct_cached"]
-            and seed["seconds"]["reconstruct"] > 0
-        )
-    assert rows[1]["metrics"]["fid"]["value"] == shared["metrics"]["fid"]["value"]
-    assert (
-        again["per_seed"] == rows[1]["per_seed"]
-    )  # one method, bits and budget: one product of both tables
-    stages = Counter(key[0] for key in timing.stage_seconds([shared, *rows, again]))
+    shared = run_rows(tiny_plan("table3"), ["bedrooms-w4a8-quest"])
+    costs = run_rows(tiny_plan("table6"), ["w4a8-baseline", "w4a8-tla-cma"])
+    again = run_rows(tiny_plan("table8"), ["w4a8-quest"])
+    for _, result in costs.done:
+        seed = result.seeds[0]
+        assert not seed.ranges_cached and not seed.reconstruct_cached
+        assert seed.seconds["reconstruct"] > 0
+    whole = costs["w4a8-tla-cma"]
+    assert whole.metric("fid") == shared["bedrooms-w4a8-quest"].metric("fid")
+    # One method, bits and budget: one artifact of both tables.
+    assert again["w4a8-quest"].seeds == whole.seeds
+    stages = stages_of(shared, costs, again)
     assert (stages["checkpoint"], stages["adaround"], stages["calibrate"]) == (3, 3, 1)

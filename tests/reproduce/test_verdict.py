@@ -5,197 +5,183 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from made_results import made_result, made_table, not_made
 
-from reproduce.tables.base import FAILED, UNKNOWN, Cell
-from reproduce.verdicts import paper_order, verdict
+from reproduce.choices import Choices
+from reproduce.plan import make_plan
+from reproduce.results import Result, Status
+from reproduce.tables.base import FAILED, UNKNOWN, Row
+from reproduce.verdicts import PAIRED, Order, Remark, Verdict, compare, paper_order, verdict
 
-
-def result(values: list[float] | None, status: str = "done", reason: str | None = None) -> dict:
-    seeds = [{"seed": i, "metrics": {"fid": v}} for i, v in enumerate(values or [])]
-    mean = sum(values) / len(values) if values else None
-    return {
-        "status": status,
-        "reason": reason,
-        "metrics": {"fid": {"value": mean}},
-        "per_seed": seeds,
-    }
+FIRST, SECOND = [5.0, 7.0], [9.0, 11.5]  # the first is lower: by 4.25, deviation 0.35
+BY, SPREAD = pytest.approx(-4.25), pytest.approx(0.125**0.5)
 
 
-def cells(mine, base) -> tuple[Cell, Cell]:
-    return Cell(id="q", label="QuEST", preset="quest", paper={"fid": mine}), Cell(
-        id="b", label="Base", preset="x", paper={"fid": base}
+def fids(values: list[float]) -> Result:
+    return made_result({"fid": values})
+
+
+def rows(mine, base) -> tuple[Row, Row]:
+    """Rows with these numbers in the paper."""
+    return (
+        Row(id="q", label="QuEST", preset="quest", paper={"fid": mine}),
+        Row(id="b", label="Base", preset="minmax", paper={"fid": base}),
     )
 
 
 @pytest.mark.parametrize(
-    ("mine", "base", "papers", "expected"),
+    ("mine", "base", "papers", "order", "agrees", "remarks"),
     [
-        (
-            [5.0, 7.0],
-            [9.0, 11.5],
-            (3.0, 4.0),
-            "better than Base (by 4.25, spread 0.35); as in the paper",
-        ),
-        (
-            [5.0, 7.0],
-            [9.0, 11.5],
-            (4.0, 3.0),
-            "better than Base (by 4.25, spread 0.35); differs from the paper",
-        ),
-        (
-            [9.0, 11.5],
-            [5.0, 7.0],
-            (3.0, 4.0),
-            "worse than Base (by 4.25, spread 0.35); differs from the paper",
-        ),
-        (
-            [5.0, 5.0],
-            [4.0, 5.5],
-            (3.0, 4.0),
-            "no clear difference from Base (by 0.25, spread 1.1); differs from the paper",
-        ),
-        ([5.0], [6.0], (3.0, 4.0), "better than Base (by 1, one seed, no spread); as in the paper"),
-        (
-            [5.0, 7.0],
-            [9.0, 11.5],
-            (3.0, FAILED),
-            "better than Base (by 4.25, spread 0.35); as in the paper",
-        ),
-        (
-            [9.0, 11.5],
-            [5.0, 7.0],
-            (FAILED, 4.0),
-            "worse than Base (by 4.25, spread 0.35); the paper's run failed",
-        ),
-        (
-            [5.0, 7.0],
-            [9.0, 11.5],
-            (None, 4.0),
-            "better than Base (by 4.25, spread 0.35); the paper gives no order",
-        ),
+        (FIRST, SECOND, (3.0, 4.0), Order.BETTER, True, ()),
+        (FIRST, SECOND, (4.0, 3.0), Order.BETTER, False, ()),
+        (SECOND, FIRST, (3.0, 4.0), Order.WORSE, False, ()),
+        ([5.0, 5.0], [4.0, 5.5], (3.0, 4.0), Order.UNCLEAR, False, ()),
+        ([5.0, 5.0], [4.0, 5.5], (3.0, 3.0), Order.UNCLEAR, False, ()),
+        ([5.0], [6.0], (3.0, 4.0), Order.BETTER, True, (Remark.ONE_SEED,)),
+        ([5.0], [5.0], (3.0, 4.0), Order.UNCLEAR, False, (Remark.ONE_SEED,)),
+        (FIRST, SECOND, (3.0, FAILED), Order.BETTER, True, ()),
+        (SECOND, FIRST, (FAILED, 4.0), Order.WORSE, None, (Remark.PAPER_FAILED,)),
+        (FIRST, SECOND, (None, 4.0), Order.BETTER, None, ()),
     ],
 )
-def test_orders(mine, base, papers, expected):
-    cell, other = cells(*papers)
-    assert verdict("fid", cell, other, result(mine), result(base)) == expected
+def test_orders(mine, base, papers, order, agrees, remarks):
+    row, other = rows(*papers)
+    found = compare("fid", row, other, fids(mine), fids(base))
+    assert (found.order, found.base, found.agrees) == (order, "Base", agrees)
+    assert found.remarks == remarks and found.measured
+
+
+def test_differences_are_taken_seed_by_seed():
+    found = compare("fid", *rows(3.0, 4.0), fids(FIRST), fids(SECOND))
+    assert (found.difference, found.spread) == (BY, SPREAD)
+    found = compare("fid", *rows(3.0, 4.0), fids([5.0]), fids([6.0]))
+    assert (found.difference, found.spread) == (-1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        (
+            Verdict(Order.BETTER, "Base", -4.25, 0.354, True),
+            "better than Base (by 4.25, spread 0.35); as in the paper",
+        ),
+        (
+            Verdict(Order.UNCLEAR, "Base", 0.25, 1.1, False),
+            "no clear difference from Base (by 0.25, spread 1.1); differs from the paper",
+        ),
+        (
+            Verdict(Order.WORSE, "Base", 1.0, None, None, (Remark.ONE_SEED, Remark.TWO_PROCESSORS)),
+            "worse than Base (by 1, one seed, no spread, on two processors); "
+            "the paper gives no order",
+        ),
+        (
+            Verdict(Order.WORSE, "Base", 1.0, 0.5, None, (Remark.PAPER_FAILED,)),
+            "worse than Base (by 1, spread 0.5); the paper's run failed",
+        ),
+        (Verdict(Order.NO_BASE, "Base"), "Base has no result to compare with"),
+        (Verdict(Order.NO_COMMON_SEED, "Base"), "no seed in common with Base"),
+        (Verdict(Order.REFERENCE), "reference row"),
+    ],
+)
+def test_a_verdict_is_also_a_sentence(found, sentence):
+    assert str(found) == sentence
 
 
 def test_an_order_that_only_the_text_of_the_paper_gives():
-    cell, base = cells(None, 4.0)
-    cell = dataclasses.replace(cell, paper_order={"fid": "worse"})
-    assert verdict("fid", cell, base, result([5.0, 7.0]), result([9.0, 11.5])).endswith(
-        "; differs from the paper"
-    )
-    assert verdict("fid", cell, base, result([9.0, 11.5]), result([5.0, 7.0])).endswith(
-        "; as in the paper"
-    )
+    row, base = rows(None, 4.0)
+    row = dataclasses.replace(row, paper_order={"fid": "worse"})
+    assert compare("fid", row, base, fids(FIRST), fids(SECOND)).agrees is False
+    assert compare("fid", row, base, fids(SECOND), fids(FIRST)).agrees is True
 
 
-def test_rows_of_two_processors_say_so():
-    cell, base = cells(3.0, 4.0)
-    mine, same, other = (
-        result([v]) | {"provenance": {"machine": {"cpu": cpu}}}
-        for v, cpu in ((5.0, "A"), (6.0, "A"), (6.0, "B"))
-    )
-    assert (
-        verdict("fid", cell, base, mine, same)
-        == "better than Base (by 1, one seed, no spread); as in the paper"
-    )
-    assert (
-        verdict("fid", cell, base, mine, other)
-        == "better than Base (by 1, one seed, no spread, on two processors); as in the paper"
-    )
+def on(result: Result, *processors: str) -> Result:
+    """The same result where each seed was made on these processors, one letter each."""
+    pairs = zip(result.seeds, processors, strict=True)
+    seeds = tuple(dataclasses.replace(s, processors=tuple(names)) for s, names in pairs)
+    return dataclasses.replace(result, seeds=seeds)
 
 
-def test_seeds_that_were_made_on_one_processor_each_are_not_of_two():
-    cell, base = cells(3.0, 4.0)
-
-    def row(values: list[float], processors: str) -> dict:
-        made = result(values) | {
-            "provenance": {"machine": {"cpu": "A"}, "others": [{"machine": {"cpu": "B"}}]}
-        }
-        seeds = [
-            s | {"processors": list(cpu)}
-            for s, cpu in zip(made["per_seed"], processors, strict=True)
-        ]
-        return made | {"per_seed": seeds}
-
-    mine = row([5.0, 7.0], "AB")
-    for other, says in (("AB", ""), ("BA", ", on two processors"), ("AA", ", on two processors")):
-        words = f"better than Base (by 4.25, spread 0.35{says}); as in the paper"
-        assert verdict("fid", cell, base, mine, row([9.0, 11.5], other)) == words
-    without = row([9.0, 11.5], "AB")
-    without["per_seed"][1].pop("processors")  # an older result: any of its row's
-    assert ", on two processors" in verdict("fid", cell, base, mine, without)
+@pytest.mark.parametrize(
+    ("mine", "other", "two"),
+    [
+        (("A", "B"), ("A", "B"), False),  # each seed on one processor
+        (("A", "B"), ("B", "A"), True),
+        (("A", "B"), ("A", "A"), True),
+        (("AB", "A"), ("A", "A"), True),
+        (("A", "A"), ("A", "A"), False),
+    ],
+)
+def test_seeds_of_two_processors_say_so(mine, other, two):
+    found = compare("fid", *rows(3.0, 4.0), on(fids(FIRST), *mine), on(fids(SECOND), *other))
+    assert (Remark.TWO_PROCESSORS in found.remarks) == two
+    assert found.difference == BY
 
 
 def test_rows_without_a_number():
-    cell, base = cells(3.0, 4.0)
-    assert (
-        verdict("fid", cell, base, result(None, "not run", "needs weights"), result([1.0]))
-        == "not run"
-    )
-    assert (
-        verdict("fid", cell, base, result([1.0]), result(None, "failed", "x"))
-        == "Base has no result to compare with"
-    )
-    assert verdict("fid", cell, base, result([1.0]), None) == "Base has no result to compare with"
-    assert verdict("fid", cell, None, result([1.0]), None) == "reference row"
-    others = result([1.0, 2.0])
-    others["per_seed"] = [s | {"seed": s["seed"] + 2} for s in others["per_seed"]]
-    assert verdict("fid", cell, base, result([1.0, 2.0]), others) == "no seed in common with Base"
+    row, base = rows(3.0, 4.0)
+    mine, other = fids([1.0]), fids([2.0])
+
+    def order(*results: Result | None) -> Order:
+        return compare("fid", row, base, *results).order
+
+    assert order(not_made(), other) == Order.NOT_RUN
+    assert order(not_made(Status.FAILED), other) == Order.FAILED
+    assert order(made_result({"kid": [1.0]}), other) == Order.NOT_MEASURED
+    assert order(mine, not_made(Status.FAILED)) == Order.NO_BASE
+    assert order(mine, None) == Order.NO_BASE
+    assert order(mine, made_result({"fid": [2.0]}, first_seed=1)) == Order.NO_COMMON_SEED
+    assert compare("fid", row, None, mine, None) == Verdict(Order.REFERENCE)
 
 
 def test_paper_order():
-    assert (
-        paper_order(1.0, 2.0) == "better"
-        and paper_order(2.0, 1.0) == "worse"
-        and paper_order(1.0, 1.0) == "equal"
-    )
-    assert paper_order(FAILED, 1.0) == "worse" and paper_order(1.0, FAILED) == "better"
-    assert paper_order(UNKNOWN, 1.0) is None and paper_order(FAILED, UNKNOWN) is None
-    assert (
-        paper_order(FAILED, FAILED) is None
-        and paper_order(None, 1.0) is None
-        and paper_order(1.0, None) is None
-    )
+    assert paper_order(1.0, 2.0) == "better"
+    assert paper_order(2.0, 1.0) == "worse"
+    assert paper_order(1.0, 1.0) == "equal"
+    assert paper_order(FAILED, 1.0) == "worse"
+    assert paper_order(1.0, FAILED) == "better"
+    for pair in ((UNKNOWN, 1.0), (FAILED, UNKNOWN), (FAILED, FAILED), (None, 1.0), (1.0, None)):
+        assert paper_order(*pair) is None
 
 
-def test_the_paired_distance_takes_the_order_of_the_papers_fid():
-    cell, base = cells(3.0, 4.0)
-    mine, other = (
+def test_the_distance_to_full_precision_takes_the_order_of_the_papers_fid():
+    row, base = rows(3.0, 4.0)
+    mine, other = (made_result({PAIRED: [v, v + 0.1]}) for v in (0.5, 0.75))
+    assert compare(PAIRED, row, base, mine, other, claim="fid").agrees is True
+    assert compare(PAIRED, row, base, other, mine, claim="fid").agrees is False
+    assert compare(PAIRED, row, base, mine, other).agrees is None
+
+
+@pytest.mark.parametrize("metric", ["clip_score", "inception_score"])
+def test_higher_scores_are_better(metric):
+    row = dataclasses.replace(rows(1.0, 1.0)[0], paper={metric: 31.5})
+    base = dataclasses.replace(rows(1.0, 1.0)[1], paper={metric: 31.4})
+    high, low = made_result({metric: [30.0]}), made_result({metric: [29.0]})
+    found = compare(metric, row, base, high, low)
+    assert (found.order, found.agrees) == (Order.BETTER, True)
+    assert compare(metric, row, base, low, high).order == Order.WORSE
+
+
+def test_rows_of_a_table_are_judged_against_the_row_of_the_claim():
+    plan = make_plan("table3", Choices(), dry=True)
+    distances = {PAIRED: [1.0, 1.2], "fid": [1.0, 1.2], "psnr_to_fp": [30.0, 31.0]}
+    worse = {name: [value + 1 for value in values] for name, values in distances.items()}
+    results = made_table(
+        plan,
         {
-            "status": "done",
-            "reason": None,
-            "metrics": {"d": {"value": v}},
-            "per_seed": [{"seed": 0, "metrics": {"d": v}}, {"seed": 1, "metrics": {"d": v + 0.1}}],
-        }
-        for v in (0.5, 0.75)
+            "bedrooms-w4a4-quest": made_result(distances),
+            "bedrooms-w4a4-q-diffusion": made_result(worse),
+        },
     )
-    assert verdict("d", cell, base, mine, other, claim="fid").endswith("as in the paper")
-    assert verdict("d", cell, base, other, mine, claim="fid").endswith("differs from the paper")
-    assert verdict("d", cell, base, mine, other).endswith("the paper gives no order")
-
-
-def test_higher_scores_are_better():
-    cell = Cell(
-        id="q", label="QuEST", preset="quest", paper={"clip_score": 31.5, "inception_score": 202.45}
+    quest, base, full = (
+        plan.table.row(f"bedrooms-{name}") for name in ("w4a4-quest", "w4a4-q-diffusion", "fp")
     )
-    base = Cell(
-        id="b", label="Base", preset="x", paper={"clip_score": 31.4, "inception_score": FAILED}
-    )
-    for metric in ("clip_score", "inception_score"):
-        mine, other = (
-            {
-                "status": "done",
-                "metrics": {metric: {"value": v}},
-                "per_seed": [{"seed": 0, "metrics": {metric: v}}],
-            }
-            for v in (30.0, 29.0)
-        )
-        assert (
-            verdict(metric, cell, base, mine, other)
-            == "better than Base (by 1, one seed, no spread); as in the paper"
-        )
-        assert verdict(metric, cell, base, other, mine).startswith("worse than Base")
-    assert paper_order(2.0, 1.0, True) == "better" and paper_order(FAILED, 1.0, True) == "worse"
+    for metric in ("fid", PAIRED):
+        found = verdict(results, quest, metric)
+        assert found is not None
+        assert (found.order, found.base, found.agrees) == (Order.BETTER, base.label, True)
+    assert verdict(results, quest, "psnr_to_fp") is None  # it decides nothing
+    assert verdict(results, base, PAIRED) is None  # its claim is against full precision
+    found = verdict(results, base, "fid")
+    assert found is not None and found.order == Order.NO_BASE
+    found = verdict(results, full, "fid")
+    assert found is not None and found.order == Order.NOT_RUN

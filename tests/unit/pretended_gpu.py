@@ -1,6 +1,7 @@
-"""A GPU that is pretended: tensors that compute on the CPU but refuse to be mixed with the CPU's own, as a GPU's do.
+"""A pretended GPU: its tensors compute on the CPU, but cannot be mixed with the CPU's own.
 
-Its device is called "meta", which needs no driver. What only a GPU has (kernels, streams, reduced precision) is not here.
+Its device is called "meta", which needs no driver. What only a GPU has (kernels, streams, reduced
+precision) is not here.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("meta")
 aten = torch.ops.aten
 MOVES = (aten._to_copy.default, aten.copy_.default)
-INDEXING = (
-    aten.index.Tensor,
-    aten.index_put_.default,
-    aten.index_put.default,
-)  # a GPU takes indices of the CPU
+# A GPU takes indices of the CPU.
+INDEXING = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 
 
 class GpuTensor(torch.Tensor):
+    """A tensor of the pretended GPU; `inner` is its value, on the CPU."""
+
     inner: torch.Tensor
 
     @staticmethod
@@ -43,7 +43,8 @@ class GpuTensor(torch.Tensor):
     def __repr__(self) -> str:
         return f"GpuTensor({self.inner})"
 
-    def tolist(self) -> Any:  # which a GPU's tensors have, and subclasses have not
+    def tolist(self) -> Any:
+        """A GPU's tensors have it, and subclasses of torch.Tensor have not."""
         return self.inner.tolist()
 
     @classmethod
@@ -52,6 +53,7 @@ class GpuTensor(torch.Tensor):
 
 
 def _call(func, args, kwargs):
+    """Run an operator on the inner tensors, and wrap what lands on the GPU."""
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     here = [x for x in tensors if isinstance(x, GpuTensor)]
     if here and func not in MOVES:
@@ -72,7 +74,8 @@ def _call(func, args, kwargs):
     on_gpu = bool(here) if asked is None else torch.device(asked) == GPU
     if not on_gpu:
         return out
-    known = {id(x.inner): x for x in here}  # what is changed in place stays the same tensor
+    # What is changed in place stays the same tensor.
+    known = {id(x.inner): x for x in here}
 
     def wrap(x):
         if not isinstance(x, torch.Tensor):
@@ -83,6 +86,8 @@ def _call(func, args, kwargs):
 
 
 class _Calls(TorchDispatchMode):
+    """Operators that get no GpuTensor, but may make one."""
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return _call(func, args, kwargs or {})
 

@@ -1,4 +1,4 @@
-"""ADM's .npz: what is written is what numpy and the metrics read, streamed; and every way to be wrong."""
+"""ADM's .npz: numpy and the metrics read what is written; and every way to be wrong."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from questlib.__main__ import main
 from questlib.errors import MetricError, QuestError
+from reproduce.__main__ import main
 from reproduce.evaluation import features, metrics, reference
 from reproduce.evaluation.adm import NpzImages, export_npz, read_npz
 from reproduce.evaluation.samples import Samples, write_samples
@@ -41,10 +41,8 @@ def test_exported_file_is_what_numpy_reads(shards, tmp_path):
         assert data.files == ["arr_0"] and data["arr_0"].dtype == np.uint8
         assert np.array_equal(data["arr_0"], x.permute(0, 2, 3, 1).numpy())
     assert torch.equal(torch.stack(list(NpzImages(tmp_path / "out.npz"))), x)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        "shards",
-        "out.npz",
-    }  # no temporary file is left
+    # No temporary file is left.
+    assert {p.name for p in tmp_path.iterdir()} == {"shards", "out.npz"}
     assert abs(metrics.evaluate(x, reference=tmp_path / "out.npz")["fid"]) < 1e-6
 
 
@@ -166,4 +164,4 @@ def test_cut_and_changed_files(tmp_path):
             file.write(bytes(3 * 64 * 64 * 3))
     with pytest.raises(MetricError, match="arr_0 ends after 3 of 20 images"):
         metrics.evaluate(pictures(16), reference=path)
-    assert read_npz(path)[2].shape == (20, 64, 64, 3)
+    assert read_npz(path).images.shape == (20, 64, 64, 3)

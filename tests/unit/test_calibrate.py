@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from questlib import Calibration, QuantConfig, calibrate, quantize
+from questlib.config import RangeConfig
 from questlib.diffusion.sampling import sample_generators
 from questlib.errors import CheckpointError, ConfigError
 from questlib.observers import Observer, init_ranges
@@ -12,7 +13,7 @@ from questlib.quantization.step_groups import StepGroups
 
 
 def test_pairs_are_what_the_unet_received(pipe, calib):
-    """Trap 2: (x_t, t, eps) belong together: running the UNet on the pair gives the recorded output."""
+    """(x_t, t, eps) belong together: the UNet gives the recorded output for the recorded pair."""
     assert calib.x.shape == calib.eps.shape == (5, 6, 3, 8, 8)
     pipe.scheduler.set_timesteps(5)
     assert calib.t.tolist() == pipe.scheduler.timesteps.tolist()
@@ -72,8 +73,23 @@ def test_ranges_are_set_for_every_group(pipe, calib, name, a, granularity):
         )
 
 
+@pytest.mark.parametrize("granularity", ["carrier", "token"])
+@pytest.mark.parametrize("bits", [(4, 4), (8, 4), (4, 8)])
+def test_shifts_of_the_ratios_are_kept(pipe, calib, granularity, bits):
+    """m = ratio / 2^e is one of 1..8, and e follows the weights' room."""
+    config = QuantConfig.preset("quest", *bits, calib_batch=8, act_granularity=granularity)
+    q = prepare(pipe.unet, config, calib.t)
+    init_ranges(q, calib, config)
+    for act in act_quantizers(q):
+        m = act.ratio / 2**act.shift
+        assert torch.equal(m, m.round()) and m.min() >= 1 and m.max() <= 8
+        assert act.shift.min() >= 0 and act.shift.max() <= 3
+        assert act.shifts or not act.shift.any()
+        assert act.carrier or (act.ratio == 1).all() and not act.shift.any()
+
+
 def test_softmax_is_unsigned_in_every_preset(pipe, calib):
-    """Trap 4: no bit is wasted on negative values that do not occur."""
+    """No bit is wasted on negative values, which do not occur."""
     for name, a in (("minmax", 8), ("quest-paper", 4), ("quest-release", 8), ("quest", 4)):
         config = QuantConfig.preset(name, 4, a, calib_batch=8)
         q = prepare(pipe.unet, config, calib.t)
@@ -85,7 +101,7 @@ def test_softmax_is_unsigned_in_every_preset(pipe, calib):
 
 
 def test_distinct_values_at_most_two_to_the_b_in_a_running_model(pipe, calib, fast):
-    """Trap 3: "4-bit" means 16 levels, in each preset, for each set of parameters."""
+    """4 bits mean 16 levels, in each preset, for each set of parameters."""
     for name in ("minmax", "quest-release", "quest"):
         q = quantize(pipe.unet, fast(name, 4, 4), calib)
         seen = {}
@@ -99,17 +115,17 @@ def test_distinct_values_at_most_two_to_the_b_in_a_running_model(pipe, calib, fa
 
 def test_ema_follows_the_batches():
     steps = StepGroups(torch.tensor([0]), torch.tensor([0]))
-    act = ActQuantizer("a", 8, steps, 1, -1, torch.zeros(1, dtype=torch.int64))
-    o = Observer(act, QuantConfig(act_ema=0.9), 0, 2)
+    act = ActQuantizer("a", 8, steps, 1, -1)
+    o = Observer(act, RangeConfig(act_ema=0.9), 0, 2)
     o.update(torch.tensor([[0.0], [1.0]]))
     o.update(torch.tensor([[0.0], [2.0]]))
-    assert o.hi.item() == pytest.approx(0.9 * 1 + 0.1 * 2)
+    assert o.extremes[1].item() == pytest.approx(0.9 * 1 + 0.1 * 2)
 
 
 @pytest.mark.parametrize(("batches", "kept"), [(1, 2048), (20, 2048), (200, 204), (10**6, 1)])
 def test_what_is_kept_for_channels_does_not_grow_with_the_steps(batches, kept):
     steps = StepGroups(torch.tensor([0]), torch.tensor([0]))
-    act = ActQuantizer("a", 4, steps, 3, -1, torch.zeros(3, dtype=torch.int64), carrier=True)
-    observer = Observer(act, QuantConfig(act_granularity="carrier"), 0, batches)
+    act = ActQuantizer("a", 4, steps, 3, -1, "carrier")
+    observer = Observer(act, RangeConfig(), 0, batches)
     observer.update(torch.randn(4096, 3))
     assert observer.values[0].shape == (3, kept)

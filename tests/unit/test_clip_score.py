@@ -1,4 +1,4 @@
-"""CLIP score on a small random open_clip model from a local folder, and prompts from a made-up annotations file."""
+"""CLIP score on a small random open_clip model; prompts from a made-up annotations file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def pictures(n: int = 16) -> torch.Tensor:
 
 
 def test_score_equals_an_independent_float64_computation(model):
-    """The same network in float64, its outputs through numpy; some pairs have a negative cosine and count zero."""
+    """The same network in float64, its outputs through numpy.
+
+    Some pairs have a negative cosine and count zero.
+    """
     x = pictures()
     net, preprocess, tokenize = load_clip(model, None)
     double = open_clip.model.CLIP(**SMALL).double().eval()

@@ -16,13 +16,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from questlib import Calibration, calibrate, finetune, quantize, save_pretrained
 from questlib.adaround import blocks
-from questlib.capture import capture_outputs, run_time_layers
+from questlib.capture import capture_outputs
 from questlib.diffusion.conditioning import Condition, Conditioning
 from questlib.diffusion.sampling import choose_scheduler, denoise
 from questlib.errors import ConfigError
-from questlib.finetuning.losses import losses
-from questlib.finetuning.stages import stages, trainable
+from questlib.finetuning.losses import stage_losses
+from questlib.finetuning.stages import select_parameters, select_stages
 from questlib.quantization.model import act_quantizers, quant_layers
+from questlib.quantization.time_path import run_time_layers
 from reproduce.evaluation.drawing import Drawing, sample
 from reproduce.models.pipelines import ClassConditionalPipeline, ClassEmbedder
 
@@ -139,7 +140,10 @@ def test_a_sample_depends_on_its_index_alone_under_guidance(classes):
 
 
 def test_prompts_equal_the_stable_diffusion_pipeline(prompts_pipe):
-    """The same latents through diffusers' own loop: PLMS, guidance 7.5, the empty prompt as unconditional context."""
+    """The same latents through diffusers' own loop: PLMS, guidance 7.5.
+
+    The empty prompt is the unconditional context.
+    """
     x, texts = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["cat", "dog a"]
     condition = Conditioning(prompts_pipe, guidance_scale=7.5, prompts=texts).at(range(2))
     ours = denoise(prompts_pipe.unet, prompts_pipe.scheduler, x, 4, condition=condition)
@@ -153,7 +157,10 @@ def test_prompts_equal_the_stable_diffusion_pipeline(prompts_pipe):
 
 
 def test_labels_equal_the_class_conditional_pipeline(classes):
-    """The same latents through this package's own pipeline loop: DDIM, guidance 3, the null class as unconditional context."""
+    """The same latents through the class-conditional pipeline: DDIM, guidance 3.
+
+    The null class is the unconditional context.
+    """
     torch.manual_seed(0)
     parts = {"unet": classes.unet, "vae": classes.vqvae, "scheduler": classes.scheduler}
     pipe = ClassConditionalPipeline(class_embedder=ClassEmbedder(4, 12), **parts)
@@ -168,7 +175,7 @@ def test_labels_equal_the_class_conditional_pipeline(classes):
 
 
 def test_calibration_holds_what_the_unet_received(classes, guided):
-    """Trap 2: (x_t, t, context) belong together, in both halves; every class occurs equally often."""
+    """(x_t, t, context) belong together, in both halves; every class occurs equally often."""
     assert guided.x.shape == guided.eps.shape == (3, 12, 3, 8, 8) and guided.context.shape == (
         12,
         1,
@@ -208,7 +215,10 @@ def test_calibration_does_not_depend_on_the_batch_and_survives_the_disk(classes,
 
 @pytest.fixture(scope="module")
 def several():
-    """A context of several tokens: with a single one attention has no choice, and its queries and keys no gradient."""
+    """A context of several tokens.
+
+    With a single one attention has no choice, and its queries and keys no gradient.
+    """
     pipe = tiny.class_conditional(tokens=3)
     return pipe, calibrate(pipe, 6, 3, guidance_scale=3.0, seed=1)
 
@@ -242,7 +252,10 @@ def test_conditional_model_is_quantized_and_finetuned(several, fast):
 def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
     several, fast, monkeypatch
 ):
-    """Trap 5: local losses hooked inside checkpointed blocks. Attention too, computed head by head as at full size."""
+    """Local losses are hooked inside checkpointed blocks.
+
+    In attention, too, which is computed head by head as at full size.
+    """
     classes, guided = several
     config = fast("quest", 4, 4, **PLAIN)
     q = quantize(classes.unet, config, guided)
@@ -250,7 +263,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
     batch = guided.batch(step, torch.arange(12))
 
     def gradients(stage, config):
-        params = [p for g in trainable(q, stage, config) for p in g["params"]]
+        params = [p for g in select_parameters(q, stage, config) for p in g["params"]]
         with (
             torch.no_grad(),
             capture_outputs(
@@ -258,7 +271,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
             ) as targets,
         ):
             run_time_layers(classes.unet, guided.t)
-        local, total = losses(q, classes.unet, stage, config, batch, guided.t, targets)
+        local, total = stage_losses(q, classes.unet, stage, config, batch, guided.t, targets)
         (local + total).backward()
         names = {id(p): n for n, p in q.named_parameters()}
         found = {names[id(p)]: p.grad.clone() for p in params}
@@ -268,7 +281,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
     recomputed = []
     layer = q.down_blocks[1].attentions[0].transformer_blocks[0].attn1.to_q
     layer.register_forward_hook(lambda *a: recomputed.append(1))
-    for stage in stages(q, config):
+    for stage in select_stages(q, config):
         plain = gradients(stage, config)
         once = len(recomputed)
         q.enable_gradient_checkpointing()
@@ -276,7 +289,7 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
         assert len(recomputed) == 3 * once  # forward, and once more for the gradient
         recomputed.clear()
         q.disable_gradient_checkpointing()
-        monkeypatch.setattr("questlib.quantization.layers.SCORES", 1)
+        monkeypatch.setattr("questlib.quantization.attention.SCORES", 1)
         by_heads = gradients(stage, config)
         monkeypatch.undo()
         recomputed.clear()
@@ -290,7 +303,10 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
 
 
 def test_saving_memory_changes_no_result(classes, guided, fast, tmp_path):
-    """Every number of the checkpoint is the same, and so are outputs; what is not trained takes half the memory."""
+    """Every number of the checkpoint is the same, and so are outputs.
+
+    What is not trained takes half the memory.
+    """
     found = []
     for save_memory in (False, True):
         config = fast("quest", 4, 4, **PLAIN, tla_iters=1, cma_iters=2, save_memory=save_memory)
@@ -310,7 +326,7 @@ def test_saving_memory_changes_no_result(classes, guided, fast, tmp_path):
     (plain, output, shared), (saved, same_output, saved_shared) = found
     assert plain.keys() == saved.keys() and all(torch.equal(v, saved[k]) for k, v in plain.items())
     assert torch.equal(output, same_output)
-    trained = {n for stage in stages(q, config) for n in stage.layers}
+    trained = {n for stage in select_stages(q, config) for n in stage.layers}
     assert (
         not any(shared.values()) and {n for n, once in saved_shared.items() if not once} == trained
     )

@@ -1,4 +1,4 @@
-"""A model on a GPU: everything from calibration to samples, on a pretended one (no GPU is needed)."""
+"""A model on a pretended GPU, from calibration to samples. No GPU is needed."""
 
 from __future__ import annotations
 

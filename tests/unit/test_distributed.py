@@ -3,14 +3,13 @@
 import multiprocessing
 import os
 import socket
-from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines as tiny
 import torch
 
 from questlib import QuantConfig, calibrate, finetune, quantize
-from questlib.distributed import broadcast_from, device, mean, processes
+from questlib.distributed import broadcast_from, device, mean, processes, use_full_float32
 from questlib.errors import ConfigError
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -31,7 +30,7 @@ CONFIG = QuantConfig.preset(
 
 
 def job(pipe, state_path=None) -> tuple:
-    """Calibration, losses and the finetuned state; and what a batch says that cannot be shared out."""
+    """Calibration, losses, the finetuned state, and how an odd batch size is refused."""
     calib = calibrate(pipe, 7, 3, guidance_scale=2.0, batch_size=2)
     student = quantize(pipe.unet, CONFIG, calib)
     log = finetune(student, pipe.unet, calib, CONFIG, state_path=state_path)
@@ -115,9 +114,25 @@ def test_one_process_is_left_alone():
     assert broadcast_from(x, 0) is x and mean(x["a"]) is x["a"] and str(device()) in ("cpu", "cuda")
 
 
-def test_on_cuda_convolutions_are_float32(monkeypatch):
-    monkeypatch.setattr(
-        "questlib.distributed.processes", lambda: SimpleNamespace(device=torch.device("cuda", 1))
-    )
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert device() == torch.device("cuda", 1) and not torch.backends.cudnn.allow_tf32
+def test_the_owner_of_tensors_has_to_give_them():
+    with pytest.raises(ValueError, match="process 0 owns the tensors"):
+        broadcast_from(None, 0)
+
+
+@pytest.fixture
+def tf32():
+    """TF32 switched on; as it was before, when the test ends."""
+    users = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [user.allow_tf32 for user in users]
+    for user in users:
+        user.allow_tf32 = True
+    yield users
+    for user, value in zip(users, before, strict=True):
+        user.allow_tf32 = value
+
+
+def test_tf32_is_switched_off_on_request_alone(tf32):
+    device()
+    assert all(user.allow_tf32 for user in tf32)
+    use_full_float32()
+    assert not any(user.allow_tf32 for user in tf32)

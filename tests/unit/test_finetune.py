@@ -1,29 +1,38 @@
-import importlib
-
 import pytest
 import torch
+from watched import Count, Stop, watched
 
 from questlib import QuantConfig, finetune, quantize
-from questlib.capture import capture_outputs, run_time_layers
+from questlib.capture import capture_outputs
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetuning.losses import losses
+from questlib.finetuning.loop import draw_batch
+from questlib.finetuning.losses import stage_losses
 from questlib.finetuning.optimizer import StageAdam
-from questlib.finetuning.stages import Stage, stages, trainable
+from questlib.finetuning.stages import Stage, select_parameters, select_stages
 from questlib.quantization.model import act_quantizers, quant_layers
+from questlib.quantization.time_path import run_time_layers
+from questlib.versions import STAGE_VERSIONS
 
 
 def state(unet):
     return {k: v.clone() for k, v in unet.state_dict().items()}
 
 
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
+
+
 @pytest.mark.parametrize("name", ["quest-paper", "quest-release", "quest"])
 @pytest.mark.parametrize("a", [4, 8])
 def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name, a):
-    """Trap 5: losses that reach nothing. Each stage's local loss and global loss together must reach every selected parameter."""
+    """Trap 5: losses that reach nothing.
+
+    A stage's local and global loss together must reach every selected parameter.
+    """
     config = fast(name, 4, a)
     q = quantize(pipe.unet, config, calib)
-    for stage in stages(q, config):
-        groups = trainable(q, stage, config)
+    for stage in select_stages(q, config):
+        groups = select_parameters(q, stage, config)
         params = [p for g in groups for p in g["params"]]
         assert params and {id(p) for p in params} == {
             id(p) for p in q.parameters() if p.requires_grad
@@ -37,7 +46,7 @@ def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name,
             run_time_layers(pipe.unet, calib.t)
         step = torch.arange(10) % 5  # every step, so that every group's scales are used
         batch = calib.batch(step, torch.zeros(10, dtype=torch.int64))
-        local, total = losses(q, pipe.unet, stage, config, batch, calib.t, targets)
+        local, total = stage_losses(q, pipe.unet, stage, config, batch, calib.t, targets)
         (local + total).backward()
         names = {id(p): n for n, p in q.named_parameters()}
         dead = [names[id(p)] for p in params if p.grad is None or not (p.grad != 0).any()]
@@ -48,11 +57,11 @@ def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name,
 def test_local_losses_reach_their_own_layers_alone(pipe, calib, fast):
     config = fast("quest", 4, 4)
     q = quantize(pipe.unet, config, calib)
-    stage = stages(q, config)[0]
-    trainable(q, stage, config)
+    stage = select_stages(q, config)[0]
+    select_parameters(q, stage, config)
     with torch.no_grad(), capture_outputs(pipe.unet, list(stage.layers)) as targets:
         run_time_layers(pipe.unet, calib.t)
-    local, _ = losses(
+    local, _ = stage_losses(
         q,
         pipe.unet,
         stage,
@@ -100,7 +109,7 @@ def test_stages_select_by_role(pipe, calib, fast):
         config = fast(name, **kw)
         return {
             s.name: {m.role for m in s.layers.values()}
-            for s in stages(quantize(pipe.unet, config, calib), config)
+            for s in select_stages(quantize(pipe.unet, config, calib), config)
         }
 
     assert roles("quest-paper") == {"tla": {"time_embed", "time_proj"}, "cma": {"qkv", "attn_out"}}
@@ -144,23 +153,12 @@ def test_finetuning_brings_the_model_closer(pipe, calib, fast):
         )
 
 
-class Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize(("stop_at", "rank"), [(3, 0), (6, 0), (11, 0), (5, 2), (11, 2)])
-def test_killed_and_resumed_is_bit_identical(
-    pipe, calib, fast, tmp_path, monkeypatch, stop_at, rank
-):
-    """Stopped inside either stage, between them, at a saved iteration or after one; the third start has nothing left to do.
+def test_killed_and_resumed_is_bit_identical(pipe, calib, fast, tmp_path, stop_at, rank):
+    """Stopped inside either stage, between them, at a saved iteration or after one.
 
-    With low-rank updates a state of CMA has other tensors than one of TLA's end: all of either must be read.
+    With low-rank updates a state inside CMA has other tensors than one of TLA's end.
     """
-    module = importlib.import_module(
-        "questlib.finetune"
-    )  # `questlib.finetune` itself is the function
-
-    monkeypatch.setattr(module, "SAVE_EVERY", 2)
     config = fast(
         "quest",
         4,
@@ -170,92 +168,126 @@ def test_killed_and_resumed_is_bit_identical(
         lora_rank=rank,
         cma_layers="all" if rank else "attention",
     )
+    path = tmp_path / "state.pt"
+
+    def run(count: Count) -> tuple[torch.nn.Module, dict]:
+        unet = quantize(pipe.unet, config, calib)
+        data = watched(calib, count)
+        return unet, finetune(unet, pipe.unet, data, config, state_path=path, save_every=2)
+
     whole = quantize(pipe.unet, config, calib)
     log = finetune(whole, pipe.unet, calib, config)
-
-    calls, original = [], module._batch
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) == stop_at + 1:
-            raise Stop
-        return original(*args)
-
-    monkeypatch.setattr(module, "_batch", dies)
-    path = tmp_path / "state.pt"
     with pytest.raises(Stop):
-        finetune(quantize(pipe.unet, config, calib), pipe.unet, calib, config, state_path=path)
-    again = quantize(pipe.unet, config, calib)
-    resumed = finetune(again, pipe.unet, calib, config, state_path=path)
+        run(Count(stop_at))
+
+    rest = Count()
+    again, resumed = run(rest)
     assert resumed["loss"] == log["loss"]
-    assert len(calls) <= 12 + 1 + 2  # at most the iterations since the last save are repeated
-    assert all(torch.equal(v, again.state_dict()[k]) for k, v in whole.state_dict().items())
-    n = len(calls)
-    third = quantize(pipe.unet, config, calib)
-    assert (
-        finetune(third, pipe.unet, calib, config, state_path=path)["loss"] == log["loss"]
-    )  # all done: nothing is run
-    assert len(calls) == n
-    assert all(torch.equal(v, third.state_dict()[k]) for k, v in whole.state_dict().items())
+    # At most the iterations since the last save are repeated.
+    assert 12 - stop_at <= rest.batches <= 12 - stop_at + 1
+    assert same(state(again), state(whole))
+
+    nothing = Count()
+    third, resumed = run(nothing)
+    assert nothing.batches == 0 and resumed["loss"] == log["loss"]
+    assert same(state(third), state(whole))
+
+
+def test_a_state_of_something_else_is_refused(pipe, calib, fast, tmp_path, monkeypatch):
+    config = fast("quest", 4, 4, tla_iters=1, cma_iters=0, adaround=False)
+    path = tmp_path / "state.pt"
+    unet = quantize(pipe.unet, config, calib)
+    finetune(unet, pipe.unet, calib, config, state_path=path)
     with pytest.raises(CheckpointError, match="another configuration"):
-        finetune(again, pipe.unet, calib, config.replace(lr_scale=0.5), state_path=path)
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(CheckpointError, match="version of questlib"),
-    ):
-        patch.setattr(module, "STATE_FORMAT", 1)
-        finetune(again, pipe.unet, calib, config, state_path=path)
+        finetune(unet, pipe.unet, calib, config.replace(lr_scale=0.5), state_path=path)
+    with monkeypatch.context() as patch:
+        patch.setitem(STAGE_VERSIONS, "finetune", 99)
+        with pytest.raises(CheckpointError, match="version of questlib"):
+            finetune(unet, pipe.unet, calib, config, state_path=path)
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="state.pt cannot be read .*remove it"):
-        finetune(again, pipe.unet, calib, config, state_path=path)
+        finetune(unet, pipe.unet, calib, config, state_path=path)
 
 
 def test_sequential_order_visits_one_step_after_another(calib):
-    from questlib.finetuning.loop import _batch
-
     config = QuantConfig(tla_order="sequential", batch_size=2)
-    seen = [
-        int(_batch(calib, config, Stage("tla", 10, {}, True, 0.1), i, torch.Generator()).t[0])
-        for i in range(10)
-    ]
+    tla = Stage("tla", 10, {}, True, 0.1)
+    seen = [int(draw_batch(calib, config, tla, i, torch.Generator()).t[0]) for i in range(10)]
     assert seen == [int(t) for t in calib.t for _ in range(2)]
-    generator = torch.Generator().manual_seed(
-        0
-    )  # CMA is over all steps in either order: its last batch is not the last step's
-    last = _batch(
-        calib, config.replace(batch_size=32), Stage("cma", 10, {}, True, 0.1), 9, generator
-    ).t
-    assert set(last.tolist()) == set(calib.t.tolist())
+    # CMA is over all steps in either order: its last batch is not the last step's.
+    cma = Stage("cma", 10, {}, True, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    last = draw_batch(calib, config.replace(batch_size=32), cma, 9, generator)
+    assert set(last.t.tolist()) == set(calib.t.tolist())
 
 
-def test_scales_of_groups_that_are_not_visited_stay(pipe, calib, fast, monkeypatch):
-    """Adam's momentum would move them on: at 8 bits far enough to ruin the steps that were trained first."""
-    module = importlib.import_module("questlib.finetune")
+def test_scales_of_groups_that_are_not_visited_stay(pipe, calib, fast):
+    """Adam's momentum would move them on: far enough, at 8 bits, to ruin the earlier steps."""
     config = fast("quest-release", 8, 8, step_groups=5, tla_iters=10, cma_iters=0)
     q = quantize(pipe.unet, config, calib)
     names = (
         "mid_block.resnets.0.conv1.input_quantizer",
+        # Of a TE layer: the local loss trains it, too.
         "mid_block.resnets.0.time_emb_proj.input_quantizer",
-    )  # TE layers: the local loss trains them, too
+    )
     scales = [q.get_submodule(name).scale for name in names]
-    path, original = [], module.losses
+    path = []
 
-    def now():
-        return torch.stack([scale.detach()[:, 0] for scale in scales])
+    def note() -> None:
+        path.append(torch.stack([scale.detach()[:, 0] for scale in scales]))
 
-    def watch(*args):
-        path.append(now())
-        return original(*args)
-
-    monkeypatch.setattr(module, "losses", watch)
-    finetune(q, pipe.unet, calib, config)
-    moved = torch.stack([*path, now()]).diff(dim=0) != 0  # [iterations, scales, groups]
+    finetune(q, pipe.unet, watched(calib, note), config)
+    note()
+    moved = torch.stack(path).diff(dim=0) != 0  # [iterations, scales, groups]
     for i, name in enumerate(names):
         assert torch.equal(moved[:, i], torch.eye(5).repeat_interleave(2, 0).bool()), name
 
 
+def test_the_local_loss_of_a_stage_without_layers_is_zero(pipe, calib, fast):
+    """A UNet without attention has no attention-related layer."""
+    config = fast("quest", 4, 4, adaround=False)
+    q = quantize(pipe.unet, config, calib)
+    batch = calib.batch(torch.zeros(2).long(), torch.arange(2))
+    stage = Stage("cma", 1, {}, True, 0.1)
+    local, total = stage_losses(q, pipe.unet, stage, config, batch, calib.t, {})
+    assert local == 0 and total > 0
+
+
+def test_the_losses_are_the_papers_equations(pipe, calib, fast):
+    """Eq. 4 to 6, written out with plain means."""
+    config = fast("quest-paper", 4, 4, adaround=False)
+    q = quantize(pipe.unet, config, calib)
+    tla, cma = select_stages(q, config)
+    batch = calib.batch(torch.tensor([0, 3]), torch.tensor([1, 2]))
+
+    def outputs(unet, names):
+        with torch.no_grad(), capture_outputs(unet, names) as time:
+            run_time_layers(unet, calib.t)
+        with torch.no_grad(), capture_outputs(unet, names) as whole:
+            eps = batch.run(unet)
+        return time, whole, eps
+
+    def error(ours, theirs):
+        return sum((ours[k] - theirs[k]).square().mean() for k in theirs)
+
+    names = [*tla.layers, *cma.layers]
+    (time, whole, eps), (own_time, own, own_eps) = (outputs(u, names) for u in (pipe.unet, q))
+    targets = {name: time[name] for name in tla.layers}
+    expected_global = (own_eps - eps).square().mean()
+    for stage, expected in (
+        (tla, error(own_time, targets)),
+        (cma, error(own, {name: whole[name] for name in cma.layers})),
+    ):
+        local, total = stage_losses(q, pipe.unet, stage, config, batch, calib.t, targets)
+        torch.testing.assert_close(local, expected)
+        torch.testing.assert_close(total, expected_global)
+
+
 def test_scales_are_stepped_as_by_an_adam_of_each_row():
-    """torch's own Adam on every row that has a gradient, bit for bit, also after saving and loading; weights beside them."""
+    """As torch's own Adam on every row that has a gradient, bit for bit, with weights beside them.
+
+    Also after saving and loading.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes, rates = [(4, 1), (4, 2), (1, 3)], [1e-2, 3e-3, 0.1]
     tables = [torch.nn.Parameter(torch.rand(shape, generator=generator)) for shape in shapes]
@@ -277,7 +309,7 @@ def test_scales_are_stepped_as_by_an_adam_of_each_row():
         return opt, torch.optim.lr_scheduler.LambdaLR(opt, lambda i: 0.9**i)
 
     opt, schedule = stage_adam(rates)
-    same = torch.optim.lr_scheduler.LambdaLR(expected, lambda i: 0.9**i)
+    expected_schedule = torch.optim.lr_scheduler.LambdaLR(expected, lambda i: 0.9**i)
     for i in range(12):
         weight.grad = torch.randn(weight.shape, generator=generator)
         other.grad = weight.grad.clone()
@@ -289,8 +321,10 @@ def test_scales_are_stepped_as_by_an_adam_of_each_row():
             )  # zero or None: not visited
             for row, g, seen in zip(own, grad, visited, strict=True):
                 row.grad = g if seen else None
-        opt.step(), schedule.step(), opt.zero_grad()
-        expected.step(), same.step(), expected.zero_grad()
+        for optimizer, its_schedule in ((opt, schedule), (expected, expected_schedule)):
+            optimizer.step()
+            its_schedule.step()
+            optimizer.zero_grad()
         assert all(t.grad is None for t in tables) and torch.equal(weight, other)
         assert all(
             torch.equal(t.data, torch.stack(list(own)).data)
@@ -299,7 +333,8 @@ def test_scales_are_stepped_as_by_an_adam_of_each_row():
         if i == 5:
             states = opt.state_dict(), schedule.state_dict()
             opt, schedule = stage_adam([1.0, 1.0, 1.0])  # the rates are the state's
-            opt.load_state_dict(states[0]), schedule.load_state_dict(states[1])
+            opt.load_state_dict(states[0])
+            schedule.load_state_dict(states[1])
 
 
 def test_a_plain_unet_is_refused(pipe, calib):

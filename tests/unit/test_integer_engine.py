@@ -1,8 +1,12 @@
-"""The CPU engine: equal to fake quantization to 1e-5; sums equal to int64, whole runs to the reference, bit for bit."""
+"""The CPU engine: equal to fake quantization to 1e-5, and to the reference bit for bit.
+
+Its sums are the oracle's.
+"""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +18,10 @@ from questlib import convert, engine_report, finetune, quantize
 from questlib.config import QuantConfig
 from questlib.diffusion.sampling import denoise
 from questlib.errors import ConfigError, EngineError
-from questlib.integer.cpu import attention, layers
+from questlib.integer.cpu import attention
+from questlib.integer.cpu.layers import CpuLayer
+from questlib.integer.cpu.products import saturates
+from questlib.integer.engines import ENGINES, choose_engine, register
 from questlib.integer.explain import one_output
 from questlib.integer.form import integer_form
 from questlib.integer.oracle import layer_forward
@@ -37,10 +44,8 @@ def make_layer(
     layer = (
         torch.nn.Linear(**shape) if kind == "linear" else torch.nn.Conv2d(groups=groups, **shape)
     )
-    channels, shift = (
-        shape.get("in_features") or shape["in_channels"],
-        carrier and weight_bits <= 4 and groups == 1,
-    )
+    channels = shape.get("in_features") or shape["in_channels"]
+    shift = carrier and weight_bits <= 4 and groups == 1
     third = channels // 3 if split else None
     return random_layer(
         layer,
@@ -80,7 +85,7 @@ BITS = [(8, 8), (4, 8), (4, 4), (8, 4), (2, 3), (5, 7)]
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_layers(case, bits, split, seed):
-    """Every format: output equal to fake quantization, sums equal to int64, reference equal bit for bit, nibbles exact."""
+    """Every format equals its simulation, the oracle's sums, and the reference bit for bit."""
     kind, shape = CASES[case]
     layer = make_layer(kind, *bits, seed=seed, split=split, carrier=bool(seed), **shape)
     generator = torch.Generator().manual_seed(9)
@@ -88,15 +93,15 @@ def test_random_layers(case, bits, split, seed):
     x = torch.randn(2, layer.in_channels, 9, 8, generator=generator) if x is None else x
     form = integer_form(layer, "layer")
     engines = [
-        layers.CpuLayer(form, layer.input_quantizer.steps, **kw)
+        CpuLayer(form, layer.input_quantizer.steps, **kw)
         for kw in ({}, {"exact": True}, {"split": True})
     ]
     for group in (0, 1):
-        layer.input_quantizer.steps.current = group
+        layer.input_quantizer.steps.select_group(group)
         expected, sums = layer(x), layer_forward(layer, x)[1]
         outs = [e(x) for e in engines]
         assert all(relative(y, expected) <= 1e-5 for y in outs)
-        assert torch.equal(outs[0], outs[1]) or layers.saturates()
+        assert torch.equal(outs[0], outs[1]) or saturates()
         for engine in engines:
             assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
     if bits == (8, 8):
@@ -108,7 +113,7 @@ def test_random_layers(case, bits, split, seed):
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("carrier", [False, True])
 def test_layers_with_a_grid_a_token(case, bits, split, carrier):
-    """Tokens of very different sizes, one of them all zeros: equal to fake quantization, to int64, and to the reference."""
+    """Tokens of very different sizes, one of them all zeros."""
     kind, shape = CASES[case]
     layer = make_layer(kind, *bits, seed=case, split=split, carrier=carrier, token=True, **shape)
     generator = torch.Generator().manual_seed(9)
@@ -121,19 +126,17 @@ def test_layers_with_a_grid_a_token(case, bits, split, carrier):
     x = x * torch.logspace(-3, 3, x.shape[1 if kind == "linear" else 2]).unsqueeze(-1)
     x.movedim(layer.input_quantizer.dim, -1)[0, 0] = 0.0
     form = integer_form(layer, "layer")
-    assert form.token and form.format.endswith(
-        "token" + " carrier" * (layer.input_quantizer.carrier)
-    )
+    assert form.token and form.format.endswith("token" + " carrier" * (carrier and bits[1] <= 4))
     engines = [
-        layers.CpuLayer(form, layer.input_quantizer.steps, **kw)
+        CpuLayer(form, layer.input_quantizer.steps, **kw)
         for kw in ({}, {"exact": True}, {"split": True})
     ]
     for group in (0, 1):
-        layer.input_quantizer.steps.current = group
+        layer.input_quantizer.steps.select_group(group)
         expected, (y, sums) = layer(x), layer_forward(layer, x)
         outs = [e(x) for e in engines]
         assert all(relative(y, expected) <= 1e-5 for y in (*outs, y))
-        assert torch.equal(outs[0], outs[1]) or layers.saturates()
+        assert torch.equal(outs[0], outs[1]) or saturates()
         for engine in engines:
             assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
 
@@ -143,7 +146,7 @@ def test_groups_and_channels_last():
         "conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1
     )
     x = torch.randn(2, 8, 6, 6)
-    engine = layers.CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)
+    engine = CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)
     y = engine(x.to(memory_format=torch.channels_last))
     assert relative(y, layer(x)) <= 1e-5 and torch.equal(y, engine(x))
     assert y.is_contiguous(memory_format=torch.channels_last)
@@ -156,7 +159,7 @@ def test_half_precision_outside_the_integers(dtype):
         "conv", 8, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, padding=1
     )
     x = torch.randn(2, 8, 6, 6).to(dtype)
-    y = layers.CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)(x)
+    y = CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)(x)
     assert y.dtype == dtype and relative(y.float(), layer(x.float())) <= 2 ** -(
         6 if dtype == torch.bfloat16 else 9
     )
@@ -201,9 +204,8 @@ def test_a_whole_run_equals_the_reference_bit_for_bit(models, pipe):
     x = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5))
     runs = [denoise(m, pipe.scheduler, x, 5) for m in (models.cpu, models.reference, models.fake)]
     assert torch.equal(runs[0], runs[1])
-    assert (
-        torch.isfinite(runs[0]).all() and relative(runs[0], runs[2]) < 0.5
-    )  # codes may flip: see benchmarks/equality.py
+    assert torch.isfinite(runs[0]).all()
+    assert relative(runs[0], runs[2]) < 0.5  # codes may flip: see benchmarks/equality.py
     alone = denoise(models.cpu, pipe.scheduler, x[1:2], 5)
     assert torch.equal(alone, runs[0][1:2])  # integer sums do not depend on the batch
 
@@ -217,12 +219,35 @@ def test_the_model_stays_what_it_was(models):
 
 def test_report(models):
     report = engine_report(models.cpu)
-    assert set(report["engine"]) == {"cpu-int8"} and set(engine_report(models.fake)["engine"]) == {
-        "fake"
-    }
     attentions = sum(isinstance(m, QuantAttnProcessor) for m in models.fake.modules())
-    assert len(report) == len(quant_layers(models.fake)) + attentions
-    assert (report["checkpoint bytes"] <= report["resident bytes"]).all()
+    count = len(quant_layers(models.fake)) + attentions
+    assert report.engines() == {"cpu-int8": count}
+    assert engine_report(models.fake).engines() == {"fake": count}
+    assert len(report) == len(list(report)) == sum(report.formats().values()) == count
+    assert all(row.checkpoint_bytes <= row.resident_bytes for row in report)
+
+
+def test_report_as_text_and_as_a_frame(models):
+    report = engine_report(models.cpu)
+    frame = report.frame()
+    assert list(frame.itertuples(index=False, name=None)) == [tuple(row) for row in report]
+    totals = report.totals()
+    assert sum(t.resident_bytes for t in totals) == frame["resident bytes"].sum()
+    lines = str(report).splitlines()
+    assert len({len(line) for line in lines}) == 1  # aligned
+    assert len(lines) == 1 + len(report) + len(totals) + 2  # two rules
+    assert all(any(row.layer in line for line in lines) for row in report)
+
+
+def test_report_of_a_plain_unet(pipe):
+    report = engine_report(pipe.unet)
+    assert report.engines() == {"float32": len(report)}
+    size = sum(
+        m.weight.nbytes
+        for m in pipe.unet.modules()
+        if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+    )
+    assert sum(row.resident_bytes for row in report) == size
 
 
 def test_time_rows_are_computed_once_and_bit_identical(models):
@@ -235,11 +260,12 @@ def test_time_rows_are_computed_once_and_bit_identical(models):
     again = models.cpu(x, t).sample
     assert torch.equal(first, again)
     table.rows = {int(mixed[0]): None}
-    models.cpu.quest_steps.hook(models.cpu, (x, mixed[0]), {})
-    models.cpu.quest_steps.timestep = None  # as for a batch of several timesteps: the layer itself
+    steps = models.cpu.quest_steps
+    # the timestep is unknown, as for a batch of several: the layer itself runs
+    steps.select_group(steps.lookup(mixed[0]))
     direct = table(torch.ones(2, 16))
     table.rows.clear()
-    models.cpu.quest_steps.timestep = int(mixed[0])
+    steps.select(mixed[0])
     assert torch.equal(direct, table(torch.ones(2, 16)))
 
 
@@ -261,7 +287,7 @@ def test_from_pretrained(models, tmp_path):
     assert half(x.bfloat16(), t).sample.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="choices of the integer engines"):
         questlib.from_pretrained(tmp_path, dtype=torch.bfloat16)
-    with pytest.raises(ConfigError, match="choices of engine triton, found weights 'int8'"):
+    with pytest.raises(ConfigError, match="weights: engine cpu"):
         questlib.from_pretrained(tmp_path, engine="cpu", weights="int8")
 
 
@@ -270,7 +296,7 @@ def test_from_pretrained(models, tmp_path):
 def test_attention_by_bytes_equals_attention_in_float(pipe, calib, fast, n, bits, monkeypatch):
     """Both ways multiply the same integers; also the reference's."""
     q = convert(quantize(pipe.unet, fast("quest", 4, bits), calib), "cpu")
-    q.quest_steps.current = 0
+    q.quest_steps.select_group(0)
     processors = [m for m in q.modules() if isinstance(m, attention.CpuAttnProcessor)]
     attn = SimpleNamespace(heads=4, scale=0.3)
     x = [torch.randn(2, n, 32) for _ in range(3)]
@@ -282,9 +308,8 @@ def test_attention_by_bytes_equals_attention_in_float(pipe, calib, fast, n, bits
         assert torch.equal(processors[0].attend(attn, *x, mask), large)
         monkeypatch.undo()
         # a softmax code may flip between the two: one step of the grid at most
-        assert (small - large).abs().max() <= 2 * processors[0].grids[0][3].base * x[
-            2
-        ].abs().max() + 1e-4
+        step = processors[0].grids[0][3].base * x[2].abs().max()
+        assert (small - large).abs().max() <= 2 * step + 1e-4
 
 
 def test_conditional_unet(fast):
@@ -303,12 +328,9 @@ def test_conditional_unet(fast):
     fake = prepare(unet, fast("quest", 4, 4, adaround=False), torch.arange(4))
     for act in act_quantizers(fake):
         for group in range(act.scale.shape[0]):
-            zero = torch.full_like(
-                act.zero_point[group], 0.0 if act.unsigned else 2.0 ** (act.bits - 1)
-            )
-            act.set_group(
-                group, torch.full_like(act.scale[group], 1 / 255 if act.unsigned else 0.1), zero
-            )
+            middle = 0.0 if act.unsigned else 2.0 ** (act.bits - 1)
+            scale = torch.full_like(act.scale[group], 1 / 255 if act.unsigned else 0.1)
+            act.set_group(group, scale, torch.full_like(act.zero_point[group], middle))
         act.calibrated.fill_(True)
     fake.requires_grad_(False)
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 12)
@@ -361,7 +383,7 @@ def test_free_scales_need_a_fallback_that_is_reported(pipe, calib, fast):
     with pytest.raises(EngineError, match="free per-channel scales cannot run in integers"):
         convert(fake, "cpu")
     mixed = convert(fake, "cpu", fallback=True)
-    assert "fake" in set(engine_report(mixed)["engine"])
+    assert "fake" in engine_report(mixed).engines()
     x, t = torch.randn(1, 3, 8, 8), fake.quest_steps.timesteps[0]
     assert relative(mixed(x, t).sample, fake(x, t).sample) < 1e-2
     with pytest.raises(ConfigError, match="stays simulated and needs dtype float32"):
@@ -374,24 +396,68 @@ def test_wrong_engines(models, monkeypatch):
     with pytest.raises(ConfigError, match="plain UNet2DModel"):
         convert(type(models.fake).from_config(models.fake.config), "cpu")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    layers.saturates.cache_clear()
+    saturates.cache_clear()
     with pytest.raises(EngineError, match="engine cpu needs torch with oneDNN"):
         convert(models.fake, "cpu")
     convert(models.fake, "reference")
     monkeypatch.undo()
-    layers.saturates.cache_clear()
+    saturates.cache_clear()
+
+
+# ---- the registry ----
+
+
+def test_an_engine_that_is_registered_is_used(models, pipe, monkeypatch):
+    """Adding one engine takes its description alone."""
+    monkeypatch.setattr("questlib.integer.engines.ENGINES", dict(ENGINES))
+    calls = []
+    mine = replace(
+        ENGINES["cpu"],
+        name="mine",
+        options=frozenset({"fuse"}),
+        finish=lambda unet, options: calls.append(options["fuse"]),
+        after_call=lambda unet: calls.append(type(unet)),
+    )
+    register(mine)
+    assert choose_engine("mine") is mine
+    unet = convert(models.fake, "mine", fuse=True)
+    x, t = torch.randn(1, 3, 8, 8), models.fake.quest_steps.timesteps[1]
+    assert torch.equal(unet(x, t).sample, models.cpu(x, t).sample)
+    assert calls == [True, type(models.fake)]
+    with pytest.raises(ConfigError):
+        convert(models.fake, "mine", weights="int8")
+    with pytest.raises(ConfigError):
+        register(mine)
+
+
+def test_auto_is_the_cpu_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_engine("auto") is ENGINES["cpu"]
+
+
+def test_the_registry_loads_no_kernel_and_no_pandas():
+    """Each engine's kernels are imported when they are first asked for."""
+    code = (
+        "import sys, questlib.integer.engines as e; e.ENGINES\n"
+        "print('torch' in sys.modules)\n"
+        "import questlib.integer.conversion, questlib.integer.report, questlib.integer.explain\n"
+        "print([m for m in sys.modules if m == 'pandas' or m.endswith(('_kernels', '.runtime'))\n"
+        "       and m.startswith(('pandas', 'questlib'))])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split("\n")[:2] == ["False", "[]"], done.stderr
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
 def test_older_instruction_sets_are_exact(isa):
     """Without VNNI 8-bit products saturate: found out at load, and the layer is split."""
     code = (
-        "import torch, test_integer_engine as t; from questlib.integer import cpu\n"
+        "import torch, test_integer_engine as t\n"
         "layer = t.make_layer('linear', 8, 8, seed=0, in_features=64, out_features=16)\n"
-        "e = cpu.CpuLayer(t.integer_form(layer, 'x'), layer.input_quantizer.steps)\n"
-        "layer.input_quantizer.steps.current = 0; x = 9 * torch.randn(50, 64)\n"
+        "e = t.CpuLayer(t.integer_form(layer, 'x'), layer.input_quantizer.steps)\n"
+        "layer.input_quantizer.steps.select_group(0); x = 9 * torch.randn(50, 64)\n"
         "assert torch.equal(e.accumulators(x)[0], t.layer_forward(layer, x)[1][0])\n"
-        "print(cpu.saturates(), e.engine)"
+        "print(t.saturates(), e.engine)"
     )
     env = os.environ | {"ONEDNN_MAX_CPU_ISA": isa, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -403,22 +469,21 @@ def test_older_instruction_sets_are_exact(isa):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    saturates, engine = done.stdout.split()
-    assert engine == ("cpu-int8-split" if saturates == "True" else "cpu-int8")
+    saturated, engine = done.stdout.split()
+    assert engine == ("cpu-int8-split" if saturated == "True" else "cpu-int8")
 
 
 @pytest.mark.parametrize("case", [0, 3])
 def test_one_output_number_by_number(case):
     kind, shape = CASES[case]
     layer = make_layer(kind, 4, 4, seed=1, carrier=True, **shape)
-    layer.input_quantizer.steps.current = 1
+    layer.input_quantizer.steps.select_group(1)
     x = torch.randn(2, 3, 37) if kind == "linear" else torch.randn(2, 16, 9, 8)
-    table, sums = one_output(layer, x, output=2, position=4)
-    assert (
-        table["a w"].sum() == sums["sum of a w"]
-        and abs(sums["in integers"] - sums["simulated"]) < 1e-5
-    )
-    assert (
-        len(table) == (37 if kind == "linear" else 16 * 9)
-        and table["a = (q - z) m"].abs().max() <= 120
-    )
+    found = one_output(layer, x, output=2, position=4)
+    assert int((found.a * found.w).sum()) == found.total
+    assert abs(found.in_integers - found.simulated) < 1e-5
+    assert len(found) == (37 if kind == "linear" else 16 * 9)
+    assert found.a.abs().max() <= 120
+    assert torch.equal(found.a, (found.code - found.zero_point) * found.multiplier)
+    frame = found.frame()
+    assert len(frame) == len(found) and frame["a w"].sum() == found.sums()["sum of a w"]

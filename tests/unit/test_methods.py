@@ -6,24 +6,29 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch.nn.utils import parametrize
+from watched import Count, Stop, watched
 
 from questlib import QuantConfig, convert, finetune, from_pretrained, quantize, save_pretrained
 from questlib.adaround import reconstruct_time
 from questlib.baselines.low_rank import LowRank, attach, count_trainable, merge
 from questlib.baselines.noise_correction import NoiseCorrection
-from questlib.capture import capture_outputs, run_time_layers
+from questlib.capture import capture_outputs
 from questlib.diffusion.sampling import denoise
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetuning.stages import stages
+from questlib.finetuning.stages import select_stages
 from questlib.observers import init_ranges, samples_of_steps
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
 from questlib.quantization.preparation import prepare
 from questlib.quantization.roles import TIME_ROLES
+from questlib.quantization.time_path import run_time_layers
 
 
 # ---- PTQ4DM: normally distributed calibration steps ----
 def test_normal_calibration_steps():
-    """Truncated N(400, 500): more of the less noisy steps, all in all calib_batch; "uniform" takes every step alike."""
+    """Truncated N(400, 500): more of the less noisy steps, calib_batch in all.
+
+    "uniform" takes every step alike.
+    """
     t = torch.arange(981, 0, -20)  # a sampler's 50 steps, from noise to image
     config = QuantConfig.preset("ptq4dm", 8, 8, calib_batch=20_000)
     counts = torch.tensor(samples_of_steps(t, config, torch.Generator().manual_seed(0)))
@@ -73,7 +78,8 @@ def test_the_sampler_adds_less_noise_by_what_quantization_brings():
     correction.variance[0] = 0.02
     factor = correction.noise_factor(scheduler, torch.tensor(501), 1.0)
     assert 0 < factor < 1
-    # the spread of x_{t-1} under noise of this variance in eps, and the factor on the sampler's own, is the sampler's alone
+    # With noise of this variance in eps, and the factor on the sampler's own noise, x_{t-1} has the
+    # spread that the sampler alone gives it.
     draws = []
     for _ in range(200):
         noise, own = torch.randn(2, *x.shape, generator=g)
@@ -90,7 +96,7 @@ def test_the_sampler_adds_less_noise_by_what_quantization_brings():
 
 
 def test_a_corrected_model(pipe, calib, fast, tmp_path):
-    """No mean error and none that is correlated with the noise; in checkpoint, integer engine and sampler."""
+    """No mean error, none correlated with the noise; in checkpoint, integer engine, sampler."""
     config = fast("ptq-d", 4, 4)
     q = quantize(pipe.unet, config, calib)
     plain = quantize(pipe.unet, config.replace(noise_correction=False), calib)
@@ -151,7 +157,7 @@ def test_efficientdm_trains_low_rank_updates_of_every_layer_and_scales_of_every_
     before = {n: m.weight.clone() for n, m in quant_layers(q).items()}
     kinds = {n: type(m) for n, m in quant_layers(q).items()}
     log = finetune(q, pipe.unet, calib, config)
-    (stage,) = stages(q, config)
+    (stage,) = select_stages(q, config)
     assert set(stage.layers) == set(quant_layers(q)) and not stage.local
     assert log["trained_weights"] == sum(count_trainable(m, 2) for m in quant_layers(q).values())
     for name, layer in quant_layers(q).items():
@@ -166,36 +172,31 @@ def test_efficientdm_trains_low_rank_updates_of_every_layer_and_scales_of_every_
     )
 
 
-def test_efficientdm_goes_on_bit_for_bit(pipe, calib, fast, tmp_path, monkeypatch):
-    import importlib
-
-    module = importlib.import_module("questlib.finetune")
-    monkeypatch.setattr(module, "SAVE_EVERY", 2)
+def test_efficientdm_goes_on_bit_for_bit(pipe, calib, fast, tmp_path):
     config = fast("efficientdm", 4, 4, lora_rank=2)
-    whole, halved = quantize(pipe.unet, config, calib), quantize(pipe.unet, config, calib)
+    whole = quantize(pipe.unet, config, calib)
     finetune(whole, pipe.unet, calib, config)
-    original, calls = module.losses, []
 
-    def stop(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return original(*args)
+    def run(count: Count) -> torch.nn.Module:
+        unet = quantize(pipe.unet, config, calib)
+        data = watched(calib, count)
+        finetune(unet, pipe.unet, data, config, state_path=tmp_path / "state", save_every=2)
+        return unet
 
-    monkeypatch.setattr(module, "losses", stop)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(halved, pipe.unet, calib, config, state_path=tmp_path / "state")
-    halved = quantize(pipe.unet, config, calib)
-    finetune(halved, pipe.unet, calib, config, state_path=tmp_path / "state")
-    for (name, a), b in zip(whole.state_dict().items(), halved.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    with pytest.raises(Stop):
+        run(Count(stop_at=2))
+    resumed = run(Count()).state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed[name]), name
 
 
 def test_updates_count_in_quantization_steps(pipe, calib, fast):
     q = quantize(pipe.unet, fast("efficientdm", 4, 4), calib)
     layers = list(quant_layers(q).values())[:3]
     attach(layers, 2, seed=0)
-    assert all(x.parametrizations.weight[0].unit == x.weight_quantizer.scale.mean().item() for x in layers)
+    assert all(
+        x.parametrizations.weight[0].unit == x.weight_quantizer.scale.mean().item() for x in layers
+    )
     merge(layers)
     assert not any(map(parametrize.is_parametrized, layers))
 
@@ -212,7 +213,8 @@ def test_time_features_are_reconstructed_together(pipe, calib, fast):
             capture_outputs(q, names) as own,
             capture_outputs(pipe.unet, names) as target,
         ):
-            run_time_layers(q, calib.t), run_time_layers(pipe.unet, calib.t)
+            run_time_layers(q, calib.t)
+            run_time_layers(pipe.unet, calib.t)
         return sum(
             ((own[n] - target[n]).square().mean() / target[n].square().mean()).item() for n in names
         )
@@ -240,7 +242,7 @@ def test_ranges_of_time_layers_follow_the_step(pipe, calib, fast):
 
 
 def test_temporal_reconstruction_does_not_share_its_weights_with_others():
-    keys = {QuantConfig.preset(n, 4, 8).weight_key() for n in ("q-diffusion", "tfmq-dm", "ptq-d")}
+    keys = {QuantConfig.preset(n, 4, 8).adaround_key() for n in ("q-diffusion", "tfmq-dm", "ptq-d")}
     assert len(keys) == 2  # Q-Diffusion and PTQ-D round alike
 
 

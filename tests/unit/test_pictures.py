@@ -7,7 +7,7 @@ from questlib.calibration import Calibration
 from questlib.quantization.model import quant_layers
 from questlib.quantization.primitives import affine, fake_quant
 from questlib.quantization.roles import layer_roles
-from reproduce.figures.pictures import (
+from reproduce.figures.activations import (
     SEARCHES,
     channel_figure,
     channel_rows,
@@ -15,16 +15,19 @@ from reproduce.figures.pictures import (
     grid,
     grid_table,
     histogram_figure,
-    image_grid,
     input_table,
+    layer_inputs,
+)
+from reproduce.figures.pictures import (
+    image_grid,
     layer_error_figure,
     layer_errors,
-    layer_inputs,
     loss_figure,
     time_errors,
     time_figure,
     time_outputs,
 )
+from reproduce.figures.style import save
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +172,10 @@ def test_figures_show_what_was_given(pipe, calib, fast, heavy, attention):
 def test_a_stage_without_a_local_loss_shows_the_global_one_alone():
     figure = loss_figure([["cma", 0, 0.0, 2.0], ["cma", 1, 0.0, 1.0]])
     assert [line.get_label() for line in figure.axes[0].lines] == ["L_G"]
+
+
+def test_a_picture_is_saved_whole_and_the_same_each_time(tmp_path):
+    figure = loss_figure([["cma", 0, 1.0, 2.0], ["cma", 1, 0.5, 1.0]])
+    paths = [save(figure, tmp_path / name) for name in ("a.png", "b.png")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert sorted(tmp_path.iterdir()) == paths

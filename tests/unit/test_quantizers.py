@@ -10,10 +10,10 @@ from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 
-def act(bits=4, channels=6, groups=2, dim=1, index=None):
+def act(bits=4, channels=6, groups=2, dim=1, granularity="tensor"):
     steps = StepGroups(torch.arange(groups) * 100, torch.arange(groups))
-    index = torch.zeros(channels, dtype=torch.int64) if index is None else index
-    return ActQuantizer("layer.input_quantizer", bits, steps, channels, dim, index), steps
+    q = ActQuantizer("layer.input_quantizer", bits, steps, channels, dim, granularity)
+    return q, steps
 
 
 def test_uncalibrated_raises_and_names_itself():
@@ -28,17 +28,17 @@ def test_each_sample_gets_its_own_groups_scale():
         q.set_group(g, torch.tensor([0.1 * (g + 1)]), torch.full((6,), 8.0))
     q.calibrated.fill_(True)
     x = torch.randn(2, 6, 3, 3)
-    steps.current = steps.lookup(torch.tensor([100, 0]))
+    steps.select(torch.tensor([100, 0]))
     mixed = q(x)
     for i, t in enumerate((100, 0)):
-        steps.current = steps.lookup(torch.tensor(t))
+        steps.select(torch.tensor(t))
         assert isinstance(steps.current, int)
         assert torch.equal(q(x[i : i + 1])[0], mixed[i])
 
 
 @pytest.mark.parametrize("dim", [1, -1])
 def test_training_and_inference_paths_agree_exactly(dim):
-    q, _ = act(channels=5, groups=1, dim=dim, index=torch.arange(5))
+    q, _ = act(channels=5, groups=1, dim=dim, granularity="channel")
     q.set_group(0, torch.rand(5) + 0.05, torch.tensor([0.0, 3, 8, 15, 7]))
     q.calibrated.fill_(True)
     x = torch.randn(4, 5, 7, 5) * 2
@@ -48,17 +48,13 @@ def test_training_and_inference_paths_agree_exactly(dim):
     assert len(expected.unique()) <= 5 * 16
 
 
-def token_act(bits, dim=-1, channels=6, index=None, carrier=True):
+def token_act(bits, dim=-1, parts=None):
+    """Six channels, two step groups: clips 0.9 and 0.7, with ratios where the bits allow them."""
     steps = StepGroups(torch.arange(2) * 100, torch.arange(2))
-    index = torch.zeros(channels, dtype=torch.int64) if index is None else index
-    q = ActQuantizer(
-        "layer.input_quantizer", bits, steps, channels, dim, index, carrier=carrier, token=True
-    )
+    q = ActQuantizer("layer.input_quantizer", bits, steps, 6, dim, "token", parts=parts)
     for g in (0, 1):
-        ratio = torch.tensor([1.0, 2, 3, 5, 8, 1])[:channels] if q.carrier else None
-        q.set_group(
-            g, torch.full((int(index.max()) + 1,), 0.9 - 0.2 * g), torch.zeros(channels), ratio
-        )
+        ratio = torch.tensor([1.0, 2, 3, 5, 8, 1]) if bits <= 4 else None
+        q.set_group(g, torch.full_like(q.scale[g], 0.9 - 0.2 * g), torch.zeros(6), ratio)
     q.calibrated.fill_(True)
     return q
 
@@ -66,10 +62,13 @@ def token_act(bits, dim=-1, channels=6, index=None, carrier=True):
 @pytest.mark.parametrize("bits", [2, 4, 6, 8])
 @pytest.mark.parametrize("dim", [1, -1])
 def test_each_token_has_a_grid_of_its_own(bits, dim):
-    """Its range, times the clip, over the ratios; at most 2^b codes; nothing of one token reaches another."""
+    """The grid covers the token's range over the ratios, times the clip, by at most 2^b codes.
+
+    No token changes another one's grid.
+    """
     torch.manual_seed(0)
     q = token_act(bits, dim)
-    q.steps.current = 0
+    q.steps.select_group(0)
     x = torch.randn(3, 6, 5, 6) * torch.logspace(-4, 4, 5)[:, None]
     y = q(x)
     tokens, back = x.movedim(dim, -1).reshape(-1, 6), y.movedim(dim, -1).reshape(-1, 6)
@@ -90,10 +89,10 @@ def test_each_token_has_a_grid_of_its_own(bits, dim):
 def test_tokens_train_the_clip_and_take_each_samples_group():
     q = token_act(4)
     x = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))
-    q.steps.current = torch.tensor([1, 0])
+    q.steps.select_group(torch.tensor([1, 0]))
     mixed = q(x)
     for i, g in enumerate((1, 0)):
-        q.steps.current = g
+        q.steps.select_group(g)
         assert torch.equal(q(x[i : i + 1])[0], mixed[i])
     leaf = x.clone().requires_grad_()
     y = q(leaf)  # group 0
@@ -105,9 +104,37 @@ def test_tokens_train_the_clip_and_take_each_samples_group():
     )
 
 
+def test_shift_is_kept_beside_the_ratio():
+    q, _ = act(granularity="carrier")
+    assert q.shift.tolist() == [0] * 6 and not q.shift.is_floating_point()
+    ratio = torch.tensor([1.0, 2, 4, 8, 16, 48])
+    q.set_group(1, torch.tensor([0.1]), torch.zeros(6), ratio, torch.tensor([0, 1, 2, 0, 2, 3]))
+    assert q.shift.tolist() == [0, 1, 2, 0, 2, 3]
+    q.set_group(0, torch.tensor([0.1]), torch.zeros(6), ratio)
+    assert q.shift.tolist() == [0, 1, 2, 0, 2, 3]  # one shift for all groups
+
+
+@pytest.mark.parametrize(
+    ("granularity", "bits", "sets", "token", "carrier"),
+    [
+        ("tensor", 4, 2, False, False),
+        ("channel", 4, 6, False, False),
+        ("carrier", 4, 2, False, True),
+        ("token", 4, 2, True, True),
+        ("token", 8, 2, True, False),
+    ],
+)
+def test_granularity_decides_the_sets_of_parameters(granularity, bits, sets, token, carrier):
+    parts = torch.tensor([0, 0, 0, 0, 1, 1])
+    steps = StepGroups(torch.arange(3), torch.arange(3))
+    q = ActQuantizer("a", bits, steps, 6, 1, granularity, parts=parts)
+    assert q.scale.shape == (3, sets) and q.zero_point.shape == q.ratio.shape == (3, 6)
+    assert (q.token, q.carrier) == (token, carrier)
+
+
 def test_parts_of_a_token_have_ranges_of_their_own():
-    q = token_act(4, index=torch.tensor([0, 0, 0, 1, 1, 1]))
-    q.steps.current = 0
+    q = token_act(4, parts=torch.tensor([0, 0, 0, 1, 1, 1]))
+    q.steps.select_group(0)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
     y = q(x * torch.tensor([1.0, 1, 1, 1000, 1000, 1000]))
     assert torch.equal(y[:, :3], q(x)[:, :3])
@@ -129,7 +156,10 @@ def test_gradients_are_lsq():
 
 
 def test_gradients_at_the_edges_of_the_range():
-    """Float32 values on, just inside and just outside the edges: the gradients are those of the definition, bit for bit."""
+    """On, just inside and just outside the edges in float32.
+
+    The gradients are those of the definition, bit for bit.
+    """
     z, s = (
         torch.tensor([[8.0], [0.0], [15.0], [5.0]]),
         torch.full((4, 1), 0.125, requires_grad=True),
@@ -158,7 +188,7 @@ def test_gradients_at_the_edges_of_the_range():
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_large_activations_are_quantized_in_parts(rows, monkeypatch):
-    """Part by part, forward and backward, with scales of each sample or of all: bit for bit as at once."""
+    """Parts give the bits of one pass, forward and backward, with scales of one or all samples."""
     generator = torch.Generator().manual_seed(0)
     x, grad = (
         torch.randn(5, 3, 4, 4, generator=generator),
@@ -183,7 +213,8 @@ def test_large_activations_are_quantized_in_parts(rows, monkeypatch):
 
 def test_state_dict_moves_and_saves_everything():
     q, _ = act()
-    assert {"scale", "zero_point", "ratio", "calibrated", "index"} == set(q.state_dict())
+    names = {"scale", "zero_point", "ratio", "shift", "calibrated", "index"}
+    assert names == set(q.state_dict())
     assert [n for n, _ in q.named_parameters()] == ["scale"]
     assert q.to(torch.float64).scale.dtype == torch.float64
 
@@ -193,7 +224,7 @@ def test_state_dict_moves_and_saves_everything():
 def test_weight_codes_and_decode_are_inverse(bits, shape):
     w = torch.randn(shape)
     index = torch.tensor([0] * 4 + [1] * 6)
-    wq = WeightQuantizer(w, bits, index, "mse")
+    wq = WeightQuantizer.from_weight(w, bits, index, "mse")
     codes = wq.codes(w)
     assert codes.dtype == torch.uint8 and int(codes.max()) < 2**bits
     assert torch.equal(wq.decode(codes), wq(w))
@@ -201,17 +232,30 @@ def test_weight_codes_and_decode_are_inverse(bits, shape):
     assert wq.scale.shape == (6, 2)
 
 
+def test_a_weight_quantizer_is_empty_until_it_searches():
+    w = torch.randn(6, 10, 3, 3)
+    index = torch.tensor([0] * 4 + [1] * 6)
+    empty, searched = WeightQuantizer(6, 4, index), WeightQuantizer.from_weight(w, 4, index, "mse")
+    assert empty.scale.shape == empty.zero_point.shape == (6, 2)
+    assert not empty.zero_point.any() and (empty.scale == 1).all()
+    empty.search(w, "mse")
+    assert torch.equal(empty(w), searched(w))
+    loaded = WeightQuantizer(6, 4, index)
+    loaded.load_state_dict(searched.state_dict())
+    assert torch.equal(loaded(w), searched(w))
+
+
 def test_split_parts_have_scales_of_their_own():
     w = torch.randn(4, 8)
     w[:, 4:] *= 100
-    split = WeightQuantizer(w, 4, torch.tensor([0] * 4 + [1] * 4), "mse")
-    whole = WeightQuantizer(w, 4, torch.zeros(8, dtype=torch.int64), "mse")
+    split = WeightQuantizer.from_weight(w, 4, torch.tensor([0] * 4 + [1] * 4), "mse")
+    whole = WeightQuantizer.from_weight(w, 4, torch.zeros(8, dtype=torch.int64), "mse")
     assert (split(w) - w)[:, :4].abs().max() < 0.5 < (whole(w) - w)[:, :4].abs().max()
 
 
 def test_adaround_starts_at_full_precision_and_hardens_to_its_choice():
     w = torch.randn(8, 16)
-    wq = WeightQuantizer(w, 4, torch.zeros(16, dtype=torch.int64), "minmax")
+    wq = WeightQuantizer.from_weight(w, 4, torch.zeros(16, dtype=torch.int64), "minmax")
     wq.start_adaround(w)
     inner = (wq.codes(w) > 0) & (wq.codes(w) < 15)
     assert torch.allclose(wq(w)[inner], w[inner], atol=1e-5)  # soft rounding = the fraction itself
@@ -228,7 +272,7 @@ def test_adaround_starts_at_full_precision_and_hardens_to_its_choice():
 
 def test_hardening_gives_what_training_saw_on_the_borders_of_cells_too():
     generator = torch.Generator().manual_seed(0)
-    wq = WeightQuantizer(
+    wq = WeightQuantizer.from_weight(
         torch.randn(64, 16, generator=generator), 4, torch.zeros(16, dtype=torch.int64), "minmax"
     )
     borders = (
@@ -242,7 +286,7 @@ def test_hardening_gives_what_training_saw_on_the_borders_of_cells_too():
 
 def test_hardening_keeps_a_weight_that_lies_in_its_cell():
     w = torch.randn(8, 16)
-    wq = WeightQuantizer(w, 8, torch.zeros(16, dtype=torch.int64), "minmax")
+    wq = WeightQuantizer.from_weight(w, 8, torch.zeros(16, dtype=torch.int64), "minmax")
     wq.start_adaround(w)
     assert torch.allclose(wq.harden(w), w, atol=0.02 * wq.scale.max().item())
 

@@ -9,6 +9,7 @@ from filelock import FileLock
 
 from questlib import quantize
 from questlib.adaround import blocks, pick_samples, reconstruct_acts, reconstruct_weights
+from questlib.capture import capture_calls
 from questlib.errors import CheckpointError
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
@@ -39,11 +40,12 @@ def test_blocks_cover_each_layer_once_in_order_of_execution(pipe, calib, fast):
 
 def test_capture_gives_the_blocks_own_calls(pipe, calib):
     name = "up_blocks.0.resnets.0"
-    inputs, outputs = capture(pipe.unet, name, pick_samples(calib, 7, 0), 4)
-    assert [len(o) for o in outputs] == [4, 3]
+    runs = [part.run for part in pick_samples(calib, 7, 0).split(4)]
+    calls = capture_calls(pipe.unet, name, runs)
+    assert [len(call.output) for call in calls] == [4, 3]
     with torch.no_grad():
-        again = pipe.unet.get_submodule(name)(*inputs[1][0], **inputs[1][1])
-    assert torch.equal(again, outputs[1])
+        again = pipe.unet.get_submodule(name)(*calls[1].args, **calls[1].kwargs)
+    assert torch.equal(again, calls[1].output)
     assert not pipe.unet.get_submodule(name)._forward_hooks
 
 
@@ -97,7 +99,7 @@ def test_cache_gives_the_same_model_and_the_first_runs_seconds(pipe, calib, fast
 
 
 def test_a_second_process_waits_for_the_cache(pipe, calib, fast, tmp_path):
-    """Its lock is held: nothing is made until it is free, and then what the other has made is read."""
+    """While its lock is held nothing is made. Then what the other process has made is read."""
     config = fast("minmax", 4, 8)
     made = quantize(pipe.unet, config, calib, cache_dir=tmp_path / "other")
     (cache,) = (tmp_path / "other").glob("ranges-*.safetensors")

@@ -1,16 +1,18 @@
-"""Folders of samples: any number of processes, killed at any moment, restarted: each sample once, always with the same bits."""
+"""Folders of samples: any number of processes, killed at any moment, restarted.
+
+Each sample is drawn once, always with the same bits.
+"""
 
 import multiprocessing
-import os
 import random
-import resource
 import signal
-import time
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import pytest
 import tiny_pipelines as tiny
 import torch
+from filelock import FileLock
 
 from questlib.diffusion.sampling import index_ranges
 from questlib.errors import QuestError
@@ -24,21 +26,26 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["questlib.diffusion.sampling", "tiny_pipelines"])
 
 
-def made_up(indices: range, seconds: float = 0.0) -> Samples:
+def made_up(indices: range) -> Samples:
     """Samples that follow from their indices."""
-    time.sleep(seconds)
     latents = torch.stack([torch.full((2, 4, 4), float(i)) for i in indices])
     return Samples(latents.to(torch.uint8), latents)
 
 
-def work(folder: Path, index: int, count: int, seconds: float = 0.0) -> None:
-    """A process of a run; it logs every batch that it draws."""
+def work(folder: Path, index: int, count: int, told: Connection | None = None) -> None:
+    """A process of a run; it logs every batch that it draws.
+
+    told: it says there what it begins to draw, and draws when it is answered.
+    """
     torch.set_num_threads(1)
 
     def draw(indices: range) -> Samples:
         with open(folder.parent / "log", "a") as log:
             log.write(f"{indices.start}\n")
-        return made_up(indices, seconds)
+        if told is not None:
+            told.send(indices.start)
+            told.recv()
+        return made_up(indices)
 
     write_samples(folder, RUN, draw, process_index=index, num_processes=count)
 
@@ -49,10 +56,43 @@ def real_work(folder: Path, index: int, count: int) -> None:
     write_samples(folder, how.run(10, 2), how.draw, process_index=index, num_processes=count)
 
 
-def start(target, folder: Path, count: int, *args) -> list:
-    processes = [
-        SERVER.Process(target=target, args=(folder, i, count, *args)) for i in range(count)
-    ]
+class Worker:
+    """A process of a run, as seen from the test: it stops in every batch until it is let go."""
+
+    def __init__(self, folder: Path, index: int, count: int) -> None:
+        self.told, told = SERVER.Pipe()
+        self.process = SERVER.Process(target=work, args=(folder, index, count, told))
+        self.process.start()
+        told.close()
+
+    def begins(self) -> int | None:
+        """Waits until it begins a batch, and gives that one's first index; None: it has ended."""
+        try:
+            return self.told.recv()
+        except EOFError:
+            return None
+
+    def go_on(self) -> None:
+        self.told.send(None)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join(60)
+
+
+def run_to_the_end(workers: list[Worker]) -> None:
+    """Let all of them draw until they have ended."""
+    left = {worker.told: worker for worker in workers}
+    while left:
+        for told in wait(list(left)):
+            if left[told].begins() is None:
+                finish([left.pop(told).process])
+            else:
+                left[told].go_on()
+
+
+def start(target, folder: Path, count: int) -> list:
+    processes = [SERVER.Process(target=target, args=(folder, i, count)) for i in range(count)]
     for process in processes:
         process.start()
     return processes
@@ -71,16 +111,20 @@ def contents(folder: Path) -> dict[str, bytes]:
 def check(folder: Path) -> None:
     found = list(read_samples(folder))
     assert torch.equal(torch.cat([s.latents[:, 0, 0, 0] for s in found]), torch.arange(23.0))
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [shard_file(folder, r).name for r in RANGES] + ["run.json"]
-    )
+    names = {shard_file(folder, r).name for r in RANGES} | {"run.json"}
+    assert {p.name for p in folder.iterdir()} == names
+
+
+def drawn(folder: Path) -> list[int]:
+    """The first indices of all batches that were begun, ascending."""
+    return sorted(map(int, (folder / "log").read_text().split()))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_processes_share_the_work_and_draw_nothing_twice(tmp_path, count):
-    finish(start(work, tmp_path / "out", count, 0.02))
+    run_to_the_end([Worker(tmp_path / "out", i, count) for i in range(count)])
     check(tmp_path / "out")
-    assert sorted(map(int, (tmp_path / "log").read_text().split())) == [r.start for r in RANGES]
+    assert drawn(tmp_path) == [r.start for r in RANGES]
 
 
 def test_the_set_of_images_is_the_same_for_any_number_of_processes(tmp_path):
@@ -91,52 +135,81 @@ def test_the_set_of_images_is_the_same_for_any_number_of_processes(tmp_path):
 
 
 def test_killed_at_random_moments_nothing_is_lost_or_doubled(tmp_path):
-    """kill -9 of one of up to three processes, then of all, again and again, until a run comes through."""
+    """kill -9 of all of up to three processes, again and again, until a run comes through.
+
+    Some are killed while they draw, some while they write, claim the next shard or clean up.
+    """
     rng, folder, kills = random.Random(0), tmp_path / "out", 0
-    for attempt in range(12):
-        processes = start(work, folder, rng.choice([1, 2, 3]), 0.2)
-        for doomed in ([rng.choice(processes)], processes) if attempt % 2 else (processes,):
-            time.sleep(rng.uniform(0.02, 0.25))
-            for process in doomed:
-                if process.is_alive():
-                    os.kill(process.pid, signal.SIGKILL)
-                    process.join(60)
-                    kills += 1
-    finish(start(work, folder, 2))
+    for _ in range(12):
+        count = rng.choice([1, 2, 3])
+        left = {w.told: w for w in (Worker(folder, i, count) for i in range(count))}
+        while left:
+            worker = left[rng.choice(wait(list(left)))]
+            if worker.begins() is None:
+                finish([left.pop(worker.told).process])
+                continue
+            what = rng.choice(["go on", "kill", "go on and kill"])
+            if what != "kill":
+                worker.go_on()
+            if what != "go on":
+                left.pop(worker.told).kill()
+                kills += 1
+    run_to_the_end([Worker(folder, i, 2) for i in range(2)])
     check(folder)
-    drawn = [int(i) for i in (tmp_path / "log").read_text().split()]
-    assert kills > 5 and set(drawn) == {r.start for r in RANGES}
-    assert len(drawn) <= len(RANGES) + kills  # at most the batch in hand is drawn again
+    assert kills > 5 and set(drawn(tmp_path)) == {r.start for r in RANGES}
+    # Only the batch in hand is drawn again.
+    assert len(drawn(tmp_path)) <= len(RANGES) + kills
 
 
 def test_a_dead_processs_work_is_taken_over_within_the_run(tmp_path):
-    processes = start(work, tmp_path / "out", 2, 0.1)
-    time.sleep(0.3)
-    os.kill(processes[1].pid, signal.SIGKILL)
-    finish(processes[:1])
+    """Process 0 comes to wait for the shard that process 1 holds, and draws it when that dies."""
+    workers = [Worker(tmp_path / "out", i, 2) for i in range(2)]
+    held = workers[1].begins()
+    own = [workers[0].begins()]
+    while len(own) < len(RANGES) - 1:
+        workers[0].go_on()
+        own.append(workers[0].begins())
+    workers[0].go_on()
+    assert held not in own and not workers[0].told.poll()
+    workers[1].kill()
+    assert workers[0].begins() == held
+    workers[0].go_on()
+    assert workers[0].begins() is None
+    finish([workers[0].process])
     check(tmp_path / "out")
 
 
-def test_stale_part_files_do_not_count_and_are_cleaned(tmp_path):
+def test_what_killed_processes_left_does_not_count_and_is_cleaned(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "000003-3.part").write_bytes(b"half of a shard")
-    (folder / "000099-3.part").write_bytes(b"")
-    (folder / "run.json.host-1").write_text("{")
+    (folder / "000003-3.safetensors.7-8.tmp").write_bytes(b"half of a shard")
+    (folder / "000003-3.lock").write_bytes(b"")
+    (folder / "000099-3.lock").write_bytes(b"")
+    (folder / "run.json.7-8.tmp").write_text("{")
     work(folder, 0, 1)
     check(folder)
 
 
 def test_two_launches_at_once_share_the_shards(tmp_path):
-    first = start(work, tmp_path / "out", 1, 0.03)
-    second = start(work, tmp_path / "out", 1, 0.03)
-    finish(first + second)
+    run_to_the_end([Worker(tmp_path / "out", 0, 1) for _ in range(2)])
     check(tmp_path / "out")
-    assert sorted(map(int, (tmp_path / "log").read_text().split())) == [r.start for r in RANGES]
+    assert drawn(tmp_path) == [r.start for r in RANGES]
 
 
-def full_disk(folder: Path, index: int, count: int, out) -> None:
+def test_a_shard_that_another_process_holds_is_left_to_it(tmp_path):
+    """Processes but the first end when nothing is left to begin."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    with FileLock(folder / "000006-3.lock"):
+        work(folder, 1, 2)
+    assert drawn(tmp_path) == [r.start for r in RANGES if r.start != 6]
+    work(folder, 0, 2)
+    check(folder)
+
+
+def full_disk(folder: Path, out) -> None:
     """Files may not grow over 300 bytes: the write fails as on a full disk."""
+    import resource
 
     def draw(indices: range) -> Samples:
         if indices.start == 6:
@@ -152,16 +225,13 @@ def full_disk(folder: Path, index: int, count: int, out) -> None:
 
 def test_full_disk_says_so_and_keeps_what_is_done(tmp_path):
     folder, out = tmp_path / "out", SERVER.Queue()
-    process = SERVER.Process(target=full_disk, args=(folder, 0, 1, out))
+    process = SERVER.Process(target=full_disk, args=(folder, out))
     process.start()
     message = out.get(timeout=60)
     process.join()
-    assert (
-        "cannot write" in message
-        and "000006-3" in message
-        and "finished shards are kept" in message
-    )
-    kept = contents(folder)
+    assert "cannot write" in message and "000006-3" in message
+    assert "finished shards are kept" in message
+    kept = {k: v for k, v in contents(folder).items() if not k.endswith(".lock")}
     assert sorted(kept) == ["000000-3.safetensors", "000003-3.safetensors", "run.json"]
     work(folder, 0, 1)
     check(folder)

@@ -36,8 +36,28 @@ def test_far_timesteps_warn_once_and_are_named():
         steps.lookup(torch.tensor(350))
 
 
+def test_a_call_selects_its_groups_and_timestep():
+    steps = StepGroups(torch.tensor([300, 200, 100]), contiguous_groups(3, 3))
+    steps.hook(torch.nn.Identity(), (torch.zeros(2), 200), {})
+    assert (steps.current, steps.timestep) == (1, 200)
+    steps.hook(torch.nn.Identity(), (torch.zeros(2),), {"timestep": torch.tensor([300, 100])})
+    assert steps.current.tolist() == [0, 2] and steps.timestep is None
+    steps.select(torch.tensor([300, 300]))
+    assert (steps.current, steps.timestep) == (0, 300)
+    steps.select_group(2)
+    assert (steps.current, steps.timestep) == (2, None)
+
+
+def test_groups_are_selected_by_methods_alone():
+    steps = StepGroups(torch.tensor([300, 100]), contiguous_groups(2, 2))
+    with pytest.raises(AttributeError):
+        steps.current = 1
+    with pytest.raises(AttributeError):
+        steps.timestep = 100
+
+
 def test_copies_have_their_own_state():
     steps = StepGroups(torch.tensor([300, 100]), contiguous_groups(2, 2))
     other = copy.deepcopy(steps)
-    other.current = 1
+    other.select_group(1)
     assert steps.current == 0

@@ -1,5 +1,8 @@
-"""Compile the Triton kernels for NVIDIA GPUs on a machine without one, and read the machine code: the right tensor-core
-instructions, wide loads, nothing spilled. In a process of its own: the kernels must be imported without the interpreter."""
+"""The Triton kernels' machine code for NVIDIA GPUs, compiled on a machine without one.
+
+It has the right tensor-core instructions and wide loads, and nothing is spilled. In a process of
+its own: the kernels must be imported without the interpreter.
+"""
 
 import importlib.util
 import json
@@ -13,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-KERNELS = Path(__file__).parents[2] / "questlib/integer"
+KERNELS = Path(__file__).parents[2] / "questlib/integer/triton"
 MMA = {
     80: (r"mma\.sync\.aligned\.\S+\.s8\.s8", "IMMA"),
     89: (r"mma\.sync\.aligned\.\S+\.s8\.s8", "IMMA"),
     90: (r"wgmma\.mma_async\S+\.s8\.s8", "IGMMA"),
 }
-CASES = [  # packed, point, bm, bn, bk, warps, stages, extra constants: from triton_tiles.CANDIDATES
+# packed, point, bm, bn, bk, warps, stages, extra constants: from tiles.CANDIDATES
+CASES = [
     (True, True, 128, 128, 64, 8, 4, {}),
     (True, False, 128, 256, 64, 8, 3, {}),
     (True, False, 128, 128, 64, 8, 4, dict(SHIFTED=True)),
@@ -36,14 +40,17 @@ def compile_all(arch: int) -> dict[str, dict]:
 
     def load(name):  # the file alone: quick
         spec = importlib.util.spec_from_file_location(
-            f"questlib.integer.{name}", KERNELS / f"{name}.py"
+            f"questlib.integer.triton.{name}", KERNELS / f"{name}.py"
         )
         sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
-    sys.modules |= {name: types.ModuleType(name) for name in ("questlib", "questlib.integer")}
-    kernels, kernels_attention = load("kernels"), load("kernels_attention")
+    packages = ("questlib", "questlib.integer", "questlib.integer.triton")
+    sys.modules |= {name: types.ModuleType(name) for name in packages}
+    quantize_kernels = load("quantize_kernels")
+    gemm_kernels = load("gemm_kernels")
+    attention_kernels = load("attention_kernels")
 
     def build(kernel, constants, dtypes, warps, stages):
         names = kernel.arg_names
@@ -70,7 +77,8 @@ def compile_all(arch: int) -> dict[str, dict]:
     def report(ptx, cubin, shared):
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
         with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-            f.write(cubin), f.flush()
+            f.write(cubin)
+            f.flush()
             sass, usage = (
                 subprocess.run(
                     [tool, flag, f.name], capture_output=True, text=True, check=True
@@ -101,7 +109,7 @@ def compile_all(arch: int) -> dict[str, dict]:
         BIAS="*fp32",
         RESIDUAL="*fp32",
         CORRECTION="*i32",
-        OFFSET="*i32",
+        COMPENSATION="*i32",
         SUMS="*i32",
     )
     for packed, point, bm, bn, bk, warps, stages, extra in CASES:
@@ -116,7 +124,7 @@ def compile_all(arch: int) -> dict[str, dict]:
                 HAS_BIAS=True,
                 HAS_RESIDUAL=False,
                 HAS_CORRECTION=True,
-                HAS_OFFSET=packed,
+                HAS_COMPENSATION=packed,
                 BM=bm,
                 BN=bn,
                 BK=bk,
@@ -132,7 +140,7 @@ def compile_all(arch: int) -> dict[str, dict]:
             **float_tables,
         )
         name = f"gemm packed={packed} point={point} {bm}x{bn}x{bk} {extra}"
-        found[name] = report(*build(kernels.gemm, constants, dtypes, warps, stages))
+        found[name] = report(*build(gemm_kernels.gemm, constants, dtypes, warps, stages))
     for sums, ordered, token in (
         (True, False, False),
         (True, True, False),
@@ -154,9 +162,10 @@ def compile_all(arch: int) -> dict[str, dict]:
         dtypes = dict(X="*fp16", ORDER="*i32", OUT="*i8", SUMS="*i32", FLAG="*i32", levels="fp32")
         dtypes |= dict.fromkeys(("TABLE", "NORM_SCALE", "NORM_SHIFT", "CLIP", "SCALES"), "*fp32")
         found[f"quantize sums={sums} ordered={ordered} token={token}"] = report(
-            *build(kernels.quantize, constants, dtypes, 4, 2)
+            *build(quantize_kernels.quantize, constants, dtypes, 4, 2)
         )
-    for codes, dim in ((8, 64), (4, 128)):  # of 8 bits, with every correction, and of 4 bits
+    # of 8 bits, with every correction, and of 4 bits
+    for codes, dim in ((8, 64), (4, 128)):
         wide = codes == 8
         constants = dict(
             HAS_Q=wide,
@@ -173,7 +182,7 @@ def compile_all(arch: int) -> dict[str, dict]:
         )
         dtypes |= dict(OUT="*fp16", V_SCALE="*fp32", factor="fp32", p_inverse="fp32", p_high="fp32")
         found[f"attention A{codes} {dim}"] = report(
-            *build(kernels_attention.attention, constants, dtypes, 8 if dim <= 64 else 4, 3)
+            *build(attention_kernels.attention, constants, dtypes, 8 if dim <= 64 else 4, 3)
         )
     return found
 
@@ -191,28 +200,21 @@ def test_machine_code(arch, tmp_path):
     found = json.loads(run.stdout.splitlines()[-1])
     assert len(found) == len(CASES) + 6
     for case, r in found.items():
-        call = (
-            8 if "token=True" in case else 0
-        )  # the exact division of a row's range is a function: bytes of its call
+        # The exact division of a row's range is a function: bytes of its call.
+        call = 8 if "token=True" in case else 0
         assert r["stack"] <= call and r["spills"] <= call / 4 and r["registers"] <= 255, (case, r)
         if case.startswith("gemm"):
             assert r["ptx_mma"] > 0 and r["sass_mma"] > 0, (case, r)
             assert r["wide_copies"] > 0 and r["narrow_copies"] == 0, (case, r)
-            assert r["shared"] <= (100 if arch == 89 else 164) * 1024 or "128x128x128" in case, (
-                case,
-                r,
-            )
+            most = (100 if arch == 89 else 164) * 1024
+            assert r["shared"] <= most or "128x128x128" in case, (case, r)
         elif case.startswith("attention"):
             assert r["ptx_mma"] > 0 and r["sass_mma"] > 0, (case, r)
         else:
-            assert r["conversions"] <= 4, (
-                case,
-                r,
-            )  # only the row's coordinates; values are rounded by an addition, which must
-            assert r["rounded"] >= r["unrounded"] > 0, (
-                case,
-                r,
-            )  # be neither fused with the product before it nor optimized away
+            # Only the row's coordinates. Values are rounded by an addition, which must be neither
+            # fused with the product before it nor optimized away.
+            assert r["conversions"] <= 4, (case, r)
+            assert r["rounded"] >= r["unrounded"] > 0, (case, r)
 
 
 if __name__ == "__main__":

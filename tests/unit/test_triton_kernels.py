@@ -1,4 +1,7 @@
-"""The Triton engine under the interpreter: accumulators equal to the int64 reference, outputs to the layer's own simulation."""
+"""The Triton engine in the interpreter: accumulators equal to the oracle's, bit for bit.
+
+Outputs are equal to the layer's own simulation.
+"""
 
 import os
 
@@ -12,23 +15,21 @@ from torch import nn
 
 from questlib import quantize
 from questlib.errors import EngineError
-from questlib.integer.form import Part, act_grids, integer_form
+from questlib.integer.attention_form import attention_form
+from questlib.integer.form import WeightPart, integer_form
 from questlib.integer.oracle import layer_forward
+from questlib.integer.synthetic import GROUPS, random_layer
+from questlib.integer.triton import packing, quantizing, runtime, tiles
+from questlib.integer.triton.attention import TritonAttention
+from questlib.integer.triton.flags import check_finite
+from questlib.integer.triton.layers import TritonLayer, serves
 from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.model import quant_layers
 from questlib.quantization.step_groups import StepGroups
 
-triton_engine = pytest.importorskip("questlib.integer.triton.layers")
-pytest.importorskip("triton")
-from questlib.integer.synthetic import GROUPS, random_layer  # noqa: E402
-from questlib.integer.triton import (
-    ops,
-    tiles,  # noqa: E402
-)
-from questlib.integer.triton.layers import TritonLayer, check_finite, serves  # noqa: E402
-
 pytestmark = pytest.mark.skipif(
-    not tiles.INTERPRET, reason="triton was imported without TRITON_INTERPRET=1"
+    not runtime.INTERPRET, reason="needs triton, imported with TRITON_INTERPRET=1"
 )
 
 
@@ -44,7 +45,7 @@ def compare(layer, steps, x, weights="packed"):
     """Assert both promises in every step group; the engine's layer back."""
     engine = TritonLayer(integer_form(layer, "layer"), steps, weights)
     for group in range(GROUPS):
-        steps.current = group
+        steps.select_group(group)
         _, accs = layer_forward(layer, x)
         found = engine.accumulators(x)
         assert len(found) == len(accs)
@@ -65,7 +66,8 @@ def test_linear(w, a, carrier, weights):
     layer, steps = make_layer(nn.Linear(75, 70), w, a, carrier)
     engine = compare(layer, steps, torch.randn(2, 37, 75) * 2, weights)
     assert engine.kind == (weights if w <= 4 else "int8")
-    assert engine.weight0.numel() == 70 * 128 // (2 if engine.kind == "packed" else 1)
+    codes = 70 * 128 // (2 if engine.kind == "packed" else 1)
+    assert engine.parts[0].weight.numel() == codes
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
@@ -122,10 +124,8 @@ def test_convolutions_of_random_geometry(seed):
 @pytest.mark.parametrize(("w", "a"), [(4, 4), (8, 8), (4, 8)])
 def test_split_shortcuts(w, a):
     layer, steps = make_layer(nn.Conv2d(48, 20, 1), w, a, split=30)
-    assert (
-        len(compare(layer, steps, torch.randn(2, 48, 5, 4)).accumulators(torch.randn(1, 48, 2, 2)))
-        == 2
-    )
+    engine = compare(layer, steps, torch.randn(2, 48, 5, 4))
+    assert len(engine.accumulators(torch.randn(1, 48, 2, 2))) == 2
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
@@ -137,8 +137,10 @@ def test_weights_shifted_by_carrier_blocks(module, weights):
     layer, steps = make_layer(copy.deepcopy(module), 4, 4, carrier=True, shift=True)
     x = torch.randn(1, 70, 4, 4) if module.weight.ndim == 4 else torch.randn(20, 150)
     engine = compare(layer, steps, x, weights)
-    assert engine.kind == weights and len(engine.ends[0]) == (3 if weights == "packed" else 0)
-    scale, shift = torch.rand(len(x), x.shape[1]) + 0.5, torch.randn(len(x), x.shape[1])
+    assert engine.kind == weights
+    assert len(engine.parts[0].ends) == (3 if weights == "packed" else 0)
+    scale = torch.rand(len(x), x.shape[1]) + 0.5
+    shift = torch.randn(len(x), x.shape[1])
     if module.weight.ndim == 4:
         plain = engine(nn.functional.silu(x * scale[..., None, None] + shift[..., None, None]))
         assert relative(engine(x, norm=(scale, shift), silu=True), plain) <= 0.02
@@ -158,10 +160,8 @@ def test_half_precision_in_and_out(dtype):
     x = torch.randn(1, 20, 5, 5).to(dtype)
     y = TritonLayer(integer_form(layer, "layer"), steps)(x)
     assert y.dtype == dtype
-    assert (
-        torch.equal(y, layer(x.float()).to(dtype))
-        or relative(y, layer(x.float())) <= torch.finfo(dtype).eps
-    )
+    expected = layer(x.float())
+    assert torch.equal(y, expected.to(dtype)) or relative(y, expected) <= torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize(("w", "a"), [(4, 4), (8, 8)])
@@ -199,10 +199,11 @@ def test_groupnorm_and_silu_are_fused_into_quantization():
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_the_affine_form_of_a_groupnorm(channels_last):
     norm = nn.GroupNorm(4, 40)
-    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
     x = torch.randn(2, 40, 9, 7) * 3 + 5
     x = x.to(memory_format=torch.channels_last) if channels_last else x
-    scale, shift = ops.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
+    scale, shift = quantizing.group_norm_affine(x, norm.weight, norm.bias, 4, norm.eps)
     assert relative(x * scale[..., None, None] + shift[..., None, None], norm(x)) <= 1e-5
 
 
@@ -212,7 +213,7 @@ def test_layers_run_under_torch_compile(split):
     engine, x = TritonLayer(integer_form(layer, "layer"), steps), torch.randn(2, 16, 4, 4)
     compiled = torch.compile(engine, backend="aot_eager", fullgraph=True)
     for group in range(GROUPS):
-        steps.current = group
+        steps.select_group(group)
         assert torch.equal(compiled(x), engine(x))
 
 
@@ -234,7 +235,8 @@ def test_an_input_that_is_not_finite_is_reported_once_by_name(bad):
     )
     x = torch.randn(1, 8, 4, 4)
     x[0, 3, 2, 1] = bad
-    model[0](torch.randn(1, 8, 4, 4)), model[1](x)
+    model[0](torch.randn(1, 8, 4, 4))
+    model[1](x)
     with pytest.raises(EngineError, match="second: its input was not finite"):
         check_finite(model)
     check_finite(model)
@@ -260,7 +262,7 @@ def test_what_is_not_served_is_named():
         match="middle.conv: expected float32, float16 or bfloat16 input, found torch.float64",
     ):
         engine(torch.randn(1, 8, 4, 4).double())
-    steps.current = torch.tensor([0, 1])
+    steps.select_group(torch.tensor([0, 1]))
     with pytest.raises(
         EngineError, match="middle.conv: integer execution takes one step group a call"
     ):
@@ -271,7 +273,8 @@ def test_packed_weights_are_an_eighth_of_float32():
     layer, steps = make_layer(nn.Linear(640, 640), 4, 8)
     form = integer_form(layer, "layer")
     packed, wide = TritonLayer(form, steps), TritonLayer(form, steps, "int8")
-    assert packed.weight0.nbytes * 8 == wide.weight0.nbytes * 4 == layer.weight.nbytes
+    sizes = [of.parts[0].weight.nbytes for of in (packed, wide)]
+    assert sizes[0] * 8 == sizes[1] * 4 == layer.weight.nbytes
     assert packed.resident_bytes < 0.14 * layer.weight.nbytes
 
 
@@ -287,13 +290,13 @@ def test_candidate_tiles_serve_every_shape():
 
 
 def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
-    monkeypatch.setattr(tiles, "INTERPRET", False)
+    monkeypatch.setattr(runtime, "INTERPRET", False)
     if not torch.cuda.is_available():
         with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
-            triton_engine.require_engine()
-    monkeypatch.setattr(tiles, "triton", None)
+            runtime.require_engine()
+    monkeypatch.setattr(runtime, "triton", None)
     with pytest.raises(EngineError, match="expected the package triton"):
-        triton_engine.require_engine()
+        runtime.require_engine()
 
 
 def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
@@ -315,13 +318,14 @@ def test_operators_are_well_formed_for_torch_compile():
     layer, steps = make_layer(nn.Conv2d(8, 4, 3, padding=1), 8, 8)
     engine = TritonLayer(integer_form(layer, "layer"), steps)
     x = torch.randn(1, 4, 4, 8)
-    args = (x, engine.table0[0], engine.flag, engine.levels, [1, 1], True)
+    part = engine.parts[0]
+    args = (x, part.table[0], engine.flag, engine.levels, [1, 1], True)
     torch.library.opcheck(
         torch.ops.questlib.quantize, args, test_utils=("test_schema", "test_faketensor")
     )
-    a, sums, _ = ops.quantize(*args)
-    tables = (engine.scale0[0], engine.bias, None, engine.correction0[0], engine.offset0)
-    args = (a, engine.weight0, *tables, sums, [3, 3], [1, 1], [], x.dtype)
+    a, sums, _ = quantizing.quantize(*args)
+    tables = (part.scale[0], engine.bias, None, part.correction[0], part.compensation)
+    args = (a, part.weight, *tables, sums, [3, 3], [1, 1], [], x.dtype)
     torch.library.opcheck(
         torch.ops.questlib.integer_gemm, args, test_utils=("test_schema", "test_faketensor")
     )
@@ -329,61 +333,54 @@ def test_operators_are_well_formed_for_torch_compile():
 
 def attention_pair(bits, p_bits, heads=2, dim=20):
     """(engine, a simulation by fake quantization: q, k, v -> out) with random grids."""
-    steps, width = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1])), heads * dim
-    acts = [
-        ActQuantizer(
-            x, bits, steps, width, -1, torch.zeros(width, dtype=torch.int64), carrier=bits <= 4
-        )
-        for x in "qkv"
-    ]
-    acts.append(
-        ActQuantizer(
-            "probs", p_bits, steps, 1, -1, torch.zeros(1, dtype=torch.int64), unsigned=True
-        )
-    )
+    steps = StepGroups(torch.arange(4), torch.tensor([0, 0, 1, 1]))
+    width = heads * dim
+    kind = "carrier" if bits <= 4 else "tensor"
+    q, k, v = (ActQuantizer(x, bits, steps, width, -1, kind, shifts=x == "v") for x in "qkv")
+    probs = ActQuantizer("probs", p_bits, steps, 1, -1, unsigned=True)
+    acts = (q, k, v, probs)
+    e = torch.where(torch.arange(width) < 20, 0, 1)  # of v
     g = torch.Generator().manual_seed(bits)
     for group in range(GROUPS):
         for act in acts[:3]:
-            ratio = torch.randint(1, 9, (width,), generator=g).float() if bits <= 4 else None
-            if act.name == "v" and ratio is not None:
-                ratio = torch.where(torch.arange(width) < 20, ratio, ratio.clamp_min(5) * 2)
+            ratio = shift = None
+            if act.carrier:
+                ratio = torch.randint(1, 9, (width,), generator=g).float()
+            if act.carrier and act is v:
+                ratio = torch.where(e == 0, ratio, ratio.clamp_min(5) * 2)
+                shift = e
             zero = torch.full((width,), float(2 ** (bits - 1) + group - 1))
-            act.set_group(
-                group, torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits), zero, ratio
-            )
-        acts[3].set_group(group, torch.full((1,), 0.15 / (2**p_bits - 1)), torch.zeros(1))
-    zeros = [torch.zeros(len(a.index), dtype=torch.int64) for a in acts]
-    tables = [act_grids(act, z, act.name) for act, z in zip(acts, zeros, strict=True)]
-    grids = [tuple(of[0] for of in group) for group in zip(*(t for t, _ in tables), strict=True)]
+            scale = torch.full((1,), (0.15 if bits <= 4 else 4.0) / 2**bits)
+            act.set_group(group, scale, zero, ratio, shift)
+        probs.set_group(group, torch.full((1,), 0.15 / (2**p_bits - 1)), torch.zeros(1))
+    for act in acts:
+        act.calibrated.fill_(True)
 
-    def simulate(q, k, v):
-        for act in acts:
-            act.calibrated.fill_(True)
-        q, k, v = (
-            act(x).unflatten(-1, (heads, dim)).transpose(1, 2)
-            for act, x in zip(acts, (q, k, v), strict=False)
-        )
-        return (acts[3]((q @ k.mT * dim**-0.5).softmax(-1)) @ v).transpose(1, 2).flatten(2)
+    def split(x):  # [B, N, heads * dim] -> [B, heads, N, dim]
+        return x.unflatten(-1, (heads, dim)).transpose(1, 2)
 
-    return (
-        triton_engine.TritonAttention("middle.attention", grids, tables[2][1], steps),
-        simulate,
-        steps,
-    )
+    def simulate(query, key, value):
+        scores = split(q(query)) @ split(k(key)).mT * dim**-0.5
+        return (probs(scores.softmax(-1)) @ split(v(value))).transpose(1, 2).flatten(2)
+
+    form = attention_form(QuantAttnProcessor(*acts), "middle.attention")
+    return TritonAttention(form.name, form.grids, form.v_shift, steps), simulate, steps
 
 
 @pytest.mark.parametrize(("bits", "p_bits"), [(4, 8), (8, 8), (4, 4), (6, 8)])
 @pytest.mark.parametrize(("queries", "keys"), [(70, 70), (9, 77)])
 @torch.no_grad()
 def test_attention(bits, p_bits, queries, keys):
-    """Equal to the simulation, but for probabilities on an edge of rounding: the two softmaxes differ in their last bit."""
+    """Equal to the simulation, but for probabilities on an edge of rounding.
+
+    The two softmaxes differ in their last bit. One probability that flips is 2.8% of the smallest
+    case's outputs.
+    """
     engine, simulate, steps = attention_pair(bits, p_bits)
-    g = torch.Generator().manual_seed(
-        0
-    )  # one probability that flips is 2.8% of the smallest case's outputs
+    g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, n, 40, generator=g) for n in (queries, keys, keys))
     for group in range(GROUPS):
-        steps.current = group
+        steps.select_group(group)
         expected = simulate(q, k, v)
         error = (engine.attend(q, k, v, 2, 20**-0.5) - expected).abs() / expected.abs().max()
         assert (error > 1e-5).float().mean() < 0.02 and error.max() < 0.05
@@ -397,23 +394,22 @@ def test_attention(bits, p_bits, queries, keys):
 def test_tables_keep_their_precision_when_the_model_is_cast():
     layer, steps = make_layer(nn.Linear(40, 8), 4, 4, carrier=True)
     engine = TritonLayer(integer_form(layer, "layer"), steps)
-    x, before = torch.randn(5, 40), engine.table0.clone()
+    x, table = torch.randn(5, 40), engine.parts[0].table.clone()
     y = engine(x)
     nn.Sequential(engine).half().to("cpu", torch.bfloat16)
-    assert (
-        engine.table0.dtype == torch.float32
-        and torch.equal(engine.table0, before)
-        and torch.equal(engine(x), y)
-    )
+    assert engine.parts[0].table.dtype == torch.float32
+    assert torch.equal(engine.parts[0].table, table)
+    assert torch.equal(engine(x), y)
 
 
-def test_even_weights_that_do_not_fit_a_code_are_shifted():
-    """-14..14 in steps of 2: below 16, but four bits only once halved."""
-    part = Part(
-        0, 4, (torch.arange(-7, 8, dtype=torch.int8) * 2)[:12].reshape(3, 4), None, torch.ones(3)
-    )
-    part = part._replace(weight=part.weight.clone().index_fill_(0, torch.tensor([0]), 14))
-    part.weight[0, 0] = -14
-    assert triton_engine.channel_shifts(part).tolist() == [1, 1, 1, 1]
-    part.weight[0, 1] = 13
-    assert triton_engine.channel_shifts(part) is None
+def test_weights_are_packed_where_their_codes_have_four_bits():
+    """-14..14 in steps of 2 has four bits once halved, as its shift says; an odd step has not."""
+    weight = (torch.arange(-7, 8, dtype=torch.int8) * 2)[:12].reshape(3, 4)
+    weight[0, 0] = -14
+    weight[1:, 0] = 14
+    ones = torch.ones(4, dtype=torch.int64)
+    part = WeightPart(0, 4, weight, None, torch.ones(3), ones)
+    assert packing.packable(part)
+    assert torch.equal(packing.unshifted(part), weight.short() // 2)
+    assert not packing.packable(part._replace(shift=0 * ones))
+    assert not packing.packable(part._replace(compensation=torch.ones(3)))

@@ -1,14 +1,14 @@
-"""Triton kernel of integer attention, launched by triton_ops.py only: both products in int8, the softmax between in float32."""
+"""Triton kernel of integer attention: both products in int8, the softmax between in float32."""
 
 import triton
 import triton.language as tl
 
-from questlib.integer.triton.kernels import ROUND, integer
+from questlib.integer.triton.quantize_kernels import ROUND, integer
 
 
 @triton.jit
 def power2(x, ASM: tl.constexpr):
-    """2^x; the hardware's instruction alone, without the care for subnormal results."""
+    """2^x by the hardware's instruction alone, without its care for subnormal results."""
     if ASM:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -31,8 +31,11 @@ def scores(
     HAS_Q: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    """factor * (q' + q_constant) k'^T [BQ, BK] float32 for the keys `key` [BK], -inf beyond the last. Constants of k would add
-    the same to all scores of a query, which the softmax does not see."""
+    """factor * (q' + q_constant) k'^T [BQ, BK] float32 for the keys `key` [BK].
+
+    -inf beyond the last key.
+    Constants of k would add the same to all scores of a query, which the softmax does not see.
+    """
     k = tl.load(
         K + key[None, :] * stride + channel[:, None],
         mask=(key < keys)[None, :] & (channel < dim)[:, None],
@@ -74,16 +77,25 @@ def attention(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """softmax(ln 2 factor q k^T), quantized to codes 0..p_high, times v. Two passes over the keys: codes need the final sums.
+    """softmax(ln 2 factor q k^T), quantized to codes 0..p_high, times v.
 
-    q', k' int8 [B, queries or keys, stride], head h at channels h dim..; VT: v'^T int8 [B, heads dim, keys_padded], zero beyond
-    the keys; KEY_SUM int32 [B, heads, keys]: sums of k' over a head's channels; V_SUM int32 [B, heads dim]: of v' over the keys;
-    out [B, queries, heads dim] = V_SCALE * sum p (v' + v_constant). Codes travel as p - P_CONSTANT, to fit a signed byte.
-    EVEN: keys are a multiple of BK.
+    Two passes over the keys: codes need the final sums.
+
+    Q, K        q', k' int8 [B, queries or keys, stride], head h at channels h dim..
+    VT          v'^T int8 [B, heads dim, keys_padded], zero beyond the keys
+    KEY_SUM     int32 [B, heads, keys]: sums of k' over a head's channels
+    V_SUM       int32 [B, heads dim]: sums of v' over the keys
+    OUT         [B, queries, heads dim] = V_SCALE * sum p (v' + v_constant)
+    P_CONSTANT  codes travel as p - P_CONSTANT, to fit a signed byte
+    EVEN        keys are a multiple of BK
     """
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    row, channel, key = tl.program_id(0) * BQ + tl.arange(0, BQ), tl.arange(0, BD), tl.arange(0, BK)
-    in_q, in_d = (row < queries)[:, None], (channel < dim)[None, :]
+    batch = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    row = tl.program_id(0) * BQ + tl.arange(0, BQ)
+    channel = tl.arange(0, BD)
+    key = tl.arange(0, BK)
+    in_q = (row < queries)[:, None]
+    in_d = (channel < dim)[None, :]
     q = tl.load(
         Q + (batch * queries + row)[:, None] * stride + head * dim + channel[None, :],
         mask=in_q & in_d,
@@ -135,9 +147,8 @@ def attention(
         p = tl.minimum(power2(s - top[:, None], ASM) * share[:, None], p_high)
         if HAS_V:
             mass += tl.sum(integer(p), 1)
-        code = (
-            (p + (ROUND - P_CONSTANT)).to(tl.int32, bitcast=True).to(tl.int8)
-        )  # the low byte of p's integer less the constant
+        # The low byte of p's integer, less the constant.
+        code = (p + (ROUND - P_CONSTANT)).to(tl.int32, bitcast=True).to(tl.int8)
         at = start + key
         v = tl.load(
             v_head + channel[None, :] * keys_padded + at[:, None],
@@ -147,10 +158,8 @@ def attention(
         acc = tl.dot(code, v, acc, out_dtype=tl.int32)
     c = head * dim + channel
     if P_CONSTANT:
-        acc += (
-            P_CONSTANT
-            * tl.load(V_SUM + batch * heads * dim + c, mask=channel < dim, other=0)[None, :]
-        )
+        v_sum = tl.load(V_SUM + batch * heads * dim + c, mask=channel < dim, other=0)
+        acc += P_CONSTANT * v_sum[None, :]
     if HAS_V:
         acc += v_constant * mass[:, None]
     out = acc.to(tl.float32) * tl.load(V_SCALE + c, mask=channel < dim, other=0.0)[None, :]

@@ -1,4 +1,5 @@
-"""ResNet blocks whose norm and activation run inside the quantizing kernel, and whose shortcut is added in the epilogue."""
+"""ResNet blocks that run norm and activation inside the quantizing kernel, and add the shortcut in
+the product's epilogue."""
 
 from __future__ import annotations
 
@@ -7,13 +8,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.integer.triton.layers import TritonLayer
-from questlib.integer.triton.ops import group_norm_affine
+from questlib.integer.triton.quantizing import group_norm_affine
 
 
 class FusedResnetBlock(ResnetBlock2D):
-    """A ResnetBlock2D as `fuse` turns it into: GroupNorm becomes a scale and shift for each channel, applied with the SiLU and
-    the quantization in one pass over the activations. In exact arithmetic the same block; float rounding differs, so that single
-    codes can differ from the simulation's by one."""
+    """A ResnetBlock2D as `fuse` turns it into.
+
+    GroupNorm becomes a scale and a shift for each channel, applied with the SiLU and the
+    quantization in one pass over the activations. In exact arithmetic it is the same block; float
+    rounding differs, so that single codes can differ from the simulation's by one.
+    """
 
     def forward(
         self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs
@@ -38,28 +42,30 @@ def _affine(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Te
 
 
 def fuse(unet: nn.Module) -> int:
-    """Turn every ResNet block that this serves into a FusedResnetBlock, in place; how many there are.
+    """Turn every ResNet block that can be into a FusedResnetBlock, in place.
 
-    Served are blocks of two Triton layers without resampling between norm and convolution, with SiLU and plain GroupNorms.
+    Returns:
+        The number of such blocks.
     """
-    found = 0
-    for block in unet.modules():
-        if (
-            not isinstance(block, ResnetBlock2D)
-            or not isinstance(block.conv1, TritonLayer)
-            or not isinstance(block.conv2, TritonLayer)
-        ):
-            continue
-        plain = (
-            isinstance(block.nonlinearity, nn.SiLU)
-            and block.output_scale_factor == 1
-            and block.dropout.p == 0
-        )
-        plain = plain and block.upsample is None and block.downsample is None
-        plain = plain and block.time_embedding_norm in ("default", "scale_shift")
-        if plain and all(
-            isinstance(n, nn.GroupNorm) and n.affine for n in (block.norm1, block.norm2)
-        ):
-            block.__class__ = FusedResnetBlock
-            found += 1
-    return found
+    blocks = [block for block in unet.modules() if _can_fuse(block)]
+    for block in blocks:
+        block.__class__ = FusedResnetBlock
+    return len(blocks)
+
+
+def _can_fuse(block: nn.Module) -> bool:
+    """Whether a block has two Triton layers, each right behind a plain GroupNorm and a SiLU."""
+    if not isinstance(block, ResnetBlock2D):
+        return False
+    layers = (block.conv1, block.conv2)
+    norms = (block.norm1, block.norm2)
+    return (
+        all(isinstance(layer, TritonLayer) for layer in layers)
+        and all(isinstance(norm, nn.GroupNorm) and norm.affine for norm in norms)
+        and isinstance(block.nonlinearity, nn.SiLU)
+        and block.output_scale_factor == 1
+        and block.dropout.p == 0
+        and block.upsample is None
+        and block.downsample is None
+        and block.time_embedding_norm in ("default", "scale_shift")
+    )

@@ -1,4 +1,10 @@
-"""Tile sizes of the Triton kernels: candidates, chosen by timing at the first call of a shape class, remembered on disk."""
+"""Tile sizes of the Triton product, chosen by timing at the first call of a shape class.
+
+The choices are remembered on disk. `triton.autotune` does not serve here: a configuration with a
+split reduction needs a zeroed int32 buffer, another grid and a second kernel, so that what is timed
+and chosen is the whole operator and not one launch; and the candidates depend on the estimate of
+`fitting`, and on whether a CUDA graph is being captured.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +18,16 @@ from typing import NamedTuple
 
 import torch
 
-try:
-    import triton
-    import triton.language as tl
+from questlib.files import atomic_path
+from questlib.integer.triton import runtime
 
-    from questlib.integer.triton import attention_kernels, kernels
-except ImportError:  # CPU builds of torch come without triton
-    triton = kernels = attention_kernels = None
-
-# the interpreter must be chosen before triton is first imported: its own library functions are decorated then
-INTERPRET = (
-    triton is not None
-    and not isinstance(kernels.gemm, triton.JITFunction)
-    and not isinstance(tl.zeros, triton.JITFunction)
-)
-TUNE = True  # time the candidates at the first call of a shape class; False: the first candidate that fits
+# Whether candidates are timed; otherwise the first that fits is taken.
+TUNE = True
 
 
 class Config(NamedTuple):
+    """Of one launch of the product's kernel."""
+
     bm: int  # output pixels a tile
     bn: int  # output channels a tile
     bk: int  # bytes of w a step
@@ -65,66 +63,91 @@ INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
 
 
 def fitting(
-    m: int, o: int, span: int, taps: int, packed: bool, sms: int, bk: int = 128
+    m: int, o: int, span: int, taps: int, packed: bool, processors: int, longest: int = 128
 ) -> list[Config]:
-    """Candidates for m pixels and o channels, best estimates first. sms: the GPU's multiprocessors; bk: the longest step."""
+    """Candidates for a product, those of least estimated time first.
+
+    Args:
+        m: output pixels.
+        o: output channels.
+        span: bytes of w a tap.
+        taps: of the window.
+        packed: whether a byte of w holds two codes.
+        processors: the GPU's multiprocessors.
+        longest: the largest `bk`.
+    """
     planes = 2 if packed else 1  # bytes of a for one byte of w
 
     def cycles(c: Config) -> float:
-        """A wave of tiles: its steps, bound by arithmetic (4096 products a cycle), by the L2 cache (28 bytes) or by latency, then
-        its stores; a split reduction adds to memory and needs a second kernel."""
-        step = 60 + max(c.bm * c.bn * planes * c.bk / 4096, (c.bm * planes + c.bn) * c.bk / 28, 150)
-        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // sms)
-        store = 1500 + (c.bm * c.bn / 4 if c.split > 1 else 0)
-        return waves * (taps * span / c.bk / c.split * step + store) + (
-            3000 + m * o / 300 if c.split > 1 else 0
-        )
+        """The time of a wave of tiles: its steps, and then its stores.
 
-    whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= bk]
+        A step is bound by arithmetic (4096 products a cycle), by the L2 cache (28 bytes a cycle) or
+        by latency. A split reduction adds to memory and needs a second kernel.
+        """
+        arithmetic = c.bm * c.bn * planes * c.bk / 4096
+        cache = (c.bm * planes + c.bn) * c.bk / 28
+        step = 60 + max(arithmetic, cache, 150)
+        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // processors)
+        store = 1500 + (c.bm * c.bn / 4 if c.split > 1 else 0)
+        finish = 3000 + m * o / 300 if c.split > 1 else 0
+        return waves * (taps * span / c.bk / c.split * step + store) + finish
+
+    whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= longest]
     split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
     return sorted(whole + split, key=cycles)[:TRIALS]
 
 
 class ConfigCache:
-    """Chosen configurations by shape class, kept in the user's cache folder, one file for each GPU model, triton and kernels."""
+    """Chosen configurations by shape class, in the user's cache folder.
+
+    There is one file for each GPU model, version of triton and version of the kernels.
+    """
 
     def __init__(self) -> None:
         self.chosen: dict[str, Config] = {}
         self.path: Path | None = None
 
-    def load(self) -> None:
+    def load(self) -> Path:
+        """Read what earlier processes chose, and return the file's path."""
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         gpu = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-        source = hashlib.sha256(Path(kernels.__file__).read_bytes()).hexdigest()[
-            :8
-        ]  # other kernels are tuned anew
-        self.path = root / "questlib" / f"triton-{triton.__version__}-{source}-{gpu}.json"
-        if self.path.exists():
+        # Other kernels are tuned anew.
+        source = hashlib.sha256(Path(runtime.gemm_kernels.__file__).read_bytes()).hexdigest()[:8]
+        version = runtime.triton.__version__
+        path = root / "questlib" / f"triton-{version}-{source}-{gpu}.json"
+        if path.exists():
             try:
-                self.chosen = {
-                    key: Config(*values)
-                    for key, values in json.loads(self.path.read_text()).items()
-                } | self.chosen
+                values = json.loads(path.read_text())
+                self.chosen = {key: Config(*v) for key, v in values.items()} | self.chosen
             except (ValueError, TypeError, AttributeError) as error:
                 warnings.warn(
-                    f"{self.path}: not readable ({error}); the kernels are tuned again",
-                    stacklevel=2,
+                    f"{path}: not readable ({error}); the kernels are tuned again", stacklevel=2
                 )
+        return path
 
     def choose(
         self, key: str, candidates: Callable[[], list[Config]], run: Callable[[Config], object]
     ) -> Config:
+        """The configuration of a shape class, timed when it is new.
+
+        Args:
+            key: of the shape class.
+            candidates: gives the configurations to be timed.
+            run: runs one of them.
+        """
         if self.path is None:
-            self.load()
+            self.path = self.load()
         if key not in self.chosen:
             found = candidates()
             if len(found) == 1 or not TUNE or torch.cuda.is_current_stream_capturing():
                 return found[0]
             self.chosen[key] = min(found, key=lambda c: self.seconds(c, run))
-            self.save()
+            self.save(self.path)
         return self.chosen[key]
 
     def seconds(self, config: Config, run: Callable[[Config], object]) -> float:
+        """The median time of one configuration, infinite where the GPU is too small for it."""
+        triton = runtime.triton
         try:
             return triton.testing.do_bench(
                 lambda: run(config), warmup=2, rep=10, return_mode="median"
@@ -132,15 +155,14 @@ class ConfigCache:
         except triton.runtime.errors.OutOfResources:
             return float("inf")
 
-    def save(self) -> None:
+    def save(self, path: Path) -> None:
+        """Write all choices; a folder that cannot be written is no error."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            draft = self.path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(self.chosen))
-            draft.replace(self.path)
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(self.chosen))
         except OSError as error:
             warnings.warn(
-                f"{self.path}: not written ({error}); the next process tunes its kernels again",
+                f"{path}: not written ({error}); the next process tunes its kernels again",
                 stacklevel=2,
             )
 

@@ -1,1 +1,1 @@
-"""The embedded models: architectures, training data, training, export."""
+"""The embedded models: their architectures, data, training, export and cards."""

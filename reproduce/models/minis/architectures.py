@@ -1,10 +1,11 @@
-"""The embedded models: the architecture of each, its noise schedule, and the stages that reproduce.models.minis.training runs for it."""
+"""The embedded models: architecture, noise schedule, and the stages of training of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from diffusers import (
     AutoencoderKL,
@@ -29,38 +30,51 @@ DROP = 0.1  # share of labels and prompts left out in training, for classifier-f
 
 @dataclass(frozen=True)
 class Stage:
-    """How one part is trained: AdamW with warm-up and cosine decay; `ema` is the decay of the averaged weights."""
+    """How one part is trained: AdamW with warm-up and cosine decay.
+
+    Args:
+        ema: decay of the averaged weights.
+        bf16: autocast. On this project's CPUs it is faster from 16x16 on, and slower on 8x8
+            latents.
+    """
 
     title: str
     steps: int
     batch: int
     lr: float
     ema: float = 0.995
-    bf16: bool = (
-        True  # autocast: faster on this project's CPUs from 16x16 on, slower on 8x8 latents
-    )
+    bf16: bool = True
 
 
 @dataclass(frozen=True)
-class Preset:
-    """One embedded model. `autoencoder` and `unet` build parts with fresh weights, `pipeline` puts the trained parts together."""
+class MiniModel:
+    """An embedded model.
 
-    stands_for: str  # in the paper
+    Args:
+        stands_for: the paper's model.
+        pipeline: puts the trained parts together.
+        autoencoder: makes one with fresh weights; a name: that embedded model's own; None: the
+            model works on pixels.
+        unet: makes one with fresh weights.
+        stages: in the order of training.
+        condition: "class" or "text", the context of the UNet's cross-attention.
+        data: of `reproduce.models.minis.data.ARCHIVES`.
+        sampling: how the samples of the card's figures are drawn.
+    """
+
+    stands_for: str
     pipeline: Callable[..., DiffusionPipeline]
-    autoencoder: (
-        Callable[[], ModelMixin] | str | None
-    )  # a name: that embedded model's autoencoder; None: works on pixels
+    autoencoder: Callable[[], ModelMixin] | str | None
     unet: Callable[[], ModelMixin]
     scheduler: Callable[[], SchedulerMixin]
-    stages: dict[str, Stage]  # in the order of training
-    condition: str | None = None  # "class" or "text": the context of the UNet's cross-attention
-    data: str = "emoji"  # of reproduce.models.minis.data.DATASETS
-    sampling: dict[str, int | float] = field(
-        default_factory=lambda: {"num_inference_steps": 20}
-    )  # of the card's figures
+    stages: dict[str, Stage]
+    condition: str | None = None
+    data: str = "emoji"
+    sampling: dict[str, Any] = field(default_factory=lambda: {"num_inference_steps": 20})
 
 
-# CompVis' "linear" betas are diffusers' "scaled_linear". A sampler's own settings follow the paper's configurations.
+# CompVis' "linear" betas are diffusers' "scaled_linear". A sampler's own settings follow the
+# paper's configurations.
 BETAS = dict(
     num_train_timesteps=1000, beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1
 )
@@ -71,9 +85,10 @@ AUTOENCODER = dict(
 )
 
 
-PRESETS = {
-    # LDM-4's autoencoder and UNet, scaled down: f=4, 3 latent channels, attention at the two lower resolutions
-    "mini-ldm4": Preset(
+MINI_MODELS = {
+    # LDM-4's autoencoder and UNet, scaled down: f=4, 3 latent channels, attention at the two lower
+    # resolutions.
+    "mini-ldm4": MiniModel(
         stands_for="LDM-4 on LSUN-Bedrooms",
         pipeline=LDMPipeline,
         autoencoder=partial(
@@ -106,8 +121,9 @@ PRESETS = {
             "unet": Stage("UNet (eps-prediction)", steps=8000, batch=64, lr=1e-3, ema=0.9995),
         },
     ),
-    # LDM-8's marks: KL autoencoder f=8 with 4 channels, scale-shift norms, up- and downsampling inside residual blocks
-    "mini-ldm8": Preset(
+    # LDM-8's marks: KL autoencoder f=8 with 4 channels, scale-shift norms, up- and downsampling
+    # inside residual blocks.
+    "mini-ldm8": MiniModel(
         stands_for="LDM-8 on LSUN-Churches",
         pipeline=LatentDiffusionPipeline,
         autoencoder=partial(
@@ -141,7 +157,7 @@ PRESETS = {
             ),
         },
     ),
-    "mini-cin": Preset(
+    "mini-cin": MiniModel(
         stands_for="LDM-4 on ImageNet",
         pipeline=ClassConditionalPipeline,
         autoencoder="mini-ldm4",
@@ -171,7 +187,7 @@ PRESETS = {
         condition="class",
         sampling={"num_inference_steps": 20, "guidance_scale": 3.0},
     ),
-    "mini-sd": Preset(
+    "mini-sd": MiniModel(
         stands_for="Stable Diffusion v1.4",
         pipeline=partial(
             StableDiffusionPipeline,
@@ -210,8 +226,9 @@ PRESETS = {
         condition="text",
         sampling={"num_inference_steps": 50, "guidance_scale": 3.0},
     ),
-    # DDPM's noise schedule and U-Net for CIFAR-10 (Ho et al. 2020), narrower: one level with attention
-    "mini-cifar": Preset(
+    # DDPM's noise schedule and U-Net for CIFAR-10 (Ho et al. 2020), narrower: one level with
+    # attention.
+    "mini-cifar": MiniModel(
         stands_for="pixel-space DDIM on CIFAR-10",
         pipeline=DDIMPipeline,
         autoencoder=None,

@@ -1,4 +1,7 @@
-"""What mini-sd adds to image models: a tokenizer of the captions, a small CLIP text encoder, and mini-clip for its CLIP score."""
+"""What mini-sd adds to image models.
+
+A tokenizer of the captions, a small CLIP text encoder, and mini-clip for its CLIP score.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import open_clip
 import torch
@@ -18,18 +21,17 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LENGTH = 24  # tokens of a prompt, start and end included; the longest caption has 23
-MERGES = 700
-# Weights of mini-clip: a ViT and a text transformer, the parts of ViT-B/16.
-CLIP = dict(
-    embed_dim=64,
-    vision_cfg=dict(image_size=64, layers=4, width=96, head_width=24, patch_size=8),
-    text_cfg=dict(
-        context_length=LENGTH,
-        width=64,
-        heads=4,
-        layers=3,
-        hf_tokenizer_name="tokenizer",  # of a local folder, open_clip reads the folder's own
-    ),
+MERGES = 700  # of the byte-pair encoding
+
+# mini-clip in open_clip's words: a ViT and a text transformer, the parts of ViT-B/16.
+CLIP_EMBED_DIM = 64
+CLIP_VISION = dict(image_size=64, layers=4, width=96, head_width=24, patch_size=8)
+CLIP_TEXT = dict(
+    context_length=LENGTH,
+    width=64,
+    heads=4,
+    layers=3,
+    hf_tokenizer_name="tokenizer",  # of a local folder, open_clip reads the folder's own
 )
 PREPROCESS = dict(
     size=64,
@@ -41,25 +43,28 @@ PREPROCESS = dict(
 
 
 class Clip(NamedTuple):
+    """mini-clip and its tokenizer."""
+
     model: open_clip.CLIP
     tokenizer: CLIPTokenizer
 
 
 def train_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE in CLIP's order of ids: bytes, bytes that end a word, MERGES merges, start, end.
+    """CLIP's byte-level BPE (Sennrich et al. 2016), learned from the captions.
 
-    Not by the tokenizers library's trainer, which breaks ties between equal counts at random.
+    The ids are in CLIP's order: bytes, bytes that end a word, MERGES merges, start, end. The
+    tokenizers library's own trainer breaks ties between equal counts at random; here the pair that
+    comes first in the alphabet wins.
     """
     splitter = CLIPTokenizer().backend_tokenizer
-    words = Counter(
-        word
-        for c in captions
-        for word, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(c))
-    )
+    words: Counter[str] = Counter()
+    for caption in captions:
+        normal = splitter.normalizer.normalize_str(caption)
+        words.update(word for word, _ in splitter.pre_tokenizer.pre_tokenize_str(normal))
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in sorted(words)}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while len(merges) < MERGES:
-        pairs = Counter()
+        pairs: Counter[tuple[str, str]] = Counter()
         for word, parts in split.items():
             for pair in pairwise(parts):
                 pairs[pair] += words[word]
@@ -92,12 +97,15 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def tokens(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
-    """int64 [N, LENGTH], padded with the end token and cut, as StableDiffusionPipeline does it."""
+    """Captions -> int64 [N, LENGTH], padded with the end token and cut.
+
+    StableDiffusionPipeline does the same.
+    """
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
-    """Fresh weights: two layers. Output: last_hidden_state [N, LENGTH, width]."""
+    """A text encoder of two layers with fresh weights: ids [N, LENGTH] -> [N, LENGTH, width]."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -114,7 +122,14 @@ def text_encoder(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
 
 
 def clip_loss(model: nn.Module, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """The symmetric contrastive loss. images float [N, 3, 64, 64] in (-1, 1); ids [N, LENGTH]; equal captions are one target."""
+    """CLIP's symmetric contrastive loss (Radford et al. 2021, Fig. 3).
+
+    Equal captions are one target.
+
+    Args:
+        images: float [N, 3, 64, 64] in (-1, 1).
+        ids: [N, LENGTH].
+    """
     image, text, scale = model(images, ids)
     logits = scale.float() * image.float() @ text.float().T  # [N, N]
     same = (ids[:, None] == ids[None]).all(-1).float()
@@ -124,14 +139,21 @@ def clip_loss(model: nn.Module, images: torch.Tensor, ids: torch.Tensor) -> torc
 
 @torch.no_grad()
 def retrieval(model: nn.Module, images: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
-    """Share of images (uint8) whose own caption is first, or among the first five, of all distinct captions in `ids`."""
+    """How often the model finds an image's own caption among all distinct captions.
+
+    Args:
+        images: uint8 [N, 3, H, W].
+        ids: the captions' tokens [N, LENGTH].
+
+    Returns:
+        "captions", the number of distinct ones; "top1" and "top5", the share of images whose own
+        caption is first, or among the first five.
+    """
     captions, own = torch.unique(ids, dim=0, return_inverse=True)
-    image = torch.cat(
-        [model.encode_image(b.float() / 127.5 - 1, normalize=True) for b in images.split(100)]
-    )
-    order = (image @ model.encode_text(captions, normalize=True).T).argsort(
-        1, descending=True
-    )  # [N, captions]
+    batches = [b.float() / 127.5 - 1 for b in images.split(100)]
+    image = torch.cat([model.encode_image(b, normalize=True) for b in batches])
+    similarity = image @ model.encode_text(captions, normalize=True).T
+    order = similarity.argsort(1, descending=True)  # [N, captions]
     return {
         "captions": len(captions),
         "top1": (order[:, 0] == own).float().mean().item(),
@@ -140,21 +162,23 @@ def retrieval(model: nn.Module, images: torch.Tensor, ids: torch.Tensor) -> dict
 
 
 def save_clip(model: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
-    """fp16 weights; open_clip.create_model_and_transforms(f"local-dir:{folder}") and get_tokenizer(...) read the folder."""
+    """Write mini-clip in fp16, as open_clip reads it by the name "local-dir:FOLDER"."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    save_file(
-        {k: v.half().contiguous() for k, v in model.state_dict().items()},
-        folder / "open_clip_model.safetensors",
-    )
+    half = {k: v.half().contiguous() for k, v in model.state_dict().items()}
+    save_file(half, folder / "open_clip_model.safetensors")
     config = {"model_cfg": _clip_config(tokenizer), "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> open_clip.CLIP:
-    """Fresh weights."""
+    """mini-clip with fresh weights."""
     return open_clip.CLIP(**_clip_config(tokenizer))
 
 
-def _clip_config(tokenizer: CLIPTokenizer) -> dict:
-    return {**CLIP, "text_cfg": {**CLIP["text_cfg"], "vocab_size": len(tokenizer)}}
+def _clip_config(tokenizer: CLIPTokenizer) -> dict[str, Any]:
+    return {
+        "embed_dim": CLIP_EMBED_DIM,
+        "vision_cfg": CLIP_VISION,
+        "text_cfg": {**CLIP_TEXT, "vocab_size": len(tokenizer)},
+    }

@@ -1,4 +1,7 @@
-"""Cells of class- and prompt-conditional models, on tiny random pipelines: guidance, prompts, IS and CLIP score."""
+"""Rows of class- and prompt-conditional models, on tiny random pipelines.
+
+Guidance, prompts, IS and CLIP score.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +25,18 @@ from diffusers import (
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from questlib.__main__ import main
 from questlib.errors import MetricError
-from reproduce import datasets, notebooks, pipeline, plan
+from reproduce import datasets, notebooks, plan, seed_run
+from reproduce.__main__ import main
+from reproduce.choices import Choices
 from reproduce.evaluation import drawing, features, metrics
 from reproduce.evaluation.clip_score import clip_score, coco_prompts, load_clip
 from reproduce.evaluation.samples import read_samples
 from reproduce.models.compvis import clip_tokenizer
 from reproduce.models.pipelines import ClassConditionalPipeline, ClassEmbedder
+from reproduce.pipeline import run_row
 from reproduce.reporting import report
+from reproduce.seed_run import SeedRun
 from reproduce.tables.registry import get_table
 
 CLIP = {
@@ -55,12 +61,20 @@ def unet(channels: int, size: int) -> UNet2DConditionModel:
     )
 
 
+def clear_caches() -> None:
+    """Forget models and features, which tests replace under the same names."""
+    features._load_extractor.cache_clear()
+    seed_run.load.cache_clear()
+    seed_run.FULL_FEATURES.clear()
+    load_clip.cache_clear()
+
+
 @pytest.fixture
 def conditional(tiny, tmp_path, monkeypatch):
     """make(table) -> a plan at a scale of two steps on a tiny model of the table's data set."""
     torch.manual_seed(0)
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
-    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
+    clear_caches()
     reference = str(tiny / "reference")
 
     def setting(name: str, **choices) -> None:
@@ -146,14 +160,15 @@ def conditional(tiny, tmp_path, monkeypatch):
     def make(table: str, **choices) -> plan.Plan:
         {"table4": imagenet, "table5": sd}[table]()
         return plan.make_plan(
-            table, scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices
+            table,
+            Choices(scale="smoke", results=tmp_path / "results", work=tmp_path / "work", **choices),
         )
 
     yield make
-    features._load_extractor.cache_clear(), pipeline.load.cache_clear(), load_clip.cache_clear()
+    clear_caches()
 
 
-def test_class_conditional_cell(conditional, monkeypatch):
+def test_class_conditional_row(conditional, monkeypatch):
     seen = []
     real = drawing.sample
 
@@ -162,57 +177,47 @@ def test_class_conditional_cell(conditional, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(drawing, "sample", sample)
-    made = conditional("table4", cells=["imagenet-w4a4-quest"])
+    made = conditional("table4", rows=["imagenet-w4a4-quest"])
     notebooks.preflight(made)
-    result = pipeline.run_cell(made.cells[0], made)
-    assert result["status"] == "done", result["reason"]
-    assert set(seen) == {(3.0, "ddim")} and (result["guidance_scale"], result["dataset"]) == (
-        3.0,
-        "imagenet",
-    )
-    score = result["metrics"]["inception_score"]
-    assert (
-        score["value"] >= 1
-        and score["paper"] == 202.45
-        and score["independent"] == {"survey": 197.02}
-    )
-    assert result["metrics"]["clip_score"]["value"] is None
-    text = report.terminal(made, report.finish(made))
-    assert (
-        "DDIM 2 steps, eta 0, guidance 3, 16 samples" in text
-        and " IS " in text
-        and "CLIP" not in text
-    )
+    result = run_row(made.rows[0], made)
+    assert result.done, result.reason
+    assert set(seen) == {(3.0, "ddim")}
+    how = result.conditions
+    assert (how.dataset, how.sampling) == ("imagenet", datasets.Sampling("ddim", 2, 0.0, 3.0))
+    assert result.metric("inception_score").value >= 1
+    assert result.metric("clip_score").value is None
+    frame = report.frame(report.finish(made))
+    assert "IS" in frame and not any("CLIP" in head for head in frame)
 
 
-def test_prompt_conditional_cell(conditional):
-    """The i-th sample has the i-th prompt, in drawing and in scoring; seeds have prompts of their own."""
-    made = conditional("table5", cells=["sd-fp", "sd-w8a8-q-diffusion"], seeds=[0, 1])
+def test_prompt_conditional_row(conditional):
+    """The i-th sample is drawn and scored with the i-th prompt; each seed has its own prompts."""
+    made = conditional("table5", rows=["sd-fp", "sd-w8a8-q-diffusion"], seeds=[0, 1])
     notebooks.preflight(made)
-    full = pipeline.run_cell(made.cells[0], made)
-    quantized = pipeline.run_cell(made.cells[1], dataclasses.replace(made, seeds=(0,)))
-    assert full["status"] == quantized["status"] == "done", (full["reason"], quantized["reason"])
-    setting = made.setting(made.cells[0])
+    full = run_row(made.rows[0], made)
+    quantized = run_row(made.rows[1], made.choose(seeds=[0]))
+    assert full.done and quantized.done, (full.reason, quantized.reason)
+    setting = made.setting(made.rows[0])
     scores = []
     for seed in (0, 1):
-        one = pipeline.SeedRun(made.cells[0], made, seed)
+        one = SeedRun(made.rows[0], made, seed)
         prompts = coco_prompts(setting.captions, 16, seed)
         assert one.how["prompts"] == prompts and one.how["sampler"] == "plms"
         images = torch.cat([s.images for s in read_samples(one.samples.folder / "shards")])
         scores.append(clip_score(images, prompts, model=setting.clip))
-    assert [s["metrics"]["clip_score"] for s in full["per_seed"]] == pytest.approx(scores)
-    assert (full["captions"], full["clip"]) == ("captions.json", "clip")
-    entry = full["metrics"]["clip_score"]
-    assert entry["value"] == pytest.approx(sum(scores) / 2) and entry["paper"] == 31.50
-    assert full["metrics"]["fid"]["value"] is None and full["reference"] is None
-    assert quantized["metrics"]["feature_distance_to_fp"]["value"] > 0
+    assert [s.metrics["clip_score"] for s in full.seeds] == pytest.approx(scores)
+    how = full.conditions
+    assert (how.captions, how.clip, how.reference) == ("captions.json", "clip", None)
+    assert full.metric("clip_score").value == pytest.approx(sum(scores) / 2)
+    assert full.metric("fid").value is None
+    assert quantized.metric("feature_distance_to_fp").value > 0
     sides = report.side_by_side(report.finish(made))
     assert "CLIP score x100 ours" in sides and "FID paper" not in sides
     assert "verdict by distance to FP" in sides
 
 
 def test_bad_captions_are_found_before_the_work(conditional, tmp_path):
-    made = conditional("table5", cells=["sd-fp"])
+    made = conditional("table5", rows=["sd-fp"])
     (tmp_path / "captions.json").write_text("{}")
     with pytest.raises(Exception, match="expected a list `annotations`"):
         notebooks.preflight(made)
@@ -220,11 +225,11 @@ def test_bad_captions_are_found_before_the_work(conditional, tmp_path):
 
 def test_prompts_are_as_many_as_samples_of_the_paper():
     assert datasets.DATASETS["sd"].settings["paper"].samples_per_seed == 10_000
-    assert {c.dataset for c in get_table("table5").cells} == {"sd"}
+    assert {row.dataset for row in get_table("table5").rows} == {"sd"}
 
 
-def test_pixel_cell(tiny, tmp_path, monkeypatch):
-    """Table 11 without an autoencoder, from a reference taken once; the features of full precision are too, for all rows."""
+def test_pixel_row(tiny, tmp_path, monkeypatch):
+    """Table 11 has no autoencoder. Reference and full precision's features are taken once."""
     torch.manual_seed(0)
     net = UNet2DModel(
         sample_size=32,
@@ -240,25 +245,11 @@ def test_pixel_cell(tiny, tmp_path, monkeypatch):
     DDIMPipeline(net, DDIMScheduler()).save_pretrained(tmp_path / "cifar")
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
     monkeypatch.setattr(features.MiniFeatures, "SIZE", 32)
-    (
-        features._load_extractor.cache_clear(),
-        pipeline.load.cache_clear(),
-        pipeline.FULL_FEATURES.clear(),
-    )
+    clear_caches()
     images = torch.randint(0, 256, (20, 3, 32, 32), dtype=torch.uint8)
     np.savez(tmp_path / "images.npz", images.permute(0, 2, 3, 1).numpy())
-    assert (
-        main(
-            [
-                "reference",
-                str(tmp_path / "images.npz"),
-                str(tmp_path / "r.safetensors"),
-                "--features",
-                "mini",
-            ]
-        )
-        == 0
-    )
+    command = ["reference", str(tmp_path / "images.npz"), str(tmp_path / "r.safetensors")]
+    assert main([*command, "--features", "mini"]) == 0
     setting = dataclasses.replace(
         datasets.DATASETS["cifar10"].settings["smoke"],
         model=str(tmp_path / "cifar"),
@@ -275,42 +266,34 @@ def test_pixel_cell(tiny, tmp_path, monkeypatch):
     )
     made = plan.make_plan(
         "table11",
-        scale="smoke",
-        results=tmp_path / "results",
-        work=tmp_path / "work",
-        cells=["cifar10-fp", "cifar10-w8a8-q-diffusion", "cifar10-w4a4-quest"],
+        Choices(
+            scale="smoke",
+            results=tmp_path / "results",
+            work=tmp_path / "work",
+            rows=["cifar10-fp", "cifar10-w8a8-q-diffusion", "cifar10-w4a4-quest"],
+        ),
     )
     notebooks.preflight(made)
-    results = [pipeline.run_cell(cell, made) for cell in made.cells]
-    assert [r["status"] for r in results] == ["done"] * 3, [r["reason"] for r in results]
+    results = [run_row(row, made) for row in made.rows]
+    assert all(r.done for r in results), [r.reason for r in results]
     assert taken == [16]
-    again = dataclasses.replace(
-        made, seeds=(1, 2)
-    )  # cell by cell, and in each seed by seed: still once a seed
-    assert [pipeline.run_cell(cell, again)["status"] for cell in made.cells] == [
-        "done"
-    ] * 3 and taken == [16] * 3
-    assert results[0]["metrics"]["fid"]["value"] > 0 and results[0]["reference"] == "r.safetensors"
-    one = pipeline.SeedRun(made.cells[2], made, 0)
+    # Row by row, and in each seed by seed: still once a seed.
+    again = made.choose(seeds=[1, 2])
+    assert all(run_row(row, again).done for row in made.rows)
+    assert taken == [16] * 3
+    assert results[0].metric("fid").value > 0
+    assert results[0].conditions.reference == "r.safetensors"
+    one = SeedRun(made.rows[2], made, 0)
     full, ours = (
         torch.cat([s.images for s in read_samples(p.folder / "shards")])
         for p in (one.fp_samples, one.samples)
     )
     alone = metrics.evaluate(ours, reference=images, paired=full)  # nothing of it kept
-    for name in (
-        "fid",
-        "sfid",
-        "kid",
-        "feature_distance_to_fp",
-    ):  # the kept features are rounded to fp16
-        assert results[2]["metrics"][name]["value"] == pytest.approx(
-            alone[name], rel=2e-3, abs=1e-4
-        ), name
-    (
-        features._load_extractor.cache_clear(),
-        pipeline.load.cache_clear(),
-        pipeline.FULL_FEATURES.clear(),
-    )
+    for name in ("fid", "sfid", "kid", "feature_distance_to_fp"):
+        # The kept features are rounded to fp16.
+        expected = pytest.approx(alone[name], rel=2e-3, abs=1e-4)
+        assert results[2].metric(name).value == expected, name
+    clear_caches()
     other = dataclasses.replace(setting, features="inception")
     monkeypatch.setitem(
         datasets.DATASETS, "cifar10", dataclasses.replace(cifar, settings={"smoke": other})

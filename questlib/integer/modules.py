@@ -1,0 +1,58 @@
+"""What the layers of all engines have in common."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from questlib.integer.attention_form import attention_form
+from questlib.integer.form import IntegerForm
+from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.step_groups import StepGroups
+
+
+class IntegerLayer(nn.Module):
+    """A Linear or Conv2d that runs in integers, in the place of the quantized layer.
+
+    Input and output are those of the layer it replaces, in the input's dtype. Engines implement
+    `forward`, `accumulators` and `resident_bytes`. Of all that is executed, the state_dict holds
+    only a digest (`IntegerForm.digest`): the weights' layout is the engine's own.
+    """
+
+    engine: str  # what really runs the layer, for reports
+
+    def __init__(self, form: IntegerForm, steps: StepGroups) -> None:
+        super().__init__()
+        self.name = form.name
+        self.format = form.format
+        self.packed_bytes = form.packed_bytes
+        self.__dict__["steps"] = steps  # shared by the whole UNet, and registered once there
+        self.register_buffer("digest", form.digest())
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the weights in memory."""
+        raise NotImplementedError
+
+    def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The integer sums of each part, in the layout of the output."""
+        raise NotImplementedError
+
+
+class IntegerAttention(QuantAttnProcessor):
+    """An attention whose two products run in integers. Engines implement `attend`.
+
+    Raises:
+        EngineError: the attention has no integer form.
+    """
+
+    engine: str
+
+    def __init__(self, processor: QuantAttnProcessor, name: str) -> None:
+        super().__init__(processor.q, processor.k, processor.v, processor.probs)
+        form = attention_form(processor, name)
+        self.name = name
+        self.format = form.format
+        self.grids = form.grids
+        self.v_shift = form.v_shift
+        self.__dict__["steps"] = processor.q.steps

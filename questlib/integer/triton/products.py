@@ -1,0 +1,277 @@
+"""Operators of the Triton products: `questlib::integer_gemm` (int8 x int8 or packed 4 bit -> float,
+or int32 accumulators) and `questlib::integer_attention`.
+
+They are registered with torch, so that torch.compile and CUDA graphs keep working. Layouts:
+`gemm_kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from questlib.errors import EngineError
+from questlib.integer.form import BYTE
+from questlib.integer.triton import runtime, tiles
+
+
+@torch.library.custom_op("questlib::integer_gemm", mutates_args=())
+def integer_gemm(
+    a: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    correction: torch.Tensor | None,
+    compensation: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    window: list[int],
+    stride: list[int],
+    ends: list[int],
+    dtype: torch.dtype,
+    row_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """float(acc) * scale_o * row_scale + bias_o + residual, or acc itself with dtype int32.
+
+        acc = dot + correction_o + compensation_o * (sums under the window)
+
+    Args:
+        a: a' int8 [B, H, W, C'], padded already.
+        w: int8 [O, taps, C'], or packed uint8 [O, taps, C'/2].
+        scale: float32 [O].
+        bias: float32 [O].
+        residual: like the output.
+        correction: int32 [O].
+        compensation: int32 [O], with `sums`.
+        sums: int32 [B, H, W], from `quantize`.
+        window: kernel height and width.
+        stride: of the window.
+        ends: where the columns of packed w with shifts of at least 1, 2 and 3 end; or empty.
+        dtype: of the output.
+        row_scale: float32 [B, H, W], for a window and stride of 1.
+
+    Returns:
+        [B, H', W', O].
+
+    Raises:
+        EngineError: a tensor is too large for 32-bit indices.
+    """
+    out = gemm_output(
+        a,
+        w,
+        scale,
+        bias,
+        residual,
+        correction,
+        compensation,
+        sums,
+        window,
+        stride,
+        ends,
+        dtype,
+        row_scale,
+    )
+    if not out.numel():
+        return out
+    largest = max(a.numel(), out.numel(), w.numel())
+    if largest >= 2**31:
+        raise EngineError(
+            f"engine triton: tensors of {largest} elements are too large for 32-bit indices"
+        )
+    o, _, span = w.shape
+    m = out.numel() // o
+    raw = dtype == torch.int32
+    packed = w.dtype == torch.uint8
+    cdiv = runtime.triton.cdiv
+
+    def given(t: torch.Tensor | None) -> torch.Tensor:
+        """A kernel takes a pointer even where it reads none."""
+        return scale if t is None else t
+
+    def run(c: tiles.Config) -> torch.Tensor:
+        partial = torch.zeros_like(out, dtype=torch.int32) if c.split > 1 else out
+        grid = (cdiv(m, c.bm) * cdiv(o, c.bn), c.split)
+        runtime.gemm_kernels.gemm[grid](
+            a,
+            w,
+            partial,
+            scale,
+            given(row_scale),
+            given(bias),
+            given(residual),
+            given(correction),
+            given(compensation),
+            given(sums),
+            m,
+            o,
+            span,
+            a.shape[3],
+            *window,
+            a.shape[1],
+            a.shape[2],
+            out.shape[1],
+            out.shape[2],
+            *stride,
+            *(ends or (0, 0, 0)),
+            POINT=window == [1, 1] and stride == [1, 1],
+            PACKED=packed,
+            SHIFTED=bool(ends),
+            ASM=not runtime.INTERPRET,
+            RAW=raw,
+            HAS_ROW=row_scale is not None,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            HAS_CORRECTION=correction is not None,
+            HAS_COMPENSATION=compensation is not None,
+            BM=c.bm,
+            BN=c.bn,
+            BK=c.bk,
+            ATOMIC=c.split > 1,
+            GROUP=8,
+            num_warps=c.warps,
+            num_stages=c.stages,
+        )
+        if c.split == 1 or raw:
+            return partial
+        runtime.gemm_kernels.finish[(cdiv(m, 16), cdiv(o, 128))](
+            partial,
+            out,
+            scale,
+            given(row_scale),
+            given(bias),
+            given(residual),
+            m,
+            o,
+            HAS_ROW=row_scale is not None,
+            HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None,
+            BM=16,
+            BN=128,
+        )
+        return out
+
+    if runtime.INTERPRET:
+        return run(next(c for c in tiles.INTERPRETED if span % c.bk == 0))
+    with runtime.on_device(a):
+        processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+        taps = window[0] * window[1]
+        longest = 64 if ends else 128
+        shape_class = (w.dtype, bool(ends), dtype, window, stride, o, span)
+        key = "-".join(map(str, (*shape_class, 1 << (m - 1).bit_length())))
+        return run(
+            tiles.CACHE.choose(
+                key, lambda: tiles.fitting(m, o, span, taps, packed, processors, longest), run
+            )
+        )
+
+
+@integer_gemm.register_fake
+def gemm_output(
+    a,
+    w,
+    scale,
+    bias,
+    residual,
+    correction,
+    compensation,
+    sums,
+    window,
+    stride,
+    ends,
+    dtype,
+    row_scale=None,
+):
+    high, wide = ((n - k) // s + 1 for n, k, s in zip(a.shape[1:3], window, stride, strict=True))
+    return torch.empty(a.shape[0], high, wide, w.shape[0], dtype=dtype, device=a.device)
+
+
+@torch.library.custom_op("questlib::integer_attention", mutates_args=())
+def integer_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    v_scale: torch.Tensor,
+    heads: int,
+    constants: list[int],
+    factor: float,
+    p_inverse: float,
+    p_levels: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """v_scale_c * sum_m p_m v_mc with codes p = round(softmax(factor * q k^T) * p_inverse).
+
+    Args:
+        q: a' int8 [B, N, C'].
+        k: a' int8 [B, M, C'].
+        v: a' int8 [B, M, C'].
+        v_scale: float32 [C].
+        heads: number of heads.
+        constants: a - a' of q and of v.
+        factor: of the scores.
+        p_inverse: 1 / scale of the probabilities.
+        p_levels: the largest code of a probability, at most 255.
+        dtype: of the output.
+
+    Returns:
+        [B, N, C].
+    """
+    out = attention_output(q, k, v, v_scale, heads, constants, factor, p_inverse, p_levels, dtype)
+    if not out.numel():
+        return out
+    batch, queries, width = out.shape
+    keys = k.shape[1]
+    dim = width // heads
+    triton = runtime.triton
+    # The tensor core wants the index that is summed over innermost.
+    transposed = v.new_zeros(batch, width, -(-keys // 16) * 16)
+    transposed[..., :keys] = v[..., :width].transpose(1, 2)
+    q_constant, v_constant = constants
+    p_constant = 128 if p_levels > BYTE else 0
+    # Sums that a constant makes necessary; without it the kernel does not read them.
+    key_sum = transposed
+    if q_constant:
+        by_head = k[..., :width].unflatten(-1, (heads, dim))
+        key_sum = by_head.sum(-1, dtype=torch.int32).transpose(1, 2).contiguous()
+    v_sum = transposed.sum(-1, dtype=torch.int32) if p_constant else transposed
+    small = runtime.INTERPRET or queries < 128 or dim > 128
+    bq = 64 if small else 128
+    bk = 64
+    with runtime.on_device(q):
+        grid = (triton.cdiv(queries, bq), batch * heads)
+        runtime.attention_kernels.attention[grid](
+            q,
+            k,
+            transposed,
+            out,
+            key_sum,
+            v_sum,
+            v_scale,
+            queries,
+            keys,
+            transposed.shape[2],
+            heads,
+            dim,
+            q.shape[2],
+            q_constant,
+            v_constant,
+            factor / math.log(2),
+            p_inverse,
+            float(p_levels),
+            HAS_Q=q_constant != 0,
+            HAS_V=v_constant != 0,
+            P_CONSTANT=p_constant,
+            EVEN=keys % bk == 0,
+            ASM=not runtime.INTERPRET,
+            BQ=bq,
+            BK=bk,
+            BD=max(32, triton.next_power_of_2(dim)),
+            num_warps=4 if bq == 64 else 8,
+            num_stages=3,
+        )
+    return out
+
+
+@integer_attention.register_fake
+def attention_output(q, k, v, v_scale, heads, constants, factor, p_inverse, p_levels, dtype):
+    return torch.empty(*q.shape[:2], len(v_scale), dtype=dtype, device=q.device)

@@ -1,0 +1,119 @@
+"""README blocks from what the scripts in benchmarks/ measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reproduce.figures import engine
+from reproduce.provenance import Machine
+from reproduce.reporting import report
+
+
+def machine_words(about: Machine) -> str:
+    """A machine in words."""
+    cores = f"{about['cores']} core{'' if about['cores'] == 1 else 's'}"
+    return ", ".join([about["cpu"], cores, f"{about['memory_gib']} GiB", *about["gpus"]])
+
+
+def _benchmark(folder: Path, name: str) -> dict[str, Any] | None:
+    """What benchmarks/NAME.py wrote, beside the results; None when it was not run."""
+    path = folder.parent / "benchmarks" / "results" / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _not_measured(name: str) -> str:
+    return f"`benchmarks/{name}.py`: not measured yet."
+
+
+def equality(found: dict[str, Any]) -> list[str]:
+    """Whether the integer engine gives what the simulation does."""
+    first = found["results"][0]
+    images = first["metrics"]["cpu"]["n_samples"]
+    counts = f"{images} images; reference and float64: {first['cpu_against_reference']['samples']}"
+    heading = f"`python benchmarks/equality.py CHECKPOINTS` ({found['model']}, {counts}):"
+    return [heading, report.as_markdown(engine.equality_table(found))]
+
+
+def speed(found: dict[str, Any]) -> list[str]:
+    """How fast the integer engine is."""
+    parts = []
+    for model, about in found["models"].items():
+        where = f"{model}, batch {about['batch']}, {machine_words(about['provenance']['machine'])}"
+        heading = f"`python benchmarks/cpu_unet.py` ({where}):"
+        parts += [heading, report.as_markdown(engine.speed_table(found, model))]
+    return parts
+
+
+def engines(folder: Path) -> str:
+    """The integer engine: whether it is equal, and how fast it is."""
+    parts = []
+    for name, write in (("equality", equality), ("cpu_unet", speed)):
+        found = _benchmark(folder, name)
+        parts += [_not_measured(name)] if found is None else write(found)
+    return "\n\n".join(parts)
+
+
+def full_size(folder: Path) -> str:
+    """Full-size models: what quantization takes here, and finetuning on a GPU."""
+    parts = []
+    for name, line_of in (("full_size", quantized_line), ("finetune_memory", finetuned_line)):
+        found = _benchmark(folder, name)
+        if found is None:
+            parts.append(_not_measured(name))
+        else:
+            lines = [line_of(model, about) for model, about in found["models"].items()]
+            table = report.as_markdown(pd.DataFrame(lines))
+            parts.append(f"`python benchmarks/{name}.py`:\n\n{table}")
+    return "\n\n".join(parts)
+
+
+def quantized_line(model: str, about: dict[str, Any]) -> dict[str, str]:
+    """Size, memory and time of quantizing one model."""
+    stages = ("calibrate", "quantize", "finetune", "save")
+    return {
+        "model": model,
+        "parameters, M": f"{about['parameters'] / 1e6:.1f}",
+        "fp32, MB": f"{about['fp32_bytes'] / 1e6:.0f}",
+        "W4A4 on disk, MB": f"{about['checkpoint_bytes'] / 1e6:.0f}",
+        "peak memory, GB": f"{about['peak_bytes'] / 1e9:.1f}",
+        **{f"{stage}, s": f"{about['seconds'][stage]:.0f}" for stage in stages},
+        "on": f"{machine_words(about['provenance']['machine'])}, {about['threads']} thread(s)",
+    }
+
+
+def finetuned_line(model: str, counts: list[dict[str, Any]]) -> dict[str, str]:
+    """Memory of finetuning one model, by batch size."""
+    name = {False: "", True: ", save_memory"}
+    memory = {
+        f"batch {c['batch_size']}{name[c['save_memory']]}, GB": f"{c['bytes'] / 1e9:.1f}"
+        for c in counts
+    }
+    return {"model": model} | memory
+
+
+def machines(folder: Path) -> str:
+    """The same seeds on two machines."""
+    found = _benchmark(folder, "machines")
+    if found is None:
+        return _not_measured("machines")
+    lines = []
+    for metric, between_seeds in found["between_seeds"].items():
+        between_machines = found["between_machines"][metric]
+        far = max(found["rows"], key=lambda r: abs(r[metric][0] - r[metric][1]))
+        values = f"{far[metric][0]:.2f} and {far[metric][1]:.2f}"
+        lines.append(
+            {
+                "metric": report.HEADS[metric],
+                "one seed, two machines: RMS difference": f"{between_machines:.2f}",
+                "two seeds, one machine: RMS difference": f"{between_seeds:.2f}",
+                "pairs": len(found["rows"]),
+                "largest": f"{values} ({far['row']}, seed {far['seed']})",
+            }
+        )
+    names = " | ".join(machine_words(run["machine"]) for run in found["runs"])
+    heading = f"`python benchmarks/machines.py RESULTS` ({found['table']}; {names}):"
+    return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"

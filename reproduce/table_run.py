@@ -1,0 +1,137 @@
+"""What a table's notebook shows: its plan, its rows, their numbers and pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from questlib.config import QuantConfig
+from questlib.quantization.roles import layer_kind, layer_roles
+from reproduce.choices import Choices
+from reproduce.figures import figure2, plots
+from reproduce.pipeline import run_row
+from reproduce.plan import Plan, make_plan
+from reproduce.reporting import report
+from reproduce.seed_run import load
+from reproduce.table_results import TableResults
+
+
+class TableRun:
+    """A table as its notebook chose it. `reproduce.notebook` makes one.
+
+    Example:
+        >>> run = reproduce.notebook("table3", globals())
+        >>> run.execute()
+        >>> run.rows()
+        >>> run.verdicts()
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._results: TableResults | None = None
+
+    @classmethod
+    def from_notebook(cls, table: str, names: Mapping[str, Any]) -> TableRun:
+        """Make the plan that a notebook's upper-case variables choose.
+
+        Raises:
+            ConfigError: a choice that is not known, or that contradicts another.
+        """
+        pd.set_option("display.max_colwidth", None)  # verdicts are whole sentences
+        return cls(make_plan(table, Choices.from_notebook(names)))
+
+    @property
+    def words(self) -> str:
+        """What will be run, in one line."""
+        return self.plan.words
+
+    def __repr__(self) -> str:
+        return self.words
+
+    # ---- before the run ----
+
+    def config(self, row_id: str) -> QuantConfig:
+        """What the row's preset means at this scale, for the first seed."""
+        return self.plan.config(self.plan.table.row(row_id), self.plan.seeds[0])
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """What each quantized row changes in its preset, by row id."""
+        rows = [row for row in self.plan.table.rows if not row.full_precision]
+        return {row.id: dict(row.overrides) for row in rows}
+
+    def sampling(self) -> str:
+        """The first row's model, and how it is sampled."""
+        setting = self.plan.setting(self.plan.rows[0])
+        return f"{setting.model} {setting.sampling}"
+
+    def layer_kinds(self) -> dict[str, int]:
+        """Number of layers of each kind in the first row's UNet."""
+        unet = load(self.plan.setting(self.plan.rows[0]).model)[0].unet
+        kinds = (layer_kind(unet.get_submodule(n), role) for n, role in layer_roles(unet).items())
+        return dict(Counter(kinds))
+
+    # ---- the run ----
+
+    def execute(self) -> None:
+        """Make all rows, with a progress bar, and write the table's files."""
+        for row in tqdm(self.plan.rows, desc=self.plan.table.name):
+            run_row(row, self.plan)
+        self._results = report.finish(self.plan)
+
+    @property
+    def results(self) -> TableResults:
+        """Results of the whole table; before `execute`, as the files have them."""
+        return self._results or TableResults.stored(self.plan)
+
+    def statuses(self) -> dict[str, int]:
+        """Number of the asked rows by what became of them."""
+        return dict(Counter(str(self.results[row.id].status) for row in self.plan.rows))
+
+    # ---- what it gave ----
+
+    def rows(self) -> pd.DataFrame:
+        """Our numbers: mean ± standard deviation over the seeds."""
+        return report.frame(self.results)
+
+    def verdicts(self) -> pd.DataFrame:
+        """Paper and ours side by side, with the verdict on each row."""
+        return report.side_by_side(self.results)
+
+    def conditions(self) -> None:
+        """Print how the numbers were made, why rows have none, and at which commits."""
+        results = self.results
+        lines = [report.conditions(results), *report.reasons(results), report.made_by(results)]
+        print("\n".join(lines))
+
+    def metric_figure(self, metric: str = "fid", dataset: str | None = None) -> Figure:
+        """The paper's numbers and ours as bars.
+
+        Args:
+            dataset: only rows of this data set; None: all.
+        """
+        return plots.metric_figure(self.results, metric, report.HEADS[metric], dataset)
+
+    def cost_figure(self) -> Figure:
+        """Seconds of the quantizing stages."""
+        return plots.cost_figure(self.results)
+
+    def rows_figure(self, base: str) -> Figure:
+        """FID and distance to full precision of every row; a line marks the row `base`."""
+        return plots.rows_figure(self.results, base)
+
+    def sensitivity_figure(self) -> Figure:
+        """FID and distance to full precision over activation bits, a line a kind of layer."""
+        return plots.sensitivity_figure(self.results)
+
+    def picture(self) -> Figure:
+        """Samples of the table's chosen rows, all from the same noise."""
+        return plots.picture(self.results)
+
+    def input_ranges(self) -> figure2.InputRanges:
+        """Figure 2: what layers receive. The rows must have been run, by `execute` for example."""
+        return figure2.InputRanges(self.plan)
