@@ -82,6 +82,18 @@ def stored_result(row: Row, plan: Plan) -> Result:
     return result
 
 
+def check_other_rows(plan: Plan) -> None:
+    """Check that rows which stay as they are can be reported, before any long work.
+
+    Raises:
+        ResultError: the file of a row that is not asked for is damaged, or of an older layout.
+    """
+    asked = {row.id for row in plan.rows}
+    for row in plan.table.rows:
+        if row.id not in asked:
+            stored_result(row, plan)
+
+
 @dataclass(frozen=True)
 class TableResults:
     """The results of a whole table, in its order.

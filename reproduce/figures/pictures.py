@@ -31,7 +31,7 @@ def image_grid(rows: dict[str, torch.Tensor], columns: int = 8) -> Figure:
     figure, places = plt.subplots(len(rows), 1, figsize=(columns, 1.25 * len(rows)), squeeze=False)
     for axes, (name, images) in zip(places[:, 0], rows.items(), strict=True):
         strip = images[:columns].cpu().permute(2, 0, 3, 1)  # [H, N, W, 3]
-        axes.imshow(strip.flatten(1, 2).numpy())
+        axes.imshow(strip.flatten(1, 2).numpy(), interpolation="nearest")
         axes.set_title(name, loc="left")
         axes.axis("off")
     plt.close(figure)

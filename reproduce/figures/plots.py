@@ -222,7 +222,7 @@ def picture(results: TableResults) -> Figure:
             axes.set_title(row.title, loc="left", fontsize=8)
             axes.axis("off")
             if result.done and path.is_file():
-                axes.imshow(np.asarray(Image.open(path)))
+                axes.imshow(np.asarray(Image.open(path)), interpolation="nearest")
             else:
                 reason = f"{result.status}: {result.reason}"
                 axes.text(0, 0.5, reason, fontsize=7, transform=axes.transAxes, wrap=True)

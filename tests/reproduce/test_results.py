@@ -18,7 +18,12 @@ from reproduce.results import (
     ResultError,
     Status,
 )
-from reproduce.table_results import TableResults, planned_conditions, stored_result
+from reproduce.table_results import (
+    TableResults,
+    check_other_rows,
+    planned_conditions,
+    stored_result,
+)
 
 ROW = "bedrooms-w4a4-quest"
 
@@ -146,6 +151,15 @@ def test_results_of_before_02_are_refused(plan):
         f"{path}: made by questlib before 0.2 (format 1); make the row again, "
         "or name another --results folder"
     )
+
+
+def test_rows_that_stay_have_to_be_readable_before_a_run(plan):
+    path = plan.row_file(ROW)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"cell": ROW}))
+    check_other_rows(plan)  # it will be made again
+    with pytest.raises(ResultError, match=path.name):
+        check_other_rows(plan.choose(rows=["bedrooms-fp"]))
 
 
 def test_a_row_without_a_file_was_not_run(plan):

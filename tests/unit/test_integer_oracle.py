@@ -105,15 +105,16 @@ def test_the_kept_shift_is_the_one_that_is_used(pipe, calib, fast):
     """A ratio of 4 is 4 * 2^0, 2 * 2^1 or 1 * 2^2: another place for the same factor."""
     q = copy.deepcopy(quantize(pipe.unet, fast("quest", 4, 4), calib))
     q.quest_steps.select_group(0)
-    act = q.conv_in.input_quantizer
+    layer = next(m for m in quant_layers(q).values() if m.role == "conv")
+    act = layer.input_quantizer
     act.ratio.fill_(4.0)
-    x = torch.randn(1, 3, 8, 8)
+    x = torch.randn(1, layer.in_channels, 8, 8)
     sums = []
     for shift in (0, 1, 2):
         act.shift.fill_(shift)
         carried = carry(x, act)
         assert set(carried.shift.tolist()) == {shift}
         assert int(carried.values.abs().max()) <= 15 * 2 ** (2 - shift)
-        assert set(integer_form(q.conv_in, "conv_in").parts[0].shift.tolist()) == {shift}
-        sums.append(layer_forward(q.conv_in, x)[1])
+        assert set(integer_form(layer, "conv").parts[0].shift.tolist()) == {shift}
+        sums.append(layer_forward(layer, x)[1])
     assert torch.equal(sums[0], sums[1]) and torch.equal(sums[0], sums[2])

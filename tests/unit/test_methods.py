@@ -30,15 +30,15 @@ def test_normal_calibration_steps():
     "uniform" takes every step alike.
     """
     t = torch.arange(981, 0, -20)  # a sampler's 50 steps, from noise to image
-    config = QuantConfig.preset("ptq4dm", 8, 8, calib_batch=20_000)
-    counts = torch.tensor(samples_of_steps(t, config, torch.Generator().manual_seed(0)))
+    ranges = QuantConfig.preset("ptq4dm", 8, 8, calib_batch=20_000).ranges
+    counts = torch.tensor(samples_of_steps(t, ranges, torch.Generator().manual_seed(0)))
     assert counts.sum() == 20_000
     mean = (counts * t).sum() / 20_000
     z = torch.distributions.Normal(0.0, 1.0)
     a, b = torch.tensor(-0.4 / 0.5), torch.tensor(0.6 / 0.5)
     expected = 400 + 500 * (z.log_prob(a).exp() - z.log_prob(b).exp()) / (z.cdf(b) - z.cdf(a))
     assert abs(mean - expected) < 10 and counts[t < 500].sum() > 1.15 * counts[t >= 500].sum()
-    uniform = samples_of_steps(t, QuantConfig(calib_batch=64), torch.Generator())
+    uniform = samples_of_steps(t, QuantConfig(calib_batch=64).ranges, torch.Generator())
     assert uniform == [2] * 50
 
 
