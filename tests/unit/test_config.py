@@ -301,11 +301,6 @@ def test_unknown_presets_are_refused():
         QuantConfig.preset("qest")
 
 
-def test_correction_and_finetuning_exclude_each_other():
-    with pytest.raises(ConfigError, match="noise_correction"):
-        QuantConfig.preset("quest", noise_correction=True)
-
-
 def test_frozen():
     config = QuantConfig()
     with pytest.raises(ValidationError):
