@@ -53,10 +53,10 @@ def run_quantize(args: argparse.Namespace) -> None:
     from questlib import calibrate, finetune, quantize, save_pretrained
     from questlib.diffusion.loading import find_loader
     from questlib.distributed import device, processes, use_full_float32
-    from questlib.finetuning.loop import check_batch_size
+    from questlib.finetuning.loop import check_batch_sizes
 
     state = processes()
-    check_batch_size(config.batch_size)
+    check_batch_sizes(config)
     use_full_float32()
     pipe = find_loader()(args.pipeline).to(device())
     progress = state.is_main_process

@@ -11,9 +11,9 @@ TFMQ-DM's reconstruction of the whole time path as one block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -31,11 +31,10 @@ from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers, set_mode
 from questlib.quantization.roles import TIME_ROLES
 from questlib.quantization.time_path import run_time_layers
-from questlib.quantization.weight_quantizer import WeightQuantizer
+from questlib.stage_cache import Parts
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
 
-ROUND_WEIGHT = 0.01  # lambda, the weight of the regularizer
 BETA_START = 20.0
 BETA_END = 2.0
 WARMUP = 0.2  # share of the iterations that run without the regularizer
@@ -115,53 +114,71 @@ class BlockData:
     """Step group of each sample, int64 [N]."""
 
 
-def block_data(
-    student: nn.Module,
-    teacher: nn.Module,
-    calib: Calibration,
-    config: QuantConfig,
-    *,
-    desc: str,
-    progress: bool,
-) -> Iterator[BlockData]:
-    """One block after another. Each is recorded when the ones before it are finished."""
-    inputs = pick_samples(calib, config.adaround.samples, config.seed)
-    groups = torch.as_tensor(student.quest_steps.lookup(inputs.t)).expand(len(inputs))
-    runs = [part.run for part in inputs.split(config.forward_batch)]
-    for name in tqdm(blocks(student, inputs), desc=desc, disable=not progress, mininterval=2):
-        calls = RecordedCalls(capture_calls(student, name, runs))
-        targets = torch.cat([call.output for call in capture_calls(teacher, name, runs)])
-        yield BlockData(student.get_submodule(name), calls, targets, groups)
+class BlockRecorder:
+    """Records blocks on the same samples, each when the ones before it are finished.
+
+    Args:
+        student: the quantized UNet.
+        teacher: the full-precision UNet.
+        calib: the teacher's calls.
+        config: `adaround.samples`, `forward_batch` and `seed`.
+    """
+
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig
+    ) -> None:
+        self.student = student
+        self.teacher = teacher
+        inputs = pick_samples(calib, config.adaround.samples, config.seed)
+        self.groups = torch.as_tensor(student.quest_steps.lookup(inputs.t)).expand(len(inputs))
+        self.runs = [part.run for part in inputs.split(config.forward_batch)]
+        self.names = blocks(student, inputs)
+
+    def record(self, name: str) -> BlockData:
+        """The data of a block by its name."""
+        calls = RecordedCalls(capture_calls(self.student, name, self.runs))
+        full = capture_calls(self.teacher, name, self.runs)
+        targets = torch.cat([call.output for call in full])
+        return BlockData(self.student.get_submodule(name), calls, targets, self.groups)
 
 
 # ---- one minimization for all ----
 
 
-def minimize(loss: Loss, groups: list[dict[str, Any]], iters: int) -> None:
+def minimize(
+    loss: Loss,
+    groups: list[dict[str, Any]],
+    iters: int,
+    regularize: Callable[[int], None] | None = None,
+) -> None:
     """Minimize `loss` by Adam.
 
     Args:
         loss: called with the number of each iteration.
         groups: Adam's parameter groups.
         iters: number of iterations.
+        regularize: called with the number of each iteration after the backward pass; may add to
+            the gradients.
     """
-    optimizer = torch.optim.Adam(groups)
+    optimizer = torch.optim.Adam(groups, fused=True)
     for i in range(iters):
         value = loss(i)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        if regularize is not None:
+            regularize(i)
         optimizer.step()
 
 
-def block_loss(student: nn.Module, data: BlockData, config: QuantConfig) -> Loss:
-    """The mean squared error of the block's output on random batches.
+def block_loss(student: nn.Module, data: BlockData, batch_size: int, seed: int) -> Loss:
+    """The mean squared error of the block's output on random batches of `batch_size` calls.
 
     It is divided by the mean square of the targets, so that one weight of the regularizer serves
     every block.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator().manual_seed(seed)
     scale = 1.0 / data.targets.pow(2).mean().clamp_min(1e-8)
-    size = min(config.batch_size, len(data.targets))
+    size = min(batch_size, len(data.targets))
 
     def loss(i: int) -> torch.Tensor:
         index = torch.randint(len(data.targets), (size,), generator=generator)
@@ -173,25 +190,36 @@ def block_loss(student: nn.Module, data: BlockData, config: QuantConfig) -> Loss
     return loss
 
 
-def rounding_loss(quantizers: list[WeightQuantizer], i: int, iters: int) -> torch.Tensor | float:
-    """AdaRound's regularizer (Nagel et al. 2020, Eq. 24) at iteration i of `iters`:
+def round_beta(i: int, iters: int) -> float | None:
+    """beta of AdaRound's regularizer at iteration i of `iters`; None in the warm-up without it.
+
+    The regularizer is (Nagel et al. 2020, Eq. 24)
 
         lambda sum_layers mean_ij ( 1 - |2 h(V_ij) - 1|^beta )
 
     h(V) in 0..1 is the rounding of a weight, down or up. The term pulls it to 0 or 1. beta falls
-    from 20 to 2, so that at first only weights near 0 or 1 are pulled, and all in the end. A
-    warm-up runs without the term. The paper's sum over a layer's weights is a mean here.
+    from 20 to 2, so that at first only weights near 0 or 1 are pulled, and all in the end.
+
+    The original adds the sum over a block's weights to an error in the units of the block's
+    output. Here the error is relative and the term is a mean, so that one lambda
+    (`config.adaround.round_weight`) serves blocks of every size.
     """
     progress = i / max(1, iters)
     if progress < WARMUP:
-        return 0.0
-    beta = BETA_END + (BETA_START - BETA_END) * (1 - (progress - WARMUP) / (1 - WARMUP))
-    return ROUND_WEIGHT * sum(
-        (1 - (2 * quantizer.rounding() - 1).abs().pow(beta)).mean() for quantizer in quantizers
-    )
+        return None
+    return BETA_END + (BETA_START - BETA_END) * (1 - (progress - WARMUP) / (1 - WARMUP))
 
 
-def learn_rounding(layers: list[QuantLayer], loss: Loss, config: QuantConfig) -> None:
+class Rounding(NamedTuple):
+    """What learned rounding reports of a block."""
+
+    decided: int
+    """Number of its roundings that were 0 or 1 before they were hardened."""
+    weights: int
+    """Number of its roundings."""
+
+
+def learn_rounding(layers: list[QuantLayer], loss: Loss, config: QuantConfig) -> Rounding:
     """Learn the rounding of the layers' weights, then move each weight to where it was rounded.
 
     The weight ends inside its learned rounding cell: rounding it to nearest gives AdaRound's code.
@@ -199,20 +227,30 @@ def learn_rounding(layers: list[QuantLayer], loss: Loss, config: QuantConfig) ->
     """
     pairs = [(x, x.weight_quantizer) for x in layers if x.weight_quantizer is not None]
     if not pairs:
-        return
+        return Rounding(0, 0)
     for layer, _ in pairs:
         layer.thaw()
     alphas = [quantizer.start_adaround(layer.weight) for layer, quantizer in pairs]
     quantizers = [quantizer for _, quantizer in pairs]
-    iters = config.adaround.iters
-    minimize(
-        lambda i: loss(i) + rounding_loss(quantizers, i, iters),
-        [{"params": alphas, "lr": config.adaround.lr}],
-        iters,
-    )
+    choices = config.adaround
+
+    def regularize(i: int) -> None:
+        beta = round_beta(i, choices.iters)
+        for quantizer in quantizers if beta is not None else ():
+            quantizer.regularize(beta, choices.round_weight)
+
+    minimize(loss, [{"params": alphas, "lr": choices.lr}], choices.iters, regularize)
+    decided = sum(quantizer.count_decided() for quantizer in quantizers)
     for layer, quantizer in pairs:
         layer.weight.data.copy_(quantizer.harden(layer.weight))
         layer.freeze()
+    return Rounding(decided, sum(alpha.numel() for alpha in alphas))
+
+
+def decided_share(record: Mapping[str, Sequence[int]]) -> float:
+    """The share of all roundings that were decided, from what `reconstruct_weights` returns."""
+    rounding = [Rounding(*counts) for counts in record.values()]
+    return sum(r.decided for r in rounding) / max(1, sum(r.weights for r in rounding))
 
 
 # ---- the three reconstructions ----
@@ -224,8 +262,9 @@ def reconstruct_weights(
     calib: Calibration,
     config: QuantConfig,
     *,
+    parts: Parts | None = None,
     progress: bool = False,
-) -> None:
+) -> dict[str, list[int]]:
     """AdaRound, block by block, with activations in full precision; see `config.adaround`.
 
     Args:
@@ -233,28 +272,51 @@ def reconstruct_weights(
         teacher: the full-precision UNet.
         calib: the teacher's calls.
         config: the run's configuration.
+        parts: keeps finished blocks, and gives those of a run that was stopped.
         progress: whether to show a progress bar.
+
+    Returns:
+        The values of a `Rounding` for each block, by its name.
     """
+    parts = Parts() if parts is None else parts
     set_mode(student, weights=True, acts=False)
     for layer in quant_layers(student).values():
         layer.freeze()
+    record: dict[str, list[int]] = {}
+
+    def fill(name: str, layers: list[QuantLayer], compute: Callable[[], Rounding]) -> None:
+        tensors = {str(i): layer.weight.data for i, layer in enumerate(layers)}
+        filled = parts.fill(name, tensors, lambda: list(compute()))
+        record[name] = filled.record
+        for layer in layers:
+            layer.freeze()
+
     done: tuple[str, ...] = ()
     if config.adaround.temporal_block:
-        reconstruct_time(student, teacher, calib, config)
         done = TIME_ROLES
-    for data in block_data(student, teacher, calib, config, desc="adaround", progress=progress):
+        layers = [layer for layer in quant_layers(student).values() if layer.role in TIME_ROLES]
+        fill("time", layers, lambda: reconstruct_time(student, teacher, calib, config))
+    recorder = BlockRecorder(student, teacher, calib, config)
+    for name in tqdm(recorder.names, desc="adaround", disable=not progress, mininterval=2):
         layers = [
             module
-            for module in data.block.modules()
+            for module in student.get_submodule(name).modules()
             if isinstance(module, QuantLayer) and module.role not in done
         ]
-        learn_rounding(layers, block_loss(student, data, config), config)
+
+        def learn(name: str = name, layers: list[QuantLayer] = layers) -> Rounding:
+            data = recorder.record(name)
+            loss = block_loss(student, data, config.adaround.batch_size, config.seed)
+            return learn_rounding(layers, loss, config)
+
+        fill(name, layers, learn)
     set_mode(student, weights=True, acts=True)
+    return record
 
 
 def reconstruct_time(
     student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig
-) -> None:
+) -> Rounding:
     """AdaRound of all time-embedding layers as one block (TFMQ-DM, Huang et al. 2024).
 
     Its outputs are the temporal features that the ResBlocks receive, at every calibrated step.
@@ -271,7 +333,7 @@ def reconstruct_time(
             run_time_layers(student, t)
         return alignment_error(outputs, targets, relative=True)
 
-    learn_rounding(time_layers, loss, config)
+    return learn_rounding(time_layers, loss, config)
 
 
 def reconstruct_acts(
@@ -280,6 +342,7 @@ def reconstruct_acts(
     calib: Calibration,
     config: QuantConfig,
     *,
+    parts: Parts | None = None,
     progress: bool = False,
 ) -> None:
     """Train the activation scales of each block on its output's error, with fixed weights.
@@ -287,19 +350,32 @@ def reconstruct_acts(
     This is Q-Diffusion's second stage; see `config.act_recon`. Learning rates are fractions of each
     scale. For the arguments see `reconstruct_weights`.
     """
+    parts = Parts() if parts is None else parts
     set_mode(student, weights=True, acts=True)
     for layer in quant_layers(student).values():
         layer.freeze()
-    for data in block_data(student, teacher, calib, config, desc="act scales", progress=progress):
-        scales = [quantizer.scale for quantizer in act_quantizers(data.block) if quantizer.enabled]
-        if not scales:
-            continue
-        groups = [
-            {"params": [scale], "lr": config.act_recon.lr * scale.detach().mean().item()}
-            for scale in scales
-        ]
-        for scale in scales:
-            scale.requires_grad_(True)
-        minimize(block_loss(student, data, config), groups, config.act_recon.iters)
-        for scale in scales:
-            scale.requires_grad_(False)
+    recorder = BlockRecorder(student, teacher, calib, config)
+    for name in tqdm(recorder.names, desc="act scales", disable=not progress, mininterval=2):
+        quantizers = act_quantizers(student.get_submodule(name))
+        scales = [quantizer.scale for quantizer in quantizers if quantizer.enabled]
+
+        def train(name: str = name, scales: list[nn.Parameter] = scales) -> None:
+            data = recorder.record(name)
+            loss = block_loss(student, data, config.batch_size, config.seed)
+            train_scales(scales, loss, config)
+
+        if scales:
+            parts.fill(name, {str(i): scale.data for i, scale in enumerate(scales)}, train)
+
+
+def train_scales(scales: list[nn.Parameter], loss: Loss, config: QuantConfig) -> None:
+    """Train the activation scales of one block."""
+    groups = [
+        {"params": [scale], "lr": config.act_recon.lr * scale.detach().mean().item()}
+        for scale in scales
+    ]
+    for scale in scales:
+        scale.requires_grad_(True)
+    minimize(loss, groups, config.act_recon.iters)
+    for scale in scales:
+        scale.requires_grad_(False)

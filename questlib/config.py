@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, did_you_mean
 from questlib.presets import preset_values
 
 OFF = 16  # a bit-width of 16 switches a quantizer off
@@ -77,8 +77,13 @@ class RangeConfig(Settings):
     calib_batch: Count = 64
     """Samples of each step group that ranges are searched on."""
 
-    calib_steps: Literal["uniform", "normal"] = "uniform"
-    """Steps of these samples. normal: more of the late, less noisy ones (PTQ4DM)."""
+    calib_steps: Literal["uniform", "normal", "first"] = "uniform"
+    """Steps of these samples. normal: more of the late, less noisy ones (PTQ4DM). first: the first
+    step of each group alone, on which finetuning in sequential order then goes, too (release)."""
+
+    calib_model: Literal["full", "quantized"] = "full"
+    """The model whose activations are seen. quantized: weights are quantized, and so are the
+    activations of the layers that ran before, each when its own range is set (release)."""
 
     te_token: bool = False
     """Whether inputs of the time-embedding layers, which depend on t alone, have a range for each
@@ -96,6 +101,14 @@ class AdaRoundConfig(Settings):
 
     lr: Rate = 1e-3
     """Learning rate of Adam."""
+
+    batch_size: Count = 16
+    """Calls of a block in one iteration (release: 16)."""
+
+    round_weight: Rate = 10.0
+    """Weight of the rounding regularizer, a mean over each layer's weights, beside the block's
+    relative error. Ten decides over 95% of the roundings at every scale's budget
+    (`benchmarks/adaround.py`); an undecided one loses what it learned when it is hardened."""
 
     samples: Count = 256
     """Calibration inputs that are kept for a block, also for the activation scales' blocks."""
@@ -150,9 +163,36 @@ class FinetuningConfig(Settings):
     global_weight: Rate = 2.0
     """Weight of L_G in the total loss L_TLA + L_CMA + 2 L_G."""
 
+    global_per_layer: bool = False
+    """Whether L_G counts once for each layer of the stage's local loss (release)."""
+
     tla_order: Literal["joint", "sequential"] = "joint"
     """Order of the steps in TLA. joint: all steps in one expectation (paper). sequential: one step
     after another (release)."""
+
+    cma_order: Literal["joint", "rounds"] = "joint"
+    """Order of the steps in CMA. joint: all steps in one expectation (paper). rounds: some
+    iterations on each step group, round after round, with a new Adam for the scales at each visit
+    (release)."""
+
+    tla_batch_size: Count | None = None
+    """Calls of the UNet in one iteration of TLA (release: 2); None: `batch_size`."""
+
+    cma_batch_size: Count | None = None
+    """Calls of the UNet in one iteration of CMA (release: 4); None: `batch_size`."""
+
+    tla_samples: Count | None = None
+    """Trajectories that TLA draws from (release: 8); None: all that are calibrated."""
+
+    cma_samples: Count | None = None
+    """Trajectories that CMA draws from (release: 64); None: all that are calibrated."""
+
+    train_biases: bool = False
+    """Whether the biases of the stages' layers are trained with their weights (release)."""
+
+    scale_layers: Literal["all", "own"] = "all"
+    """Activation scales that the stages train. all: both train all of them (paper). own: TLA those
+    of its own layers, CMA those outside of the time path (release)."""
 
     lr_weight: Rate = 1e-5
     """Learning rate of the weights."""
@@ -217,6 +257,9 @@ class QuantConfig(Settings):
     weight_range: Literal["minmax", "mse"] = "mse"
     """The search for the range of each output channel's weights."""
 
+    weight_range_norm: Power = 2.0
+    """The "mse" search minimizes |w_hat - w|^weight_range_norm (release: 2.4)."""
+
     split_skip: bool = True
     """Whether the two halves of a UNet's concatenations have scales of their own (Q-Diffusion)."""
 
@@ -224,7 +267,7 @@ class QuantConfig(Settings):
     """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
 
     batch_size: Count = 32
-    """Calls of the UNet in one iteration of AdaRound and of finetuning."""
+    """Calls of the UNet in one iteration of finetuning, of a block in one of `act_recon`."""
 
     seed: int = 0
     """Seed of everything that is drawn at random."""
@@ -264,6 +307,13 @@ class QuantConfig(Settings):
             raise ValueError(
                 "noise_correction: expected post-training quantization alone, "
                 "found finetuning stages beside it"
+            )
+        if self.ranges.calib_model == "quantized" and (
+            self.ranges.act_granularity in ("carrier", "token") or self.ranges.te_token
+        ):
+            raise ValueError(
+                "ranges.calib_model: expected full, since the grids of carriers and tokens are "
+                "known only when all step groups were seen; found quantized"
             )
         return self
 
@@ -308,17 +358,27 @@ class QuantConfig(Settings):
 
     # ---- keys of cached results: what decides each stage's numbers, and nothing else ----
 
+    def chosen(self) -> dict[str, Any]:
+        """The values that differ from the defaults, groups as nested dicts.
+
+        Keys are made of them, so that a new field leaves the keys as they are. A default that
+        changes raises the version of its stage (`questlib.versions`).
+        """
+        return _chosen(self)
+
     def hash(self) -> str:
         """Key of everything."""
-        return digest(self.to_dict())
+        return digest(self.chosen())
 
     def range_key(self) -> str:
         """Key of the activation ranges.
 
-        They are searched with full-precision weights. `forward_batch` decides which values of a
-        batch are kept for the search.
+        They are searched with full-precision weights, or with those that AdaRound gives.
+        `forward_batch` decides which values of a batch are kept for the search.
         """
-        values = {"ranges": self.ranges.model_dump(), "te": self.te == "fp"}
+        values: dict[str, Any] = {"ranges": _chosen(self.ranges), "te": self.te == "fp"}
+        if self.ranges.calib_model == "quantized":
+            values |= {"weights": self.adaround_key(), "adaround": self.adaround.enabled}
         names = ["act_bits", "softmax_bits", "first_last_act_bits", "te_act_bits", "act_layers"]
         names += ["split_skip", "forward_batch", "seed"]
         if self.ranges.act_granularity in ("carrier", "token") or self.ranges.te_token:
@@ -328,10 +388,16 @@ class QuantConfig(Settings):
 
     def adaround_key(self) -> str:
         """Key of the weights that AdaRound gives, with activations in full precision."""
-        values = {"adaround": self.adaround.model_dump(), "te": self.te == "fp"}
-        names = ["weight_bits", "first_last_weight_bits", "weight_range", "split_skip"]
-        names += ["batch_size", "seed"]
+        values = {"adaround": _chosen(self.adaround), "te": self.te == "fp"}
+        names = ["weight_bits", "first_last_weight_bits", "weight_range", "weight_range_norm"]
+        names += ["split_skip", "seed"]
         return digest(values | {name: getattr(self, name) for name in names})
+
+    def act_recon_key(self) -> str:
+        """Key of the activation scales that Q-Diffusion's second stage gives."""
+        values = {"ranges": self.range_key(), "act_recon": _chosen(self.act_recon)}
+        values |= {"weights": self.adaround_key(), "batch_size": self.batch_size}
+        return digest(values)
 
     @property
     def finetunes(self) -> bool:
@@ -358,6 +424,7 @@ GROUPS: dict[str, type[Settings]] = {
 KEYWORDS = {
     "adaround_iters": "adaround.iters",
     "adaround_lr": "adaround.lr",
+    "adaround_batch_size": "adaround.batch_size",
     "recon_samples": "adaround.samples",
     "act_iters": "act_recon.iters",
     "act_lr": "act_recon.lr",
@@ -366,7 +433,7 @@ _OWN_NAMES = {
     field: f"{group}.{field}"
     for group, settings in GROUPS.items()
     for field in settings.model_fields
-    if field not in ("enabled", "iters", "lr", "samples")
+    if field not in ("enabled", "iters", "lr", "samples", "batch_size")
 }
 
 
@@ -376,9 +443,15 @@ def field_path(name: str) -> list[str]:
     group = GROUPS.get(path[0]) if len(path) == 2 else None
     known = path[0] in QuantConfig.model_fields if len(path) == 1 else False
     if not known and (group is None or path[1] not in group.model_fields):
-        names = ", ".join(sorted({*QuantConfig.model_fields, *KEYWORDS, *_OWN_NAMES}))
-        raise ConfigError(f"unknown key {name}; known keys: {names}")
+        names = sorted({*QuantConfig.model_fields, *KEYWORDS, *_OWN_NAMES})
+        hint = did_you_mean(name, names) or f"; known keys: {', '.join(names)}"
+        raise ConfigError(f"unknown key {name}{hint}")
     return path
+
+
+def _chosen(settings: Settings) -> dict[str, Any]:
+    """A group's values that differ from the defaults."""
+    return settings.model_dump(exclude_defaults=True)
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, Any]:

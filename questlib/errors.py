@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+LONG = 15  # names, that a message does not list where one is near to the wrong one
+
 
 class QuestError(Exception):
     """Base of all errors that a user can cause.
@@ -35,3 +39,30 @@ class EngineError(QuestError, RuntimeError):
 
 class TimestepWarning(UserWarning):
     """A timestep lies far from every calibrated step group."""
+
+
+def did_you_mean(found: object, known: Iterable[object]) -> str:
+    """The end of a message about an unknown name: the nearest known one, if any is near.
+
+    Example:
+        >>> "found 'qest'" + did_you_mean("qest", ["quest", "minmax"])
+        "found 'qest'; did you mean 'quest'?"
+    """
+    from difflib import get_close_matches
+
+    names = {str(name).lower(): str(name) for name in known}
+    near = get_close_matches(str(found).lower(), names, n=1)
+    return f"; did you mean {names[near[0]]!r}?" if near else ""
+
+
+def unknown(what: str, found: object, known: Iterable[object]) -> ConfigError:
+    """The error for a name that is none of the known ones.
+
+    Example:
+        >>> raise unknown("preset", "qest", ["quest", "minmax"])
+        ConfigError: preset: expected one of quest, minmax, found 'qest'; did you mean 'quest'?
+    """
+    names = [str(name) for name in known]
+    near = did_you_mean(found, names)
+    some = f"{len(names)} names" if near and len(names) > LONG else ", ".join(names)
+    return ConfigError(f"{what}: expected one of {some}, found {found!r}{near}")

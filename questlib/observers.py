@@ -1,4 +1,4 @@
-"""Activation ranges from what the full-precision model receives."""
+"""Activation ranges from what the full-precision model receives, or the model quantized so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from questlib.calibration import Calibration
 from questlib.config import OFF, QuantConfig, RangeConfig
 from questlib.quantization import carrier, range_search
 from questlib.quantization.act_quantizer import ActQuantizer
-from questlib.quantization.model import act_quantizers, set_mode
+from questlib.quantization.model import act_quantizers, freeze, set_mode
 
 # How many values of a quantizer's inputs are kept for the range search:
 VALUES_PER_CHANNEL = 2048  # of a batch, where channels have scales of their own
@@ -99,6 +99,11 @@ class Observer:
         zero_point = torch.cat([z for _, z in found])
         return scale, zero_point[index]
 
+    @property
+    def quantizes(self) -> bool:
+        """False: what is seen passes on in full precision."""
+        return False
+
     def _seen(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A sample of all inputs [C, n], and their extremes [C]."""
         if self.extremes is None:
@@ -117,6 +122,33 @@ class Observer:
             self.ranges.act_symmetric and not self.quantizer.unsigned,
             self.ranges.range_norm,
         )
+
+
+class LiveObserver(Observer):
+    """Sets the range as soon as a batch is seen, and lets the quantizer quantize that batch.
+
+    Later layers so see what the quantized earlier ones give (release).
+    """
+
+    def update(self, x: torch.Tensor) -> None:
+        """Take in one batch and set the range of the selected step group."""
+        super().update(x)
+        set_range(self, self.quantizer.steps.current)
+
+    @property
+    def quantizes(self) -> bool:
+        """True: what is seen passes on quantized."""
+        return True
+
+
+def set_range(observer: Observer, group: int) -> None:
+    """Set the range of one step group, of a quantizer whose groups do not depend on each other."""
+    quantizer = observer.quantizer
+    if quantizer.granularity == "tensor":
+        quantizer.set_group(group, *observer.part_ranges())
+    else:
+        found = observer.channel_ranges()
+        quantizer.set_group(group, found.scale, found.zero_point)
 
 
 def snap_ranges(quantizer: ActQuantizer, free: list[FreeRange], norm: float) -> None:
@@ -157,7 +189,8 @@ def snap_ranges(quantizer: ActQuantizer, free: list[FreeRange], norm: float) -> 
 def samples_of_steps(t: torch.Tensor, ranges: RangeConfig, generator: torch.Generator) -> list[int]:
     """How many samples each sampler step gives to the range search, `calib_batch` together.
 
-    "uniform": all steps give equally many, rounded up. "normal": timesteps are drawn from a normal
+    "uniform": all steps give equally many, rounded up. "first": the first one gives all. "normal":
+    timesteps are drawn from a normal
     distribution, and each draw goes to the nearest step; some steps can have none (PTQ4DM).
 
     Args:
@@ -165,6 +198,9 @@ def samples_of_steps(t: torch.Tensor, ranges: RangeConfig, generator: torch.Gene
         ranges: `calib_steps` and `calib_batch`.
         generator: draws the timesteps.
     """
+    if ranges.calib_steps == "first":
+        first = int(t.argmax())
+        return [ranges.calib_batch if step == first else 0 for step in range(len(t))]
     if ranges.calib_steps == "uniform":
         return [max(1, -(-ranges.calib_batch // len(t)))] * len(t)
     counts = torch.zeros(len(t), dtype=torch.int64)
@@ -181,9 +217,11 @@ def samples_of_steps(t: torch.Tensor, ranges: RangeConfig, generator: torch.Gene
 def init_ranges(
     unet: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False
 ) -> None:
-    """Set every activation quantizer of a prepared UNet from full-precision activations.
+    """Set every activation quantizer of a prepared UNet from the activations of its layers.
 
     One step group after another: each sees `calib_batch` samples, spread over its steps.
+    `ranges.calib_model` says whether the model is in full precision meanwhile, or quantized as far
+    as ranges are set.
 
     Args:
         unet: made by `questlib.quantization.preparation.prepare`.
@@ -192,7 +230,10 @@ def init_ranges(
         progress: show a progress bar.
     """
     ranges = config.ranges
-    set_mode(unet, weights=False)
+    live = ranges.calib_model == "quantized"
+    set_mode(unet, weights=live)
+    if live:
+        freeze(unet)
     quantizers = [q for q in act_quantizers(unet) if q.bits != OFF]
     groups = unet.quest_steps.num_groups
     group_of_step = torch.tensor([unet.quest_steps.lookup(t) for t in calib.t])
@@ -208,7 +249,8 @@ def init_ranges(
     free: list[list[FreeRange]] = [[] for _ in quantizers]
     for group in tqdm(range(groups), desc="ranges", disable=not progress):
         observers = [
-            Observer(q, ranges, 1000 * group + i, batches) for i, q in enumerate(quantizers)
+            (LiveObserver if live else Observer)(q, ranges, 1000 * group + i, batches)
+            for i, q in enumerate(quantizers)
         ]
         for q, observer in zip(quantizers, observers, strict=True):
             q.observer = observer
@@ -219,14 +261,11 @@ def init_ranges(
                 batch.run(unet)
         for q, observer, own_free in zip(quantizers, observers, free, strict=True):
             q.observer = None
-            if q.granularity == "tensor":
-                q.set_group(group, *observer.part_ranges())
-                continue
-            found = observer.channel_ranges()
-            if q.granularity == "channel":
-                q.set_group(group, found.scale, found.zero_point)
-            else:
+            if q.granularity in ("carrier", "token"):
+                found = observer.channel_ranges()
                 own_free.append(found._replace(values=found.values.cpu()))
+            elif not live:
+                set_range(observer, group)
 
     for q, own_free in zip(quantizers, free, strict=True):
         if own_free:

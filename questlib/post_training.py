@@ -9,7 +9,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from questlib.adaround import reconstruct_acts, reconstruct_weights
+from questlib.adaround import decided_share, reconstruct_acts, reconstruct_weights
 from questlib.baselines.noise_correction import estimate_correction, insert_correction
 from questlib.calibration import Calibration
 from questlib.config import OFF, QuantConfig
@@ -26,6 +26,9 @@ class QuantizationLog(TypedDict):
     """Of each stage. Where a stage was read from the cache: what it took when it was computed."""
     ranges_cached: bool
     reconstruct_cached: bool
+    decided: float | None
+    """Share of AdaRound's roundings that were 0 or 1 before they were hardened; None: no
+    AdaRound."""
 
 
 def quantize(
@@ -68,32 +71,50 @@ def quantize(
         "seconds": {"ranges": time.perf_counter() - start, "reconstruct": 0.0},
         "ranges_cached": False,
         "reconstruct_cached": False,
+        "decided": None,
     }
     cache = StageCache(cache_dir, calib.hash())
 
-    ranges = cache.fill(
-        "ranges",
-        config.range_key(),
-        _activation_ranges(student),
-        lambda: init_ranges(student, calib, config, progress=progress),
-    )
-    log["seconds"]["ranges"] += ranges.seconds
-    log["ranges_cached"] = ranges.cached
+    def find_ranges() -> None:
+        ranges = cache.fill(
+            "ranges",
+            config.range_key(),
+            _activation_ranges(student),
+            lambda parts: init_ranges(student, calib, config, progress=progress),
+        )
+        log["seconds"]["ranges"] += ranges.seconds
+        log["ranges_cached"] = ranges.cached
+
+    if config.ranges.calib_model == "full":
+        find_ranges()
 
     if config.adaround.enabled and config.weight_bits != OFF:
         rounded = cache.fill(
             "adaround",
             config.adaround_key(),
             _quantized_weights(student),
-            lambda: reconstruct_weights(student, unet, calib, config, progress=progress),
+            lambda parts: reconstruct_weights(
+                student, unet, calib, config, parts=parts, progress=progress
+            ),
         )
         log["seconds"]["reconstruct"] = rounded.seconds
         log["reconstruct_cached"] = rounded.cached
+        log["decided"] = decided_share(rounded.record)
+
+    if config.ranges.calib_model == "quantized":
+        find_ranges()
 
     if config.act_recon.enabled and config.act_bits != OFF:
-        log["seconds"]["reconstruct"] += seconds_of(
-            lambda: reconstruct_acts(student, unet, calib, config, progress=progress)
+        trained = cache.fill(
+            "act_recon",
+            config.act_recon_key(),
+            _activation_ranges(student),
+            lambda parts: reconstruct_acts(
+                student, unet, calib, config, parts=parts, progress=progress
+            ),
         )
+        log["seconds"]["reconstruct"] += trained.seconds
+        log["reconstruct_cached"] |= trained.cached
 
     student.quest_log = log
     freeze(student)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from questlib.errors import ConfigError
+from questlib.errors import unknown
 
 # Li et al., ICCV 2023
 Q_DIFFUSION: dict[str, Any] = dict(
@@ -91,12 +91,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr_scale=1e-4,
     ),
     # The official release's settings for LSUN-Bedrooms, as facts read off it. For other data sets
-    # see reproduce/datasets.py.
+    # see reproduce/datasets.py. Four things differ from it: codes are at most 2^b, where its first
+    # and last activations have 514; AdaRound's blocks are whole attention blocks, and its samples
+    # are drawn at random; at A4 the operands of attention have a scale for each channel, not for
+    # each position.
     "quest-release": dict(
         act_range="minmax",
         act_symmetric=True,
         act_ema=0.95,
         step_groups=20,
+        calib_steps="first",
+        calib_model="quantized",
+        weight_range_norm=2.4,
+        split_skip=False,
         adaround=True,
         softmax_bits=8,
         first_last_act_bits=8,
@@ -104,9 +111,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         cma_layers="qkv",
         cma_local_loss=False,
         global_weight=1.0,
+        global_per_layer=True,
+        scale_layers="own",
+        train_biases=True,
         tla_order="sequential",
         tla_iters=16000,
+        tla_batch_size=2,
+        tla_samples=8,
+        cma_order="rounds",
         cma_iters=6400,
+        cma_batch_size=4,
+        cma_samples=64,
         lr_weight=1e-5,
         lr_scale=1e-4,
         lr_scale_tla=1e-5,
@@ -134,7 +149,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # What changes at activations of up to 4 bits.
 PRESETS_A4: dict[str, dict[str, Any]] = {
-    "quest-release": dict(act_granularity="channel", act_ema=None, act_range="mse"),
+    "quest-release": dict(act_granularity="channel", act_ema=None),
     "quest": dict(act_granularity="carrier"),
 }
 
@@ -142,5 +157,5 @@ PRESETS_A4: dict[str, dict[str, Any]] = {
 def preset_values(name: str, act_bits: int) -> dict[str, Any]:
     """The choices of a preset at these activation bits. ConfigError for an unknown name."""
     if name not in PRESETS:
-        raise ConfigError(f"preset: expected one of {', '.join(PRESETS)}, found {name!r}")
+        raise unknown("preset", name, PRESETS)
     return PRESETS[name] | (PRESETS_A4.get(name, {}) if act_bits <= 4 else {})

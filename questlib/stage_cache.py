@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from questlib.errors import CheckpointError
 from questlib.files import atomic_path
@@ -18,19 +20,59 @@ from questlib.versions import STAGE_VERSIONS
 
 
 class Filled(NamedTuple):
-    """How `StageCache.fill` filled the tensors."""
+    """How tensors were filled."""
 
     seconds: float
-    """Time that computing them took: now, or when the cached file was written."""
+    """Time that computing them took: now, or when the file was written."""
     cached: bool
-    """Whether they were read from the cache."""
+    """Whether they were read from a file."""
+    record: Any
+    """What the computation reported, as JSON holds it."""
+
+
+class Parts:
+    """Finished parts of a stage, a file each, so that a stopped stage goes on after the last one.
+
+    Args:
+        folder: where the files are; None: nothing is kept.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.seconds_before = 0.0
+        """Time that the parts took which were read from files."""
+
+    def fill(
+        self, name: str, tensors: dict[str, torch.Tensor], compute: Callable[[], Any]
+    ) -> Filled:
+        """Fill `tensors` in place: from the part's file, or by `compute`, and then write the file.
+
+        Args:
+            name: of the part.
+            tensors: those that `compute` writes to.
+            compute: does the part's work; returns what it reports, in values that JSON holds.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not fit.
+        """
+        if self.folder is None:
+            return _computed(compute)
+        path = self.folder / f"{name}.safetensors"
+        if path.exists():
+            filled = _read(path, tensors)
+            self.seconds_before += filled.seconds
+            return filled
+        filled = _computed(compute)
+        _write(path, tensors, filled)
+        return filled
 
 
 class StageCache:
     """Results of stages, one file each.
 
     A file is named by its stage, the version of the stage's numbers, the key of the choices that
-    decide them, and the calibration.
+    decide them, and the calibration. While a stage is computed, its finished parts stand in a
+    folder of that name.
 
     Args:
         folder: where the files are; None: nothing is cached, everything is computed.
@@ -42,7 +84,11 @@ class StageCache:
         self.calibration = calibration
 
     def fill(
-        self, stage: str, key: str, tensors: dict[str, torch.Tensor], compute: Callable[[], None]
+        self,
+        stage: str,
+        key: str,
+        tensors: dict[str, torch.Tensor],
+        compute: Callable[[Parts], Any],
     ) -> Filled:
         """Fill `tensors` in place: from the stage's file, or by `compute`, and then write the file.
 
@@ -52,42 +98,58 @@ class StageCache:
             stage: a name in `STAGE_VERSIONS`.
             key: digest of the choices that decide the result (`QuantConfig.range_key`).
             tensors: those that `compute` writes to, by the names that the file gives them.
-            compute: does the stage's work.
+            compute: does the stage's work, and may keep finished parts of it; returns what it
+                reports, in values that JSON holds.
 
         Raises:
-            CheckpointError: the file cannot be read, or does not fit.
+            CheckpointError: a file cannot be read, or does not fit.
         """
         if self.folder is None:
-            return Filled(seconds_of(compute), False)
-        name = f"{stage}-v{STAGE_VERSIONS[stage]}-{key}-{self.calibration}.safetensors"
-        path = self.folder / name
+            return _computed(lambda: compute(Parts()))
+        name = f"{stage}-v{STAGE_VERSIONS[stage]}-{key}-{self.calibration}"
+        path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.exists():
-                return Filled(_read(path, tensors), True)
-            seconds = seconds_of(compute)
-            kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-            kept["seconds"] = torch.tensor(seconds, dtype=torch.float64)
-            with atomic_path(path) as temporary:
-                save_file(kept, temporary)
-        return Filled(seconds, False)
+                return _read(path, tensors)
+            parts = Parts(self.folder / name)
+            filled = _computed(lambda: compute(parts))
+            filled = filled._replace(seconds=filled.seconds + parts.seconds_before)
+            _write(path, tensors, filled)
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return filled
 
 
-def seconds_of(compute: Callable[[], None]) -> float:
+def seconds_of(compute: Callable[[], Any]) -> float:
     """Run `compute` and return the time it took."""
     start = time.perf_counter()
     compute()
     return time.perf_counter() - start
 
 
-def _read(path: Path, tensors: dict[str, torch.Tensor]) -> float:
-    """Copy a file's values into `tensors`; returns the seconds that computing them took."""
+def _computed(compute: Callable[[], Any]) -> Filled:
+    start = time.perf_counter()
+    record = compute()
+    return Filled(time.perf_counter() - start, False, record)
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
+    kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)
+    with atomic_path(path) as temporary:
+        save_file(kept, temporary, {"record": json.dumps(filled.record)})
+
+
+def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Filled:
+    """Copy a file's values into `tensors`."""
     try:
-        kept = load_file(path)
-        for name, tensor in tensors.items():
-            tensor.copy_(kept[name])
-        return float(kept["seconds"])
-    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        with safe_open(path, "pt") as file:
+            for name, tensor in tensors.items():
+                tensor.copy_(file.get_tensor(name))
+            record = json.loads((file.metadata() or {}).get("record", "null"))
+            return Filled(float(file.get_tensor("seconds")), True, record)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"quantize: {path} cannot be read ({error!r}); remove it to make it again"
         ) from error

@@ -10,8 +10,8 @@ from __future__ import annotations
 STAGE_VERSIONS: dict[str, int] = {
     "calibrate": 1,
     "ranges": 1,
-    "adaround": 1,
-    "act_recon": 1,
+    "adaround": 2,
+    "act_recon": 2,
     "noise_correction": 1,
     "finetune": 1,
     "sample": 1,

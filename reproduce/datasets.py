@@ -1,8 +1,8 @@
 """The paper's data sets: at each scale the model that stands for one, and how it is sampled.
 
 At `paper` scale sampler, steps, eta, guidance and calibration are those of the official release,
-and the numbers of samples those of the paper's text. At `mini` and `smoke` scale embedded models
-stand in.
+and the numbers of samples those of the paper's text. At the other scales embedded models stand
+in.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ SD_CAPTIONS = str(MINI / "mini-sd" / "captions.json")
 
 
 def _mini(model: str, *, smoke_features: str | None = None, **changes: Any) -> dict[str, Setting]:
-    """The embedded stand-in at `smoke` and `mini` scale."""
+    """The embedded stand-in at `smoke`, `mini` and `full` scale."""
     common: dict[str, Any] = dict(
         model=model, reference=EMOJI, num_inference_steps=20, samples_per_seed=1000
     )
@@ -185,6 +185,7 @@ def _mini(model: str, *, smoke_features: str | None = None, **changes: Any) -> d
     return {
         "smoke": Setting(calib_samples=8, sample_batch=32, **smoke),
         "mini": Setting(calib_samples=64, sample_batch=100, **common),
+        "full": Setting(calib_samples=256, sample_batch=100, **common),
     }
 
 
@@ -210,7 +211,9 @@ DATASETS: dict[str, Dataset] = {
             weights="the LSUN-Churches LDM-8 weights",
             config="lsun_churches256",
             settings=_mini("mini-ldm8") | _paper(500),
-            presets={"quest-release": dict(act_range="percentile", act_ema=None)},
+            presets={
+                "quest-release": dict(act_range="percentile", act_symmetric=False, act_ema=None)
+            },
         ),
         Dataset(
             name="imagenet",
@@ -228,18 +231,20 @@ DATASETS: dict[str, Dataset] = {
             config="sd-v1-4",
             has_reference=False,
             has_captions=True,
-            # The release takes a running mean of percentiles and 50 to 400 TLA passes a step
-            # group. Here it is the group's percentile, and 225 passes. The release sums the local
-            # terms and takes L_G as often: 32 times, for the model's feed-forward layers.
+            # The release takes 50 to 400 TLA passes a step group; here it is 225. The first step
+            # group's ranges are a running min-max there; here all are percentiles of 8 samples.
             presets={
                 "quest-release": dict(
                     act_range="percentile",
+                    act_symmetric=False,
                     act_ema=None,
+                    calib_batch=8,
                     step_groups=25,
+                    split_skip=True,
+                    adaround_batch_size=4,
                     softmax_bits=OFF,
                     cma_layers="feed_forward",
                     cma_local_loss=True,
-                    global_weight=32.0,
                     tla_iters=5625,
                     cma_iters=8000,
                 )
@@ -261,7 +266,7 @@ DATASETS: dict[str, Dataset] = {
                 calib_samples=128,
                 sample_batch=8,
                 # Attention maps are 4096 x 4096: more does not fit one GPU.
-                overrides=dict(batch_size=4, forward_batch=8),
+                overrides=dict(batch_size=4, adaround_batch_size=4, forward_batch=8),
             ),
         ),
         # The paper does not say how many steps its CIFAR-10 rows take. 100, as in Q-Diffusion, is

@@ -18,6 +18,7 @@ from reproduce.unet_counts import UNetCounts, model_counts
 RATE = {
     "smoke": 0.3e12,
     "mini": 0.3e12,
+    "full": 0.3e12,
     "paper": 40e12,
 }
 SIMULATED = 2.0  # time of simulated quantization over full precision
@@ -31,7 +32,7 @@ Estimates, not measurements; each row by itself (rows share calibration, AdaRoun
 Operations: of the UNet alone, two a multiply-add, counted on its architecture; a backward pass is
   two forward passes.
 Hours: operations / {RATE["paper"] / 1e12:g}e12 a second for one GPU of A100 class, \
-{RATE["mini"] / 1e12:g}e12 for two CPU cores (smoke, mini);
+{RATE["mini"] / 1e12:g}e12 for two CPU cores (the other scales);
   {SIMULATED:g} times as long in simulated quantization. Without autoencoder, range search and
   metrics.
 Memory: float32 weights three times (teacher, student, its rounded weights), gradients and Adam's
@@ -80,17 +81,19 @@ def _quantizing_passes(config: QuantConfig) -> dict[str, float]:
     """Forward passes of one input by stage, for one seed; what else is run is told in them."""
     adaround = config.adaround.iters if config.adaround.enabled else 0
     scales = config.act_recon.iters if config.act_recon.enabled else 0
-    inputs = min(config.batch_size, config.adaround.samples)
     student = 3 * SIMULATED  # forward and backward
     # Gradient checkpointing computes the forward pass again.
     again = SIMULATED if config.save_memory else 0.0
-    tla = config.finetuning.tla_iters if config.te == "finetune" else 0
-    cma = config.iterations - tla
-    teacher = float(config.finetuning.local_loss and config.finetuning.cma_local_loss)
-    steps = tla * (student + again) + cma * (student + again + teacher)
+    choices = config.finetuning
+    tla = choices.tla_iters if config.te == "finetune" else 0
+    tla_inputs = tla * (choices.tla_batch_size or config.batch_size)
+    cma_inputs = (config.iterations - tla) * (choices.cma_batch_size or config.batch_size)
+    teacher = float(choices.local_loss and choices.cma_local_loss)
+    samples = config.adaround.samples
+    rounding = adaround * min(config.adaround.batch_size, samples)
     return {
-        "reconstruct": student * inputs * (adaround + scales),
-        "finetune": config.batch_size * steps,
+        "reconstruct": student * (rounding + scales * min(config.batch_size, samples)),
+        "finetune": (tla_inputs + cma_inputs) * (student + again) + cma_inputs * teacher,
     }
 
 

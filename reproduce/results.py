@@ -117,6 +117,10 @@ class SeedResult:
 
     config_hash: str | None
     calibration_hash: str | None
+    decided: float | None = None
+    """Share of AdaRound's roundings that were 0 or 1 before they were hardened; None: no AdaRound,
+    or a result of before it was recorded."""
+
     about: dict[str, str | int | float | None]
     """What the metrics say beside their values."""
 

@@ -116,7 +116,7 @@ class SeedRun:
     def _checkpoint_of(self, calibration: Artifact, config: questlib.QuantConfig) -> Artifact:
         key = {
             "calibration": calibration.hash,
-            "config": config.to_dict(),
+            "config": config.chosen(),
             "versions": versions(*STAGES),
         }
         # Rows of tables of cost make every stage themselves.
@@ -187,6 +187,7 @@ class SeedRun:
             "peak_bytes": memory.bytes,
             "ranges_cached": unet.quest_log["ranges_cached"],
             "reconstruct_cached": unet.quest_log["reconstruct_cached"],
+            "decided": unet.quest_log["decided"],
             "stage_seconds": unet.quest_log["seconds"] | {"finetune": log["seconds"]},
             "trained_weights": log["trained_weights"],
             "trained_fraction": log["trained_fraction"],
@@ -196,7 +197,7 @@ class SeedRun:
         """Where presets and bits that agree on ranges and rounded weights share them."""
         if not self.plan.table.shares:
             return None
-        key = {"calibration": calibration.hash, "versions": versions("ranges", "adaround")}
+        key = {"calibration": calibration.hash, "versions": versions("ranges", "adaround", "act_recon")}
         return self.store.artifact("quantize", key).folder
 
     def draw(self, artifact: Artifact, unet: Any) -> Samples:
@@ -289,6 +290,7 @@ class SeedRun:
             peak_bytes=made.get("peak_bytes"),
             ranges_cached=made.get("ranges_cached"),
             reconstruct_cached=made.get("reconstruct_cached"),
+            decided=made.get("decided"),
             trained_weights=made.get("trained_weights"),
             trained_fraction=made.get("trained_fraction"),
             interrupted=sum(artifact.info["interrupted"] for artifact in self._stages),

@@ -68,5 +68,6 @@ def merge(layers: Iterable[QuantLayer]) -> None:
 
 def count_trainable(layer: QuantLayer, rank: int) -> int:
     """Number of trainable parameters: those of the weight, or of its update where rank > 0."""
-    rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+    rows = layer.weight.shape[0]
+    columns = layer.weight[0].numel()
     return min(rank, rows, columns) * (rows + columns) if rank else rows * columns

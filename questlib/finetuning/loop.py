@@ -35,6 +35,7 @@ from questlib.quantization.time_path import run_time_layers
 from questlib.versions import STAGE_VERSIONS
 
 SAVE_EVERY = 100  # iterations between two saved states
+VISIT = 16  # iterations of CMA on one step group before the next one's turn (release)
 
 
 def finetune(
@@ -76,7 +77,7 @@ def finetune(
         >>> log = questlib.finetune(unet, pipe.unet, calib, config, state_path="finetune.pt")
     """
     step_groups(unet)
-    check_batch_size(config.batch_size)
+    check_batch_sizes(config)
     stages = select_stages(unet, config)
     job = Finetuning(unet, teacher, calib, config, stages)
     if not stages:
@@ -117,13 +118,18 @@ def finetune(
     return job.log
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_sizes(config: QuantConfig) -> None:
     """Raise ConfigError when the processes cannot take equal parts of a batch."""
     world = processes().num_processes
-    if batch_size % world:
-        raise ConfigError(
-            f"batch_size: expected a multiple of {world} processes, found {batch_size}"
-        )
+    sizes = {"batch_size": config.batch_size}
+    sizes |= {
+        name: size
+        for name in ("tla_batch_size", "cma_batch_size")
+        if (size := getattr(config.finetuning, name)) is not None
+    }
+    for name, size in sizes.items():
+        if size % world:
+            raise ConfigError(f"{name}: expected a multiple of {world} processes, found {size}")
 
 
 def state_key(config: QuantConfig, calib: Calibration) -> str:
@@ -145,27 +151,51 @@ def release_full_weights(layers: Iterable[QuantLayer]) -> None:
 
 def draw_batch(
     calib: Calibration,
-    config: QuantConfig,
     stage: Stage,
     iteration: int,
+    steps: torch.Tensor,
     generator: torch.Generator,
 ) -> Batch:
     """Draw the calls (x_t, t) of one iteration.
 
     Steps are drawn from all of them, which makes E_t one expectation over all steps (paper). In
-    TLA's sequential order (release) the iterations are divided among the steps, one after another.
-    With several processes each draws the same batch and takes its part of it.
+    TLA's sequential order (release) the iterations are divided among the steps, one after another,
+    and CMA's rounds (release) visit each step for some iterations. With several processes each
+    draws the same batch and takes its part of it.
+
+    Args:
+        calib: the teacher's calls.
+        stage: batch size, number of trajectories, order.
+        iteration: of the stage.
+        steps: the steps of the calibration that the stage goes over, int64 [T].
+        generator: draws the steps and the trajectories.
     """
-    steps, n = calib.x.shape[:2]
-    size = config.batch_size
-    if stage.name == "tla" and config.finetuning.tla_order == "sequential":
-        step = torch.full((size,), min(iteration * steps // stage.iters, steps - 1))
+    size = stage.batch_size
+    if stage.order == "joint":
+        index = torch.randint(len(steps), (size,), generator=generator)
+    elif stage.order == "sequential":
+        index = torch.full((size,), iteration * len(steps) // stage.iters)
     else:
-        step = torch.randint(steps, (size,), generator=generator)
+        index = torch.full((size,), iteration // visit(stage, len(steps)) % len(steps))
+    n = calib.x.shape[1] if stage.samples is None else min(stage.samples, calib.x.shape[1])
     which = torch.randint(n, (size,), generator=generator)
+    step = steps[index]
     state = processes()
     own = slice(state.process_index, None, state.num_processes)
     return calib.batch(step[own], which[own])
+
+
+def global_weight(stage: Stage, config: QuantConfig) -> float:
+    """The weight of L_G beside the stage's local loss, which is a sum over its layers."""
+    weight = config.finetuning.global_weight
+    if config.finetuning.global_per_layer and stage.local:
+        return weight * len(stage.layers)
+    return weight
+
+
+def visit(stage: Stage, steps: int) -> int:
+    """Iterations of one visit of a step in CMA's rounds: 16, or fewer so that each gets one."""
+    return max(1, min(VISIT, stage.iters // steps))
 
 
 @dataclass
@@ -199,6 +229,11 @@ class Finetuning:
         self.calib = calib
         self.config = config
         self.te_t = calib.t.to(unet.device)
+        self.steps = torch.arange(len(calib.t))
+        self.group_steps = self.steps
+        if config.ranges.calib_steps == "first":
+            first = step_groups(unet).first_steps().cpu()
+            self.group_steps = torch.stack([(calib.t == t).nonzero()[0, 0] for t in first])
         trained = {
             layer: low_rank.count_trainable(layer, stage.rank)
             for stage in stages
@@ -291,11 +326,14 @@ class Finetuning:
     def iterate(self, run: StageRun) -> None:
         """One iteration: losses of a batch, one step of Adam, one entry of the log."""
         stage, i = run.stage, run.iteration
-        batch = draw_batch(self.calib, self.config, stage, i, run.generator)
+        steps = self.steps if stage.order == "joint" else self.group_steps
+        if stage.order == "rounds" and i % visit(stage, len(steps)) == 0:
+            run.optimizer.forget_scales()
+        batch = draw_batch(self.calib, stage, i, steps, run.generator)
         local, total = stage_losses(
             self.unet, self.teacher, stage, self.config, batch, self.te_t, run.te_targets
         )
-        loss = local + self.config.finetuning.global_weight * total
+        loss = local + global_weight(stage, self.config) * total
         self.record(stage, i, local, total)
 
         loss.backward()

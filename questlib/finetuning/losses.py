@@ -100,7 +100,7 @@ def stage_losses(
         return 0.0, global_loss(batch.run(student), batch.eps)
 
     if stage.name == "tla":
-        if config.finetuning.tla_order == "sequential":
+        if stage.order == "sequential":
             # The batch is of one step: its time-embedding layers are compared at that step alone.
             now = te_t == batch.t[0].to(te_t.device)
             te_t = te_t[now]

@@ -65,6 +65,12 @@ class StageAdam(torch.optim.Adam):
                 "exp_avg_sq": zeros.clone(),
             }
 
+    def forget_scales(self) -> None:
+        """Start the moments and counts of all scales anew, as a new Adam would."""
+        if self.tables:
+            for value in self.state[self.vector].values():
+                value.zero_()
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         super().step(closure)

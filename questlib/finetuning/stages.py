@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from questlib.config import OFF, QuantConfig
+from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
 from questlib.quantization.roles import TIME_ROLES
@@ -46,6 +48,12 @@ class Stage:
     """Whether the stage has its local loss, L_TLA or L_CMA, beside L_G."""
     lr_scale: float
     """Learning rate of the activation scales."""
+    batch_size: int
+    """Calls of the UNet in one iteration."""
+    samples: int | None
+    """Trajectories that are drawn from; None: all."""
+    order: Literal["joint", "sequential", "rounds"]
+    """Order of the steps, see `FinetuningConfig.tla_order` and `cma_order`."""
     rank: int = 0
     """Rank of low-rank updates that are trained in place of the weights; 0: the weights."""
 
@@ -74,6 +82,9 @@ def select_stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
                 layers={name: layer for name, layer in layers.items() if layer.role in roles},
                 local=choices.local_loss,
                 lr_scale=lr,
+                batch_size=choices.tla_batch_size or config.batch_size,
+                samples=choices.tla_samples,
+                order=choices.tla_order,
             )
         )
     if choices.cma_iters and choices.cma_layers != "none":
@@ -87,6 +98,9 @@ def select_stages(unet: nn.Module, config: QuantConfig) -> list[Stage]:
                 layers=layers,
                 local=choices.local_loss and choices.cma_local_loss,
                 lr_scale=choices.lr_scale,
+                batch_size=choices.cma_batch_size or config.batch_size,
+                samples=choices.cma_samples,
+                order=choices.cma_order,
                 rank=choices.lora_rank,
             )
         )
@@ -97,28 +111,39 @@ def select_parameters(unet: nn.Module, stage: Stage, config: QuantConfig) -> lis
     """Switch on the gradients of what a stage trains, and of nothing else.
 
     Trained are the weights of the stage's layers (or their low-rank updates) and the scales of all
-    activations, which the stages share (paper, Sec. 3.3).
+    activations, which the stages share (paper, Sec. 3.3). `FinetuningConfig.train_biases` and
+    `scale_layers` say what the release does instead.
 
     Returns:
-        A group for each layer's weight, then one for each table of activation scales. Under
-        `lr_relative` each has a learning rate in units of its own quantization step.
+        A group for each layer's weight, with its bias if that is trained, then one for each table
+        of activation scales. Under `lr_relative` each has a learning rate in units of its own
+        quantization step.
     """
     unet.requires_grad_(False)
     weights = [_weight_group(layer, config) for layer in stage.layers.values()]
-    never = set()
-    if config.finetuning.te_layers == "projections":
-        # The release never trains the scales of the two layers of `time_embedding`.
-        never = {
-            layer.input_quantizer
-            for layer in quant_layers(unet).values()
-            if layer.role == "time_embed"
-        }
     scales = [
         _scale_group(quantizer.scale, stage.lr_scale, config)
-        for quantizer in act_quantizers(unet)
-        if quantizer.enabled and quantizer.bits != OFF and quantizer not in never
+        for quantizer in _trained_quantizers(unet, stage, config)
+        if quantizer.enabled and quantizer.bits != OFF
     ]
     return weights + scales
+
+
+def _trained_quantizers(
+    unet: nn.Module, stage: Stage, config: QuantConfig
+) -> Iterator[ActQuantizer]:
+    """The activation quantizers whose scales a stage trains, in the order of the model's modules.
+
+    Own (release): TLA has those of its own layers, CMA those outside of the time path.
+    """
+    if config.finetuning.scale_layers == "all":
+        return act_quantizers(unet)
+    own = {layer.input_quantizer for layer in stage.layers.values()}
+    if stage.name == "tla":
+        return (quantizer for quantizer in act_quantizers(unet) if quantizer in own)
+    layers = quant_layers(unet).values()
+    time_path = {layer.input_quantizer for layer in layers if layer.role in TIME_ROLES}
+    return (quantizer for quantizer in act_quantizers(unet) if quantizer not in time_path)
 
 
 def _weight_group(layer: QuantLayer, config: QuantConfig) -> ParameterGroup:
@@ -128,10 +153,12 @@ def _weight_group(layer: QuantLayer, config: QuantConfig) -> ParameterGroup:
         # A low-rank update: it is in units of the quantization step already.
         update = layer.parametrizations.weight[0].requires_grad_(True)
         return {"params": list(update.parameters()), "lr": lr, "positive": False}
-    layer.weight.requires_grad_(True)
+    trained = [layer.weight.requires_grad_(True)]
+    if config.finetuning.train_biases and layer.bias is not None:
+        trained.append(layer.bias.requires_grad_(True))
     if config.finetuning.lr_relative and layer.weight_quantizer is not None:
         lr = lr * layer.weight_quantizer.scale.mean().item()
-    return {"params": [layer.weight], "lr": lr, "positive": False}
+    return {"params": trained, "lr": lr, "positive": False}
 
 
 def _scale_group(scale: nn.Parameter, lr: float, config: QuantConfig) -> ParameterGroup:

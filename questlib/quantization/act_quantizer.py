@@ -20,7 +20,11 @@ class Recorder(Protocol):
     """What watches a quantizer's inputs while its range is searched."""
 
     def update(self, x: torch.Tensor) -> None:
-        """Take in one batch."""
+        """Take in one batch; may set the quantizer's range for the selected group."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the quantizer then quantizes the batch, or passes it on as it is."""
 
 
 class ActQuantizer(nn.Module):
@@ -174,10 +178,11 @@ class ActQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer.update(x.detach())
-            return x
+            if not self.observer.quantizes:
+                return x
         if not self.enabled:
             return x
-        if not self._ready:
+        if not self._ready and self.observer is None:
             if not bool(self.calibrated):
                 raise NotCalibratedError(
                     f"{self.name}: activation scales were never calibrated; "

@@ -67,7 +67,9 @@ def prepare(
         act = _input_quantizer(name, layer, role, parts, config, steps)
         weight_quantizer = _weight_quantizer(layer, role, parts, config)
         if weight_quantizer is not None and search_weights:
-            weight_quantizer.to(device).search(layer.weight, config.weight_range)
+            weight_quantizer.to(device).search(
+                layer.weight, config.weight_range, config.weight_range_norm
+            )
         add_quantizers(layer, role, act, weight_quantizer)
     for name, module in modules.items():
         if isinstance(module, Attention):

@@ -72,6 +72,10 @@ class StepGroups(nn.Module):
         """Number of step groups."""
         return int(self.groups.max()) + 1
 
+    def first_steps(self) -> torch.Tensor:
+        """The timestep with which the sampler enters each group, int64 [G]."""
+        return torch.stack([self.timesteps[self.groups == g].max() for g in range(self.num_groups)])
+
     @property
     def current(self) -> int | torch.Tensor:
         """The selected group: an int, or int64 [B] where the batch has several."""

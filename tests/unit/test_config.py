@@ -29,7 +29,8 @@ FIELDS = {
     "weight_range": ("minmax", ADAROUND),
     "split_skip": (False, BOTH),
     "noise_correction": (True, set()),
-    "batch_size": (16, ADAROUND),
+    "weight_range_norm": (2.4, ADAROUND),
+    "batch_size": (16, set()),
     "seed": (1, BOTH),
     "forward_batch": (16, RANGES),
     "save_memory": (True, set()),
@@ -42,9 +43,12 @@ FIELDS = {
     "ranges.calib_batch": (8, RANGES),
     "ranges.calib_steps": ("normal", RANGES),
     "ranges.te_token": (True, RANGES),
+    "ranges.calib_model": ("quantized", RANGES),
     "adaround.enabled": (True, ADAROUND),
     "adaround.iters": (7, ADAROUND),
     "adaround.lr": (1e-2, ADAROUND),
+    "adaround.batch_size": (8, ADAROUND),
+    "adaround.round_weight": (1.0, ADAROUND),
     "adaround.samples": (8, ADAROUND),
     "adaround.temporal_block": (True, ADAROUND),
     "act_recon.enabled": (True, set()),
@@ -59,12 +63,36 @@ FIELDS = {
     "finetuning.cma_local_loss": (False, set()),
     "finetuning.normalize_local": (True, set()),
     "finetuning.global_weight": (20.0, set()),
+    "finetuning.global_per_layer": (True, set()),
     "finetuning.tla_order": ("sequential", set()),
+    "finetuning.cma_order": ("rounds", set()),
+    "finetuning.tla_batch_size": (2, set()),
+    "finetuning.cma_batch_size": (4, set()),
+    "finetuning.tla_samples": (8, set()),
+    "finetuning.cma_samples": (64, set()),
+    "finetuning.train_biases": (True, set()),
+    "finetuning.scale_layers": ("own", set()),
     "finetuning.lr_weight": (1e-2, set()),
     "finetuning.lr_scale": (1e-2, set()),
     "finetuning.lr_scale_tla": (1e-2, set()),
     "finetuning.lr_relative": (True, set()),
     "finetuning.lr_decay": (True, set()),
+}
+
+# keywords of fields that came later
+SINCE_FORMAT_2 = {
+    "weight_range_norm",
+    "calib_model",
+    "adaround_batch_size",
+    "round_weight",
+    "global_per_layer",
+    "cma_order",
+    "tla_batch_size",
+    "cma_batch_size",
+    "tla_samples",
+    "cma_samples",
+    "train_biases",
+    "scale_layers",
 }
 
 # config.json of a checkpoint of format 1 that questlib 0.1.0 wrote: quest at W4A4, with changes
@@ -184,13 +212,24 @@ def test_names_are_unambiguous():
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_keys_change_with_what_decides_them(name, granularity):
     value, changes = FIELDS[name]
+    before = QuantConfig(act_granularity=granularity)
     if granularity == "token":
         changes = WITH_RATIOS.get(name, changes)
-    before = QuantConfig(act_granularity=granularity)
+        if name == "ranges.calib_model":  # grids of tokens are known when all groups were seen
+            return
     after = before.replace(**{name: value})
     found = {key for key in BOTH if getattr(before, key)() != getattr(after, key)()}
     assert found == changes
+    own = name.startswith("act_recon.") or name == "batch_size"
+    assert (before.act_recon_key() != after.act_recon_key()) == (bool(changes) or own)
     assert before.hash() != after.hash()
+
+
+def test_ranges_of_the_quantized_model_depend_on_its_weights():
+    config = QuantConfig(calib_model="quantized")
+    for change in (dict(weight_bits=8), dict(adaround=True), dict(adaround_iters=7)):
+        assert config.range_key() != config.replace(**change).range_key()
+        assert QuantConfig().range_key() == QuantConfig(**change).range_key()
 
 
 def test_time_embedding_layers_are_there_or_not():
@@ -256,7 +295,7 @@ def test_every_preset_builds_and_survives_a_round_trip(name, bits):
 
 def test_flat_dict_of_format_1_is_read():
     config = QuantConfig.from_dict(FORMAT_1)
-    assert set(FORMAT_1) == {keyword(name) for name in FIELDS}
+    assert set(FORMAT_1) == {keyword(name) for name in FIELDS} - SINCE_FORMAT_2
     assert config == QuantConfig.preset(
         "quest", 4, 4, adaround_iters=300, recon_samples=128, act_iters=5
     )

@@ -5,7 +5,7 @@ from watched import Count, Stop, watched
 from questlib import QuantConfig, finetune, quantize
 from questlib.capture import capture_outputs
 from questlib.errors import CheckpointError, ConfigError
-from questlib.finetuning.loop import draw_batch
+from questlib.finetuning.loop import draw_batch, global_weight
 from questlib.finetuning.losses import stage_losses
 from questlib.finetuning.optimizer import StageAdam
 from questlib.finetuning.stages import Stage, select_parameters, select_stages
@@ -210,20 +210,65 @@ def test_a_state_of_something_else_is_refused(pipe, calib, fast, tmp_path, monke
 
 
 def test_sequential_order_visits_one_step_after_another(calib):
-    config = QuantConfig(tla_order="sequential", batch_size=2)
-    tla = Stage("tla", 10, {}, True, 0.1)
-    seen = [int(draw_batch(calib, config, tla, i, torch.Generator()).t[0]) for i in range(10)]
+    steps = torch.arange(len(calib.t))
+    tla = Stage("tla", 10, {}, True, 0.1, 2, None, "sequential")
+    seen = [int(draw_batch(calib, tla, i, steps, torch.Generator()).t[0]) for i in range(10)]
     assert seen == [int(t) for t in calib.t for _ in range(2)]
-    # CMA is over all steps in either order: its last batch is not the last step's.
-    cma = Stage("cma", 10, {}, True, 0.1)
-    generator = torch.Generator().manual_seed(0)
-    last = draw_batch(calib, config.replace(batch_size=32), cma, 9, generator)
+    # The joint order is over all steps: its last batch is not the last step's.
+    cma = Stage("cma", 10, {}, True, 0.1, 32, None, "joint")
+    last = draw_batch(calib, cma, 9, steps, torch.Generator().manual_seed(0))
     assert set(last.t.tolist()) == set(calib.t.tolist())
+
+
+def test_rounds_visit_each_step_for_some_iterations_and_start_again(calib):
+    steps = torch.arange(len(calib.t))
+    cma = Stage("cma", 2 * 16 * len(steps), {}, True, 0.1, 2, 3, "rounds")
+    generator = torch.Generator().manual_seed(0)
+    batches = [draw_batch(calib, cma, i, steps, generator) for i in range(cma.iters)]
+    seen = [int(batch.t[0]) for batch in batches]
+    assert seen == 2 * [int(t) for t in calib.t for _ in range(16)]
+    drawn = torch.cat([batch.x for batch in batches])
+    own = calib.x[:, :3].flatten(0, 1)  # of the first 3 trajectories, at all steps
+    assert all(any(torch.equal(x, y) for y in own) for x in drawn)
+
+
+def test_stages_train_their_own_scales_and_biases(pipe, calib, fast):
+    """As the release does: TLA those of its layers, CMA those outside of the time path."""
+    config = fast("quest-release", 4, 4, tla_iters=2, cma_iters=2, adaround=False)
+    q = quantize(pipe.unet, config, calib)
+    layers = quant_layers(q)
+    tla, cma = select_stages(q, config)
+    trained = [
+        {id(p) for group in select_parameters(q, stage, config) for p in group["params"]}
+        for stage in (tla, cma)
+    ]
+    for layer in layers.values():
+        own = [layer.role == "time_proj", layer.role == "qkv"]
+        assert [id(layer.weight) in found for found in trained] == own
+        if layer.bias is not None:
+            assert [id(layer.bias) in found for found in trained] == own
+        in_time = layer.role in ("time_embed", "time_proj")
+        scale = id(layer.input_quantizer.scale)
+        assert [scale in found for found in trained] == [layer.role == "time_proj", not in_time]
+    before = {n: x.bias.clone() for n, x in layers.items() if x.role == "qkv"}
+    finetune(q, pipe.unet, calib, config)
+    assert all(not torch.equal(bias, layers[n].bias) for n, bias in before.items())
+
+
+def test_the_global_loss_counts_once_a_layer(pipe, calib, fast):
+    config = fast("quest-release", 4, 4, tla_iters=2, cma_iters=2, global_weight=3.0)
+    tla, cma = select_stages(quantize(pipe.unet, config, calib), config)
+    assert len(tla.layers) > 1
+    assert global_weight(tla, config) == 3.0 * len(tla.layers)
+    assert global_weight(cma, config) == 3.0  # without a local loss there is nothing to count
+    assert global_weight(tla, config.replace(global_per_layer=False)) == 3.0
 
 
 def test_scales_of_groups_that_are_not_visited_stay(pipe, calib, fast):
     """Adam's momentum would move them on: far enough, at 8 bits, to ruin the earlier steps."""
-    config = fast("quest-release", 8, 8, step_groups=5, tla_iters=10, cma_iters=0)
+    config = fast(
+        "quest-release", 8, 8, step_groups=5, tla_iters=10, cma_iters=0, scale_layers="all"
+    )
     q = quantize(pipe.unet, config, calib)
     names = (
         "mid_block.resnets.0.conv1.input_quantizer",
@@ -248,7 +293,7 @@ def test_the_local_loss_of_a_stage_without_layers_is_zero(pipe, calib, fast):
     config = fast("quest", 4, 4, adaround=False)
     q = quantize(pipe.unet, config, calib)
     batch = calib.batch(torch.zeros(2).long(), torch.arange(2))
-    stage = Stage("cma", 1, {}, True, 0.1)
+    stage = Stage("cma", 1, {}, True, 0.1, 2, None, "joint")
     local, total = stage_losses(q, pipe.unet, stage, config, batch, calib.t, {})
     assert local == 0 and total > 0
 

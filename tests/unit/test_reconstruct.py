@@ -8,12 +8,20 @@ import torch
 from filelock import FileLock
 
 from questlib import quantize
-from questlib.adaround import blocks, pick_samples, reconstruct_acts, reconstruct_weights
+from questlib.adaround import (
+    BlockRecorder,
+    blocks,
+    pick_samples,
+    reconstruct_acts,
+    reconstruct_weights,
+)
 from questlib.capture import capture_calls
-from questlib.errors import CheckpointError
+from questlib.errors import CheckpointError, ConfigError
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
 from questlib.quantization.preparation import prepare
+from questlib.quantization.weight_quantizer import WeightQuantizer
+from reproduce.scales import SCALES
 
 
 def error(student, teacher, calib, acts):
@@ -143,3 +151,110 @@ def test_rerun_is_bit_identical(pipe, calib, fast):
         assert torch.equal(
             freeze(a)(calib.x[1], calib.t[1]).sample, freeze(b)(calib.x[1], calib.t[1]).sample
         )
+
+
+# ---- AdaRound: its gradient, its decisions, its parts ----
+
+
+def test_roundings_gradient_is_that_of_autograd():
+    """Closed form against Eq. 22 to 24 written out in float64."""
+    w = 0.5 * torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    quantizer = WeightQuantizer.from_weight(w, 3, torch.zeros(16, dtype=torch.int64), "mse")
+    alpha = quantizer.start_adaround(w)
+    with torch.no_grad():
+        alpha += torch.randn_like(alpha)  # some beyond the sigmoid's flat ends
+    exact = alpha.detach().double().requires_grad_()
+    h = (exact.sigmoid() * 1.2 - 0.1).clamp(0, 1)
+    low = -quantizer.zero_point.double()
+    lower = (w * (1.0 / quantizer.scale)).floor().double()
+    w_hat = (lower + h).clamp(low, low + 7) * quantizer.scale.double()
+    slope = torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    regularizer = 0.5 * (1 - (2 * h - 1).abs().pow(3.7)).mean()
+    ((w_hat * slope).sum() + regularizer).backward()
+
+    ours = quantizer(w)
+    (ours * slope).sum().backward()
+    quantizer.regularize(3.7, 0.5)
+    torch.testing.assert_close(ours.double(), w_hat, rtol=0, atol=1e-6)
+    torch.testing.assert_close(alpha.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
+    assert 0 < int((h == 0).sum() + (h == 1).sum()) < h.numel()
+    assert ((lower < low) | (lower >= low + 7)).any()  # weights beyond the grid's ends
+
+
+@pytest.mark.parametrize("scale", ["smoke", "mini"])
+def test_the_scales_budgets_decide_the_roundings(pipe, calib, fast, scale):
+    """Hardening throws away what an undecided rounding has learned."""
+    names = ("adaround_iters", "adaround_lr", "adaround_batch_size", "recon_samples")
+    values = SCALES[scale].overrides
+    budget = {name: values[name] for name in names if name in values} | {"recon_samples": 30}
+    config = fast("q-diffusion", 4, 8, act_recon=False, **budget)
+    assert quantize(pipe.unet, config, calib).quest_log["decided"] > 0.95
+
+
+def test_a_stopped_adaround_goes_on_after_its_last_block(pipe, calib, fast, tmp_path, monkeypatch):
+    config = fast("full-finetune", 4, 4)
+    whole = quantize(pipe.unet, config, calib, cache_dir=tmp_path / "whole")
+
+    recorded = []
+    record = BlockRecorder.record
+
+    def stop_at_the_third(self, name):
+        recorded.append(name)
+        if len(recorded) == 3:
+            raise KeyboardInterrupt
+        return record(self, name)
+
+    monkeypatch.setattr(BlockRecorder, "record", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(pipe.unet, config, calib, cache_dir=tmp_path / "stopped")
+    again = quantize(pipe.unet, config, calib, cache_dir=tmp_path / "stopped")
+    assert recorded[3] == recorded[2]  # the finished blocks are not learned again
+    assert len(set(recorded)) == len(recorded) - 1
+    assert again.quest_log["decided"] == whole.quest_log["decided"]
+    for a, b in zip(quant_layers(whole).values(), quant_layers(again).values(), strict=True):
+        assert torch.equal(a.weight, b.weight)
+    assert not [path for path in (tmp_path / "stopped").iterdir() if path.is_dir()]
+
+
+def test_a_damaged_part_is_named(pipe, calib, fast, tmp_path, monkeypatch):
+    config = fast("full-finetune", 4, 4)
+    record = BlockRecorder.record
+
+    def stop_later(self, name):
+        if list(tmp_path.glob("*/*.safetensors")):
+            raise KeyboardInterrupt
+        return record(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockRecorder, "record", stop_later)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(pipe.unet, config, calib, cache_dir=tmp_path)
+    (part,) = tmp_path.glob("*/*.safetensors")
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=f"{part.name} cannot be read .*remove it"):
+        quantize(pipe.unet, config, calib, cache_dir=tmp_path)
+
+
+# ---- ranges of the model quantized so far ----
+
+
+def test_ranges_of_the_quantized_model_cover_what_it_receives(pipe, calib, fast):
+    """Each min-max range is that of the layer's input in the quantized model, at the first step."""
+    config = fast(
+        "quest-release", 4, 4, step_groups=2, calib_batch=6, act_ema=None, act_granularity="tensor"
+    )
+    unet = freeze(quantize(pipe.unet, config, calib))
+    first = calib.batch(0, torch.arange(6))
+    name = "up_blocks.1.resnets.0.conv1"
+    (call,) = capture_calls(unet, name, [first.run])
+    quantizer = unet.get_submodule(name).input_quantizer
+    x = call.args[0]
+    assert quantizer.scale[0].item() == pytest.approx(x.abs().max().item() / 7)
+    full = quantize(pipe.unet, config.replace(calib_model="full"), calib)
+    assert full.get_submodule(name).input_quantizer.scale[0] != quantizer.scale[0]
+
+
+def test_carrier_grids_need_the_full_models_ranges(fast):
+    with pytest.raises(ConfigError, match="calib_model: expected full"):
+        fast("quest", 4, 4, calib_model="quantized")
+    fast("quest", 4, 8, calib_model="quantized")
