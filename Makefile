@@ -7,6 +7,10 @@ SHELL := /bin/bash
 SCALE ?= mini
 JOBS ?= 2
 
+# Rows that you make lie here, and the checkout stays as it is. Maintainers write the published
+# rows by RESULTS=results.
+RESULTS ?= runs/results
+
 # An active environment counts only if it has a Python. conda's "base" does not count: our pins
 # have no place there.
 CONDA_ACTIVE := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
@@ -39,17 +43,19 @@ sd = table5
 NUMBERED := table3 table4 table5
 
 .PHONY: help install lint format test units notebook-tests test-slow coverage
-.PHONY: notebooks site readme reproduce-all
+.PHONY: notebooks site readme reproduce-all show-all
 .PHONY: $(addprefix reproduce-,$(REPRODUCE) $(NUMBERED)) $(addprefix show-,$(REPRODUCE) $(NUMBERED))
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-19s %s\n", $$1, $$2}' \
 	  $(firstword $(MAKEFILE_LIST))
-	@echo "  make show-NAME           as reproduce-NAME, but from the rows that results/ has:"
-	@echo "                           nothing is run (not figure2)"
-	@echo "  UNFINISHED=1             with reproduce-NAME: only rows that results/ lacks,"
+	@echo "  make show-NAME           as reproduce-NAME, but nothing is run: it shows your rows,"
+	@echo "                           or the published ones where you have none of this table"
+	@echo "  UNFINISHED=1             with reproduce-NAME: only rows that RESULTS lacks,"
 	@echo "                           or has of other code or settings"
-	@echo "  SCALE=smoke|mini|paper   the size of a reproduction (now: $(SCALE))"
+	@echo "  SCALE=smoke|mini|full|paper   the size of a reproduction (now: $(SCALE))"
+	@echo "  RESULTS=FOLDER           where your rows are written (now: $(RESULTS));"
+	@echo "                           the published ones are in results"
 
 
 # ---- the environment ----
@@ -72,7 +78,7 @@ $(VENV)/bin/python:
 
 # An environment of the user's own is left alone when the packages are in it already.
 $(STAMP): pyproject.toml constraints.txt | $(VENV)/bin/python
-	@modules="questlib, reproduce, papermill, pytest, nbval, xdist, coverage, mypy"; \
+	@modules="questlib, reproduce, papermill, pytest, nbval, xdist, coverage, mypy, mkdocs_jupyter"; \
 	if [ -n "$(ACTIVE)" ] && (cd / && "$(PY)" -c "import $$modules") 2>/dev/null; then \
 	  echo "questlib is installed in $(VENV)"; \
 	else \
@@ -93,8 +99,10 @@ format: $(STAMP)  ## ruff: repair imports and format
 	"$(PY)" -m ruff format .
 
 UNITS = "$(PY)" -m pytest -n $(JOBS) tests
-NOTEBOOKS = OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --dist loadfile --nbval \
-  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 notebooks
+SMOKE = runs/smoke-notebooks
+NOTEBOOKS = "$(PY)" tests/smoke_notebooks.py $(SMOKE) \
+  && OMP_NUM_THREADS=$(THREADS) "$(PY)" -m pytest -n $(JOBS) --dist loadfile --nbval \
+  --nbval-sanitize-with notebooks/sanitize.cfg --nbval-cell-timeout 600 $(SMOKE)
 
 test: lint  ## lint, unit and end-to-end tests, all notebooks at smoke scale
 	@mkdir -p runs
@@ -124,26 +132,30 @@ coverage: $(STAMP)  ## the share of questlib and reproduce that the tests run
 
 # ---- what is generated ----
 
-notebooks: $(STAMP)  ## execute all notebooks in place at smoke scale
+notebooks: $(STAMP)  ## execute all notebooks in place, as they are opened
 	"$(PY)" -m reproduce notebooks
 
-site: $(STAMP)  ## notebooks and tables as a static HTML site in site/
-	"$(PY)" -m reproduce site
+site: $(STAMP)  ## documentation, notebooks and results as a site in site/
+	NO_MKDOCS_2_WARNING=1 "$(PY)" -m mkdocs build --strict --quiet
+	@echo "site/index.html"
 
-readme: $(STAMP)  ## write the README's generated blocks again from results/mini
+readme: $(STAMP)  ## write what is generated in README.md and docs/ from the results
 	"$(PY)" -m reproduce readme
 
 
 # ---- the paper's tables and figures ----
 
+WHERE = --scale $(SCALE) --results "$(RESULTS)"
+
 # reproduce-NAME for each of them. What two of them share is made once.
 $(addprefix reproduce-,$(REPRODUCE)): reproduce-%: $(STAMP)
-	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE)$(if $(UNFINISHED), --unfinished)
+	"$(PY)" -m reproduce $(or $($*),$*) $(WHERE)$(if $(UNFINISHED), --unfinished)
 
-# show-NAME likewise: its notebook with the rows that results/ has, in a minute.
+# show-NAME likewise: its notebook with rows that are there, in a minute. It writes to RESULTS.
 $(addprefix show-,$(REPRODUCE)): show-%: $(STAMP)
-	"$(PY)" -m reproduce $(or $($*),$*) --scale $(SCALE) --stored
+	"$(PY)" -m reproduce $(or $($*),$*) $(WHERE) --stored
 
+show-all: $(addprefix show-,$(REPRODUCE))  ## every table and figure, in some minutes
 show-table3: show-bedrooms show-churches
 show-table4: show-imagenet
 show-table5: show-sd
@@ -181,11 +193,11 @@ reproduce-figure2:  ## figure 2: activations before and after finetuning
 reproduce-figure3:  ## figure 3: sensitivity of layer types
 reproduce-ablation:  ## what the parts of our preset do at W4A4; not in the paper
 
-# ALL_TIME stands beside the rows that it is of. It has a line for each session, seconds and exit
-# status, and "warm" before them if artifacts of other runs, or with UNFINISHED rows, were there
-# already. A whole run that finds no artifacts begins anew.
+# ALL_TIME stands beside the rows that it is of, yours or the published ones. It has a line for each
+# session, seconds and exit status, and "warm" before them if artifacts of other runs, or with
+# UNFINISHED rows, were there already. A whole run that finds no artifacts begins anew.
 # `make -n` runs the line that has $(MAKE) in it, too, and must not count.
-ALL_TIME = results/$(SCALE)/all-time
+ALL_TIME = $(RESULTS)/$(SCALE)/all-time
 ALL_TARGETS = $(addprefix reproduce-,$(PAPER))
 reproduce-all: DRY = $(findstring n,$(firstword -$(MAKEFLAGS)))
 reproduce-all: $(STAMP)  ## tables and figures, JOBS at a time; the same command goes on
@@ -195,5 +207,5 @@ reproduce-all: $(STAMP)  ## tables and figures, JOBS at a time; the same command
 	@began=$$(date +%s); rc=stopped; \
 	trap '$(if $(DRY),,echo "$$(( $$(date +%s) - began )) $$rc" >> $(ALL_TIME))' EXIT; \
 	OMP_NUM_THREADS=$(THREADS) QUEST_JOBS=$(JOBS) \
-	  $(MAKE) --no-print-directory -k -j $(JOBS) $(ALL_TARGETS) SCALE=$(SCALE) \
+	  $(MAKE) --no-print-directory -k -j $(JOBS) $(ALL_TARGETS) SCALE=$(SCALE) RESULTS="$(RESULTS)" \
 	&& rc=0 || rc=$$?; exit $$rc

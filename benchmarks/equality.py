@@ -24,12 +24,12 @@ from common import RESULTS, parser_of, write_json
 
 import questlib
 from questlib.capture import hooks
+from questlib.diffusion.drawing import Samples
 from questlib.integer.conversion import convert
 from questlib.integer.modules import IntegerLayer
 from questlib.quantization.model import quant_layers
 from reproduce.evaluation import metrics
 from reproduce.evaluation.drawing import sample
-from reproduce.evaluation.samples import Samples
 from reproduce.models.loading import load_pipeline
 from reproduce.provenance import provenance
 

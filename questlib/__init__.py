@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from questlib.calibration import Calibration, calibrate
     from questlib.checkpoint import from_pretrained, save_pretrained
     from questlib.config import QuantConfig
+    from questlib.diffusion.loading import load_pipeline
     from questlib.finetuning.loop import finetune
     from questlib.integer.conversion import convert
     from questlib.integer.report import engine_report
@@ -26,6 +27,7 @@ _HOMES = {
     "engine_report": "questlib.integer.report",
     "finetune": "questlib.finetuning.loop",
     "from_pretrained": "questlib.checkpoint",
+    "load_pipeline": "questlib.diffusion.loading",
     "quantize": "questlib.post_training",
     "save_pretrained": "questlib.checkpoint",
 }
@@ -38,12 +40,17 @@ __all__ = [
     "engine_report",
     "finetune",
     "from_pretrained",
+    "load_pipeline",
     "quantize",
     "save_pretrained",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("questlib")
     if name not in _HOMES:
         raise AttributeError(f"module 'questlib' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,19 +1,27 @@
-"""python -m questlib quantize PIPELINE --preset quest --bits W4A4 --out DIR"""
+"""Quantize a pipeline, and draw images with the result: python -m questlib quantize | sample."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import re
+import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from questlib import arguments
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError
-from questlib.files import atomic_path, check_writable
+from questlib.files import atomic_path, check_new, check_writable
+from questlib.integer.engines import ENGINES
 from questlib.presets import PRESETS
+
+LOG = "log.json"  # beside a checkpoint: its pipeline, and how quantizing went
+IMAGES = 8  # that `sample` draws when nothing says how many
+
+# ---- quantize ----
 
 
 def parse_bits(text: str) -> tuple[int, int]:
@@ -50,24 +58,24 @@ def run_quantize(args: argparse.Namespace) -> None:
     check_writable(args.out)
 
     # These load torch and diffusers. Wrong input was answered before.
-    from questlib import calibrate, finetune, quantize, save_pretrained
-    from questlib.diffusion.loading import find_loader
+    from questlib import calibrate, finetune, load_pipeline, quantize, save_pretrained
     from questlib.distributed import device, processes, use_full_float32
     from questlib.finetuning.loop import check_batch_sizes
 
     state = processes()
     check_batch_sizes(config)
     use_full_float32()
-    pipe = find_loader()(args.pipeline).to(device())
+    pipe = load_pipeline(args.pipeline).to(device())
     progress = state.is_main_process
     calibration = calibrate(
         pipe, args.samples, batch_size=args.batch_size, progress=progress, **sampling
     )
+    cache = args.out / "cache"
     unet = quantize(
         pipe.unet,
         config.replace(seed=args.seed),
         calibration,
-        cache_dir=args.out / "cache",
+        cache_dir=cache,
         progress=progress,
     )
     state_path = args.out / "finetune.pt"
@@ -77,11 +85,14 @@ def run_quantize(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     size = save_pretrained(unet, args.out)
+    about = {"pipeline": _public(args.pipeline), "quantize": unet.quest_log, "finetune": log}
+    with atomic_path(args.out / LOG) as temporary:
+        temporary.write_text(json.dumps(about))
 
-    # The next run into this folder may have another configuration, which would refuse this state.
+    # What a stopped run would go on from. A later run into this folder, of another configuration,
+    # would refuse the state.
     state_path.unlink(missing_ok=True)
-    with atomic_path(args.out / "log.json") as temporary:
-        temporary.write_text(json.dumps({"quantize": unet.quest_log, "finetune": log}))
+    shutil.rmtree(cache, ignore_errors=True)
     full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
     print(
         f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk "
@@ -89,38 +100,178 @@ def run_quantize(args: argparse.Namespace) -> None:
     )
 
 
-def parser() -> arguments.Parser:
-    """The parser of `python -m questlib`."""
-    whole = arguments.Parser(
-        prog="python -m questlib", description="Quantize a diffusers UNet pipeline with QuEST."
-    )
-    commands = whole.add_subparsers(dest="command", required=True)
-    quantize = commands.add_parser("quantize", help="calibrate, AdaRound, finetune, save")
-    quantize.add_argument("pipeline", help="embedded name (mini-ldm4), diffusers folder or hub id")
-    quantize.add_argument("--preset", default="quest", help=", ".join(PRESETS))
-    quantize.add_argument(
+def _public(pipeline: str) -> str | None:
+    """The name that others have for a pipeline, too; None for a folder of this machine."""
+    return None if Path(pipeline).exists() else pipeline
+
+
+# ---- sample ----
+
+
+def run_sample(args: argparse.Namespace) -> None:
+    """Draw images with a quantized checkpoint in its pipeline, or with a pipeline as it is."""
+    sampling = arguments.sampling_choices(args)
+    count = args.count
+    if count is None:
+        count = len(args.prompt or sampling["labels"] or ()) or IMAGES
+    if min(count, args.batch_size) < 1:
+        raise ConfigError(
+            f"sample: --count and --batch-size must be >= 1, found {count}, {args.batch_size}"
+        )
+    checkpoint, pipeline = find_models(args)
+    check_new(args.out)
+
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from questlib import from_pretrained, load_pipeline
+    from questlib.diffusion.drawing import Drawing
+    from questlib.diffusion.sampling import index_ranges
+    from questlib.distributed import device, use_full_float32
+    from questlib.integer.engines import choose_engine
+
+    use_full_float32()
+    where = device()
+    if args.engine != "fake":
+        where = torch.device(choose_engine(args.engine).device)
+    unet = None if checkpoint is None else from_pretrained(checkpoint, args.engine).to(where)
+    drawing = Drawing(load_pipeline(pipeline).to(where), unet=unet, **sampling)
+    for indices in index_ranges(count, args.batch_size):
+        about = f"images {indices.start + 1} to {indices.stop} of {count}"
+        images = drawing.draw(indices, partial(tqdm, desc=about)).images
+        for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
+            with atomic_path(args.out / f"{i:06d}.png") as temporary:
+                Image.fromarray(image).save(temporary, format="png")
+    print(f"{args.out}: {count} images, 000000.png to {count - 1:06d}.png")
+
+
+def find_models(args: argparse.Namespace) -> tuple[Path | None, str]:
+    """The quantized checkpoint, if one is to be run, and the name of its pipeline.
+
+    Raises:
+        ConfigError: the choices contradict each other, or a checkpoint's pipeline is not known.
+    """
+    folder = Path(args.model)
+    if not (folder / "config.json").is_file():
+        if args.engine != "fake" or args.pipeline is not None:
+            option = "--pipeline" if args.engine == "fake" else "--engine"
+            raise ConfigError(
+                f"sample: {option} is for a quantized checkpoint, a folder with config.json; "
+                f"found {args.model}"
+            )
+        return None, args.model
+    pipeline = args.pipeline or _logged_pipeline(folder / LOG)
+    if pipeline is None:
+        raise ConfigError(f"sample: {folder} does not say which pipeline it is of; give --pipeline")
+    return folder, pipeline
+
+
+def _logged_pipeline(log: Path) -> str | None:
+    """The pipeline that `quantize` has noted; None if there is no log, or it says nothing."""
+    try:
+        return json.loads(log.read_text()).get("pipeline")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{log}: cannot be read ({error}); give --pipeline") from error
+
+
+# ---- the command line ----
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The options of `quantize`."""
+    parser.add_argument("pipeline", help="embedded name (mini-ldm4), diffusers folder or hub id")
+    parser.add_argument("--preset", default="quest", help=f"{', '.join(PRESETS)} (default: quest)")
+    parser.add_argument(
         "--bits", default="W4A4", help="WxAy with x, y in 2..8, or 16 for off (default: W4A4)"
     )
-    quantize.add_argument(
+    parser.add_argument(
         "--out",
         type=Path,
         required=True,
         help="folder for model.safetensors, config.json, log.json",
     )
-    quantize.add_argument(
+    parser.add_argument(
         "--samples", type=int, default=64, help="calibration trajectories (default: 64)"
     )
-    quantize.add_argument(
+    parser.add_argument(
         "--batch-size",
         type=int,
         default=64,
         help="trajectories at once; processes share batches out (default: 64)",
     )
-    arguments.add_sampling(quantize)
-    quantize.add_argument(
+    arguments.add_sampling(parser)
+    parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig"
     )
-    quantize.set_defaults(run=run_quantize)
+    parser.set_defaults(run=run_quantize)
+
+
+def add_sample(parser: argparse.ArgumentParser) -> None:
+    """The options of `sample`."""
+    parser.add_argument(
+        "model",
+        help="folder that `quantize` wrote; or a pipeline in full precision: embedded name, "
+        "diffusers folder or hub id",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a new folder for the PNG files")
+    parser.add_argument(
+        "--pipeline", help="of the checkpoint (default: the one that it was made of)"
+    )
+    parser.add_argument(
+        "--engine",
+        default="fake",
+        help=f"fake (simulated), or in integers: {', '.join(ENGINES)}, auto (default: fake)",
+    )
+    parser.add_argument(
+        "--count",
+        type=int,
+        help=f"number of images (default: one a --prompt or label, or {IMAGES})",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
+    arguments.add_sampling(parser)
+    parser.set_defaults(run=run_sample)
+
+
+# Name: help, what adds its options, and examples.
+COMMANDS = {
+    "quantize": (
+        "calibrate, AdaRound, finetune, save",
+        add_quantize,
+        (
+            "python -m questlib quantize mini-ldm4 --out ldm4-w4a4",
+            "python -m questlib quantize mini-sd --bits W4A8 --out sd-w4a8 \\",
+            "      --guidance-scale 3 --prompts prompts.txt",
+            "python -m questlib quantize mini-ldm4 --out quick --set tla_iters=50 cma_iters=120",
+        ),
+    ),
+    "sample": (
+        "draw images with a quantized checkpoint",
+        add_sample,
+        (
+            "python -m questlib sample ldm4-w4a4 --engine cpu --out images",
+            "python -m questlib sample sd-w4a8 --out surfing \\",
+            '      --guidance-scale 3 --prompt "man surfing"',
+            "python -m questlib sample mini-ldm4 --out full-precision",
+        ),
+    ),
+}
+
+
+def parser() -> arguments.Parser:
+    """The parser of `python -m questlib`."""
+    first = [examples[0] for _, _, examples in COMMANDS.values()]
+    whole = arguments.Parser(
+        prog="python -m questlib",
+        description="Quantize a diffusers UNet pipeline with QuEST, and draw images with it.",
+        examples=first,
+    )
+    arguments.add_version(whole)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (about, add_options, examples) in COMMANDS.items():
+        add_options(commands.add_parser(name, help=about, description=about, examples=examples))
     return whole
 
 

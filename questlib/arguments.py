@@ -6,21 +6,64 @@ Nothing here loads torch, so that `--help` and wrong input are answered at once.
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from questlib.diffusion.schedulers import SAMPLERS
-from questlib.errors import ConfigError, QuestError
+from questlib.errors import ConfigError, QuestError, did_you_mean
+
+# argparse's message about a command that there is not; whether names are in quotes depends on
+# Python's version.
+UNKNOWN_COMMAND = re.compile(r"invalid choice: '(?P<found>[^']*)' \(choose from (?P<known>.*)\)")
+
+# Exit codes, as shells have them for a process that a signal has ended.
+INTERRUPTED = 130
+PIPE_CLOSED = 141
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers wrong input by one line."""
+    """A parser that answers wrong input by one line.
+
+    Args:
+        examples: command lines, with a comment where one is needed; they end the help.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **choices: Any) -> None:
+        if examples:
+            choices["epilog"] = "\n  ".join(["examples:", *examples])
+            choices["formatter_class"] = argparse.RawDescriptionHelpFormatter
+        super().__init__(*args, **choices)
 
     def error(self, message: str) -> NoReturn:
-        """Print the message and exit with code 2."""
+        """Print the message, with the nearest known command, and exit with code 2."""
+        if wrong := UNKNOWN_COMMAND.search(message):
+            known = wrong["known"].replace("'", "").split(", ")
+            message += did_you_mean(wrong["found"], known)
         print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
+
+
+class ShowVersion(argparse.Action):
+    """`--version`: the version of the installed package, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        """Print it and exit."""
+        from importlib.metadata import version
+
+        print(f"questlib {version('questlib')}")
+        parser.exit()
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add `--version`."""
+    parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+
+
+# ---- sampling ----
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +80,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--labels", help="class labels separated by commas, taken in turn (default: all classes)"
     )
-    parser.add_argument("--prompts", type=Path, help="text file, a prompt a line, taken in turn")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--prompt", action="append", help="a text; several are taken in turn")
+    prompts.add_argument("--prompts", type=Path, help="text file, a prompt a line, taken in turn")
     parser.add_argument("--seed", type=int, default=0, help="seed of all noise (default: 0)")
 
 
@@ -53,7 +98,7 @@ def sampling_choices(args: argparse.Namespace) -> dict[str, Any]:
         "eta": args.eta,
         "guidance_scale": args.guidance_scale,
         "labels": None if args.labels is None else _read_labels(args.labels),
-        "prompts": None if args.prompts is None else _read_prompts(args.prompts),
+        "prompts": args.prompt if args.prompts is None else _read_prompts(args.prompts),
         "seed": args.seed,
     }
 
@@ -75,6 +120,9 @@ def _read_prompts(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+# ---- a whole command ----
+
+
 def run(
     parser: argparse.ArgumentParser, argv: list[str] | None, interrupted: str = "interrupted"
 ) -> int:
@@ -82,8 +130,19 @@ def run(
 
     Returns:
         The exit code: that of the function (0 for None), 2 and one line for a QuestError, 130 and
-        the line `interrupted` for Ctrl-C.
+        the line `interrupted` for Ctrl-C, 141 and nothing where the reader of a pipe has left.
     """
+    try:
+        try:
+            return _run(parser, argv, interrupted)
+        finally:
+            sys.stdout.flush()  # a closed pipe shows here, not when Python ends
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+
+
+def _run(parser: argparse.ArgumentParser, argv: list[str] | None, interrupted: str) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
@@ -92,4 +151,4 @@ def run(
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: {interrupted}", file=sys.stderr)
-        return 130
+        return INTERRUPTED

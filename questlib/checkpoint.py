@@ -150,7 +150,8 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     config = {
         "format": FORMAT,
         "class": type(unet).__name__,
-        "unet": dict(unet.config),
+        # Without private entries, among them the folder that the model was loaded from.
+        "unet": {key: value for key, value in unet.config.items() if not key.startswith("_")},
         "quant": unet.quest_config.to_dict(),
         "timesteps": steps.timesteps.flip(0).tolist(),
     }

@@ -395,7 +395,8 @@ class QuantConfig(Settings):
 
     def act_recon_key(self) -> str:
         """Key of the activation scales that Q-Diffusion's second stage gives."""
-        values = {"ranges": self.range_key(), "act_recon": _chosen(self.act_recon)}
+        values: dict[str, Any] = {"ranges": self.range_key()}
+        values |= {"act_recon": _chosen(self.act_recon)}
         values |= {"weights": self.adaround_key(), "batch_size": self.batch_size}
         return digest(values)
 

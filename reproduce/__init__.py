@@ -1,4 +1,4 @@
-"""The driver: it runs the paper's tables at one of three scales and reports the results."""
+"""The driver: it runs the paper's tables at one of four scales and reports the results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ def notebook(table: str, names: Mapping[str, Any]) -> TableRun:
 
     Args:
         table: name of a table, e.g. "table3".
-        names: the notebook's `globals()`. SCALE, ROWS, SEEDS and the other fields of
-            `reproduce.choices.Choices` are read from it.
+        names: the notebook's `globals()`. SCALE, STORED, ROWS, SEEDS and the other fields of
+            `reproduce.choices.Choices` are read from it. Rows that are run go to the checkout's
+            runs/results where RESULTS says nothing else.
 
     Raises:
         ConfigError: an unknown table, choice or value; nothing has been run then.

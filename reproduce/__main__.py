@@ -1,4 +1,4 @@
-"""Reproduce the paper's tables: python -m reproduce TABLE --scale smoke|mini|paper.
+"""Reproduce the paper's tables: python -m reproduce TABLE --scale smoke|mini|full|paper.
 
 This module loads nothing heavy, so that `--help` and wrong input are answered at once. Each
 command imports what it needs when it runs.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from questlib import arguments
@@ -30,13 +32,21 @@ def run_table(args: argparse.Namespace) -> int:
         print(estimate.dry_run(plan))
         return 0
     from reproduce import notebooks
-    from reproduce.reporting import report
+    from reproduce.reporting import printed
     from reproduce.results import Status
 
     plan = notebooks.unfinished(plan) if args.unfinished else plan
     notebooks.preflight(plan)
+    start = time.monotonic()
     results = notebooks.run(plan)
-    print(report.as_json(results) if args.json else report.terminal(results))
+    if args.json:
+        print(printed.as_json(results))
+    else:
+        print(
+            printed.terminal(results),
+            printed.closing(results, time.monotonic() - start),
+            sep="\n\n",
+        )
     return int(any(results[row.id].status == Status.FAILED for row in plan.rows))
 
 
@@ -48,11 +58,11 @@ def run_sample(args: argparse.Namespace) -> None:
 
 
 def run_readme(args: argparse.Namespace) -> None:
-    """Write the README's generated blocks."""
+    """Write what is generated in README and docs/."""
     from reproduce.reporting import readme
 
-    changed = readme.update(Path("README.md"), args.results, args.work)
-    print("README.md written" if changed else "README.md was up to date")
+    changed = readme.update(Path(), args.results, args.work)
+    print("\n".join(f"{path} written" for path in changed) or "README.md and docs/ were up to date")
 
 
 def run_notebooks(args: argparse.Namespace) -> None:
@@ -60,13 +70,6 @@ def run_notebooks(args: argparse.Namespace) -> None:
     from reproduce import notebooks
 
     notebooks.execute_in_place(args.paths or sorted(notebooks.NOTEBOOKS.glob("*.ipynb")))
-
-
-def run_site(args: argparse.Namespace) -> None:
-    """Write the HTML site."""
-    from reproduce.reporting import site
-
-    print(f"{site.build(args.out, args.results)} pages: {args.out / 'index.html'}")
 
 
 def run_export(args: argparse.Namespace) -> None:
@@ -99,7 +102,7 @@ def add_table(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unfinished",
         action="store_true",
-        help="run only rows that the results lack, or have of other code or settings",
+        help="run only rows that --results lacks, or has of other code or settings",
     )
     parser.add_argument(
         "--dry-run",
@@ -150,13 +153,6 @@ def add_notebooks(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_notebooks)
 
 
-def add_site(parser: argparse.ArgumentParser) -> None:
-    """The options of `site`."""
-    parser.add_argument("--out", type=Path, default=Path("site"), help="folder (default: site)")
-    parser.add_argument("--results", type=Path, default=Path("results"), help="(default: results)")
-    parser.set_defaults(run=run_site)
-
-
 def add_export(parser: argparse.ArgumentParser) -> None:
     """The options of `export-npz`."""
     parser.add_argument("samples", type=Path, help="folder of samples (run.json and shards)")
@@ -182,30 +178,65 @@ def add_reference(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=run_reference)
 
 
-# Beside the tables. Name: help, and what adds its options.
-COMMANDS = {
-    "sample": ("draw a folder of samples, by any number of processes", add_sample),
+# Beside the tables. Name: help, what adds its options, and examples without the program's name.
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], tuple[str, ...]]] = {
+    "sample": (
+        "draw a folder of samples, by any number of processes",
+        add_sample,
+        (
+            "sample --model mini-ldm4 --num-samples 1000 --out samples",
+            "sample --model mini-ldm4 --unet ldm4-w4a4 --engine cpu --num-samples 1000 --out w4a4",
+        ),
+    ),
     "export-npz": (
         "write a folder of samples as ADM's .npz (arr_0 uint8 [N, H, W, 3])",
         add_export,
+        ("export-npz samples samples.npz",),
     ),
-    "reference": ("take the reference statistics for FID once, from images", add_reference),
-    "readme": ("write the README's generated blocks", add_readme),
-    "notebooks": ("execute notebooks in place", add_notebooks),
-    "site": ("write notebooks and tables as an HTML site", add_site),
+    "reference": (
+        "take the reference statistics for FID once, from images",
+        add_reference,
+        ("reference lsun/bedrooms bedrooms.safetensors",),
+    ),
+    "readme": ("write what is generated in README.md and docs/", add_readme, ()),
+    "notebooks": (
+        "execute notebooks in place",
+        add_notebooks,
+        ("notebooks notebooks/00_tour.ipynb",),
+    ),
 }
+
+# Of a table: what is said of its command, with examples.
+TABLE_EXAMPLES = (
+    "{table} --scale smoke            # a minute, to see that it runs",
+    "{table}                          # at mini scale, on two CPU cores",
+    "{table} --stored                 # from the results that are there",
+    "{table} --scale paper --dry-run  # what it needs, and how many GPU hours",
+)
 
 
 def parser() -> arguments.Parser:
     """The parser of `python -m reproduce`."""
+    program = "python -m reproduce"
+
+    def written(examples: Iterable[str], table: str = "table3") -> list[str]:
+        return [f"{program} {example.format(table=table)}" for example in examples]
+
     whole = arguments.Parser(
-        prog="python -m reproduce", description="Reproduce the paper's tables and figures."
+        prog=program,
+        description="Reproduce the paper's tables and figures.",
+        examples=written(TABLE_EXAMPLES),
     )
+    arguments.add_version(whole)
     commands = whole.add_subparsers(dest="command", required=True, metavar="TABLE or COMMAND")
     for name, table in all_tables().items():
-        add_table(commands.add_parser(name, help=table.title, description=table.title))
-    for name, (about, add_arguments) in COMMANDS.items():
-        add_arguments(commands.add_parser(name, help=about, description=about))
+        examples = written(TABLE_EXAMPLES, name)
+        add_table(
+            commands.add_parser(name, help=table.title, description=table.title, examples=examples)
+        )
+    for name, (about, add_options, own) in COMMANDS.items():
+        examples = written(own)
+        add_options(commands.add_parser(name, help=about, description=about, examples=examples))
     return whole
 
 

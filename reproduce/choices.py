@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, unknown
 from questlib.integer.engines import ENGINES as INTEGER_ENGINES
+from reproduce.parameters import check_parameters
 from reproduce.scales import SCALES
 
 FEATURES = ("mini", "inception")
@@ -31,7 +32,10 @@ class Option:
 
     help: str
     read: Callable[[Any], Any]
-    """From a command line's text or a notebook's value; ValueError says what was expected."""
+    """From a value in Python, as a notebook has it; ValueError says what was expected."""
+
+    parse: Callable[[str], Any] = str
+    """From a command line's text; ValueError likewise."""
 
     values: tuple[str, ...] = ()
     """What is allowed; without any, everything is."""
@@ -56,23 +60,38 @@ def _text(value: Any) -> str:
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    """From "a,b" or ["a", "b"]."""
-    names = tuple(value.split(",") if isinstance(value, str) else value)
-    if not names or not all(isinstance(name, str) and name for name in names):
+    """From ["a", "b"]."""
+    if not _is_list_of(str, value) or not all(value):
+        raise ValueError('a list of names, such as ["a", "b"]')
+    return tuple(value)
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    """From [0, 1]."""
+    if not _is_list_of(int, value):
+        raise ValueError("a list of whole numbers, such as [0, 1]")
+    return tuple(value)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    """Whether `value` has items, all of this very type: True is no number here."""
+    return isinstance(value, list | tuple) and len(value) > 0 and {kind} == set(map(type, value))
+
+
+def _split_names(text: str) -> list[str]:
+    """From "a,b"."""
+    names = text.split(",")
+    if not all(names):
         raise ValueError("at least one name, separated by commas")
     return names
 
 
-def _numbers(value: Any) -> tuple[int, ...]:
-    """From "0,1" or [0, 1]."""
+def _split_numbers(text: str) -> list[int]:
+    """From "0,1"."""
     try:
-        return tuple(int(number) for number in _items(value))
-    except (TypeError, ValueError):
+        return [int(number) for number in text.split(",")]
+    except ValueError:
         raise ValueError("whole numbers separated by commas") from None
-
-
-def _items(value: Any) -> list[Any]:
-    return value.split(",") if isinstance(value, str) else list(value)
 
 
 def _flag(value: Any) -> bool:
@@ -96,29 +115,42 @@ def _choice(default: Any, help: str, read: Callable[[Any], Any] = _text, **about
 class Choices:
     """The choices about one run of a table.
 
-    On a command line `keep_seeds` is `--keep-seeds`, in a notebook it is `KEEP_SEEDS`. Lists may
-    be given as such or as text with commas. None stands for the default.
+    On a command line `keep_seeds` is `--keep-seeds`, in a notebook it is `KEEP_SEEDS`. Lists are
+    text with commas on a command line, and lists in Python. None stands for the default.
 
     Raises:
         ConfigError: a value of another type, or one that is not among those allowed.
 
     Example:
-        >>> Choices(scale="smoke", seeds="0,1").command("table3")
+        >>> Choices(scale="smoke", seeds=[0, 1]).command("table3")
         'python -m reproduce table3 --scale smoke --seeds 0,1'
     """
 
     scale: str = _choice("mini", ", ".join(SCALES), values=tuple(SCALES), always=True)
     rows: tuple[str, ...] | None = _choice(
-        None, "ids of some of the table's rows, separated by commas (default: all)", _names
+        None,
+        "ids of some of the table's rows, separated by commas (default: all)",
+        _names,
+        parse=_split_names,
     )
     seeds: tuple[int, ...] | None = _choice(
-        None, "numbers separated by commas (default: the scale's)", _numbers, for_a_run=True
+        None,
+        "numbers separated by commas (default: the scale's)",
+        _numbers,
+        parse=_split_numbers,
+        for_a_run=True,
     )
     keep_seeds: bool = _choice(
-        False, "keep the other seeds of a row's earlier result", _flag, for_a_run=True
+        False,
+        "keep the other seeds that the row has in --results",
+        _flag,
+        for_a_run=True,
     )
     stored: bool = _choice(
-        False, "show the rows that the results have and run nothing: a minute at any scale", _flag
+        False,
+        "run nothing, show rows that are there: those in --results, or the published ones where it "
+        "has none of this table at this scale",
+        _flag,
     )
     features: str | None = _choice(
         None,
@@ -149,9 +181,10 @@ class Choices:
     )
     results: Path | None = _choice(
         None,
-        "folder of the result files, tables and notebooks",
+        "folder of your result files, tables and notebooks; the published ones are in results/, "
+        "which only --results results writes",
         _path,
-        on_command_line="results",
+        on_command_line="runs/results",
         in_command=False,
     )
     work: Path | None = _choice(
@@ -179,16 +212,15 @@ class Choices:
             names: the notebook's `globals()`. What is not in upper case is not looked at.
 
         Raises:
-            ConfigError: an upper-case name that is no choice, or a value that is not allowed.
+            ConfigError: an upper-case name that is no choice, a choice in lower case, a name that
+                papermill set and that is no choice, or a value that is not allowed.
         """
         known = {field.name.upper(): field.name for field, _ in _options()}
+        check_parameters(names, known)
         given = {name: value for name, value in names.items() if name.isupper()}
         for name in given:
             if name not in known:
-                raise ConfigError(
-                    f"notebook: upper-case names are choices, expected {', '.join(known)}, "
-                    f"found {name}"
-                )
+                raise unknown("upper-case names are parameters", name, known)
         return cls(**{known[name]: value for name, value in given.items()})
 
     def parameters(self, set_there: Collection[str]) -> dict[str, Any]:
@@ -241,8 +273,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def from_arguments(args: argparse.Namespace) -> Choices:
-    """The choices of a parsed command line."""
-    return Choices(**{field.name: getattr(args, field.name) for field, _ in _options()})
+    """The choices of a parsed command line.
+
+    Raises:
+        ConfigError: a value that is not allowed.
+    """
+    values = {field.name: getattr(args, field.name) for field, _ in _options()}
+    for field, option in _options():
+        if isinstance(values[field.name], str):
+            values[field.name] = _read(field.name, option.parse, values[field.name])
+    return Choices(**values)
 
 
 def _options() -> list[tuple[dataclasses.Field[Any], Option]]:
@@ -251,13 +291,17 @@ def _options() -> list[tuple[dataclasses.Field[Any], Option]]:
 
 def _checked(name: str, option: Option, value: Any) -> Any:
     """The value as the field has it."""
-    try:
-        read = option.read(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{name}: expected {error}, found {value!r}") from error
+    read = _read(name, option.read, value)
     if option.values and read not in option.values:
-        raise ConfigError(f"{name}: expected one of {', '.join(option.values)}, found {read!r}")
+        raise unknown(name, read, option.values)
     return read
+
+
+def _read(name: str, read: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return read(value)
+    except ValueError as error:
+        raise ConfigError(f"{name}: expected {error}, found {value!r}") from error
 
 
 def _written(value: Any) -> str:

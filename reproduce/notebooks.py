@@ -12,17 +12,21 @@ import papermill
 from nbclient import NotebookClient
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 
 from questlib.diffusion.sampling import image_size
 from questlib.errors import ConfigError
 from questlib.files import atomic_path
 from questlib.integer.engines import choose_engine
 from reproduce import timing
+from reproduce.choices import Choices
 from reproduce.evaluation.clip_score import coco_prompts, load_clip
 from reproduce.evaluation.features import InceptionFeatures, MiniFeatures
 from reproduce.evaluation.reference import open_reference
 from reproduce.kept_seeds import kept_result
 from reproduce.models.loading import load_pipeline
+from reproduce.opening import repository, write_opening
 from reproduce.pipeline import is_current
 from reproduce.plan import Plan
 from reproduce.provenance import ROOT
@@ -43,11 +47,6 @@ def preflight(plan: Plan) -> None:
         QuestError: one of these is not so.
     """
     if plan.choices.stored:
-        if plan.table.opens_checkpoints:
-            raise ConfigError(
-                f"--stored: {plan.table.notebook} opens the rows' checkpoints, run them: "
-                f"make {plan.table.target}"
-            )
         return
     check_other_rows(plan)
     rows = [row for row in plan.rows if plan.missing(row) is None]
@@ -112,7 +111,10 @@ def run(plan: Plan) -> TableResults:
 
 
 def execute(plan: Plan) -> None:
-    """Execute the plan's notebook by papermill; keep it beside the results as .ipynb and .html."""
+    """Execute the plan's notebook by papermill; keep it beside the results as .ipynb and .html.
+
+    The kept notebook shows, where it lies, the rows beside it.
+    """
     source = NOTEBOOKS / plan.table.notebook
     target = plan.folder / plan.table.notebook
     there = plan.choose(results=plan.results.resolve(), work=plan.work.resolve())
@@ -129,7 +131,19 @@ def execute(plan: Plan) -> None:
         stdout_file=sys.stderr,
         stderr_file=sys.stderr,
     )
-    notebook = without_machine(nbformat.read(partial, as_version=4), plan)
+    shown = Choices(
+        scale=plan.scale.name,
+        rows=plan.choices.rows,
+        engine=plan.choices.engine,
+        stored=True,
+        results=Path("../.."),
+    )
+    made = parameterize_notebook(
+        load_notebook_node(str(partial)),
+        shown.parameters(["SCALE"]),
+        comment="Opened again, this notebook shows the rows beside it.",
+    )
+    notebook = without_machine(made, plan)
     _write(target, nbformat.writes(notebook) + "\n")
     _write(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
     partial.unlink()
@@ -164,7 +178,7 @@ def _drop_stderr(cell: NotebookNode) -> None:
 
 
 def execute_in_place(paths: list[Path]) -> None:
-    """Run notebooks with their own defaults (smoke scale) and keep the outputs in them.
+    """Run notebooks with their own parameters and keep the outputs in them.
 
     Raises:
         ConfigError: a path that is no file.
@@ -175,6 +189,7 @@ def execute_in_place(paths: list[Path]) -> None:
     for path in paths:
         print(f"executing {path.name}", file=sys.stderr)
         notebook = nbformat.read(path, as_version=4)
+        write_opening(notebook, path.name, repository())
         NotebookClient(
             notebook,
             timeout=1200,

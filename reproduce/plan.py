@@ -1,8 +1,11 @@
-"""A plan: one table at one scale, with all choices checked before any long work."""
+"""A plan: one table at one scale, with all choices checked before any long work.
+
+Results lie in two places. `PUBLISHED` holds those that come with the package, and is only read. A
+run writes into a folder of its own, runs/results, unless a maintainer names `PUBLISHED`.
+"""
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from questlib.files import check_writable
 from reproduce.choices import Choices, option_name
 from reproduce.datasets import DATASETS, Setting
 from reproduce.models.embedded import embedded_models
+from reproduce.provenance import ROOT
 from reproduce.scales import Scale, get_scale
 from reproduce.store import check_store
 from reproduce.tables.base import Row, Table
@@ -20,6 +24,9 @@ from reproduce.tables.registry import get_table
 
 # Sampling uses seed + 1000, and `questlib.diffusion.sampling` keeps noise distinct below 2000.
 MAX_SEED = 999
+
+PUBLISHED = ROOT / "results"
+WORK = ROOT / "runs"  # where nothing else is chosen: in a notebook, wherever it lies
 
 
 @dataclass(frozen=True)
@@ -48,24 +55,53 @@ class Plan:
 
     @property
     def results(self) -> Path:
-        """Folder of the result files of all tables."""
-        return self.choices.results or Path("results")
+        """Folder of the result files of all tables that this plan writes."""
+        return self.choices.results or self.work / "results"
 
     @property
     def work(self) -> Path:
         """Folder of the stages' artifacts."""
-        return self.choices.work or Path("work")
+        return self.choices.work or WORK
 
     @property
     def folder(self) -> Path:
-        """Folder of this table's results; each engine has its own."""
+        """Folder that this table's results are written to; each engine has its own."""
+        return self.results / self._place
+
+    @property
+    def source(self) -> Path:
+        """Folder that this table's rows are read from.
+
+        It is `folder`. With `stored` it is the published one where no folder of results was
+        chosen, or where that has no row.
+        """
+        choices = self.choices
+        own = not choices.stored or (choices.results is not None and self._has_rows(self.folder))
+        return self.folder if own else PUBLISHED / self._place
+
+    @property
+    def _place(self) -> Path:
         engine = self.choices.engine
         name = self.table.name if engine == "fake" else f"{self.table.name}-{engine}"
-        return self.results / self.scale.name / name
+        return Path(self.scale.name, name)
+
+    def _has_rows(self, folder: Path) -> bool:
+        return any((folder / f"{row.id}.json").is_file() for row in self.table.rows)
+
+    @property
+    def is_published(self) -> bool:
+        """Whether the rows are read from the published results."""
+        return self.source.resolve() == (PUBLISHED / self._place).resolve()
+
+    @property
+    def published(self) -> Plan | None:
+        """The plan that reads the same rows of the published results; None where it has none."""
+        plan = self.choose(results=PUBLISHED, stored=False)
+        return plan if plan._has_rows(plan.folder) else None
 
     def row_file(self, row: str) -> Path:
         """Where the result of the row with this id is kept."""
-        return self.folder / f"{row}.json"
+        return self.source / f"{row}.json"
 
     @property
     def as_it_is(self) -> bool:
@@ -81,7 +117,8 @@ class Plan:
     @property
     def words(self) -> str:
         """The plan in one line."""
-        what = "shown from their results" if self.choices.stored else "to run"
+        whose = "the published ones" if self.is_published else "your own"
+        what = f"shown, {whose}" if self.choices.stored else "to run"
         return f"{self.table.title}: {len(self.table.rows)} rows, {len(self.rows)} {what}"
 
     def setting(self, row: Row) -> Setting:
@@ -143,8 +180,7 @@ def make_plan(table: str, choices: Choices | None = None, *, dry: bool = False) 
 
     Args:
         table: name of a table.
-        choices: what was chosen (default: nothing). `results` or `work` None become folders in a
-            new temporary folder.
+        choices: what was chosen (default: nothing).
         dry: nothing will be written, so that no folder is made or tried.
 
     Raises:
@@ -162,7 +198,8 @@ def make_plan(table: str, choices: Choices | None = None, *, dry: bool = False) 
     if choices.stored and (useless := choices.chosen_for_a_run()):
         raise ConfigError(
             "--stored: rows are shown as they are, nothing is run; "
-            f"expected no {', '.join(map(option_name, useless))}"
+            f"expected no {', '.join(map(option_name, useless))} (a notebook runs rows with "
+            "STORED = False)"
         )
     _check_files(plan)
     for row in plan.rows:
@@ -171,12 +208,13 @@ def make_plan(table: str, choices: Choices | None = None, *, dry: bool = False) 
             plan.config(row, plan.seeds[0])  # an unknown key in a scale or a table shows here
     if dry:
         return plan
-    if not (choices.results and choices.work):
-        temporary = Path(tempfile.mkdtemp(prefix="quest-"))
-        plan = plan.choose(
-            results=choices.results or temporary / "results",
-            work=choices.work or temporary / "work",
+    if choices.stored and not plan._has_rows(plan.source):
+        raise ConfigError(
+            f"--stored: expected rows of {plan.table.name} at {plan.scale.name} scale, found none, "
+            f"neither your own nor published ones; run them: {plan.choose(stored=False).command}"
         )
+    if choices.stored and choices.results is None:
+        return plan  # writes nothing
     check_writable(plan.folder)
     check_writable(plan.work)
     check_store(plan.work)

@@ -12,11 +12,11 @@ import argparse
 import torch
 
 from questlib import arguments, from_pretrained
+from questlib.diffusion.drawing import Drawing
 from questlib.distributed import device, processes, use_full_float32
 from questlib.errors import ConfigError
 from questlib.files import check_writable
 from questlib.integer.engines import CPU_ENGINES
-from reproduce.evaluation.drawing import Drawing
 from reproduce.evaluation.samples import write_samples
 from reproduce.models.loading import load_pipeline
 

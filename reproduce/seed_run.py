@@ -17,13 +17,13 @@ from PIL import Image
 
 import questlib
 from questlib.diffusion import digests
+from questlib.diffusion.drawing import Samples
 from questlib.distributed import device, use_full_float32
 from questlib.integer.engines import CPU_ENGINES
 from questlib.versions import versions
 from reproduce.datasets import Setting
 from reproduce.evaluation import clip_score, drawing, metrics
 from reproduce.evaluation.features import MINI_FEATURES, inception_weights
-from reproduce.evaluation.samples import Samples
 from reproduce.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, Provenance, processors
@@ -197,7 +197,8 @@ class SeedRun:
         """Where presets and bits that agree on ranges and rounded weights share them."""
         if not self.plan.table.shares:
             return None
-        key = {"calibration": calibration.hash, "versions": versions("ranges", "adaround", "act_recon")}
+        stages = versions("ranges", "adaround", "act_recon")
+        key = {"calibration": calibration.hash, "versions": stages}
         return self.store.artifact("quantize", key).folder
 
     def draw(self, artifact: Artifact, unet: Any) -> Samples:

@@ -10,6 +10,7 @@ from reproduce.plan import Plan
 from reproduce.provenance import Provenance
 from reproduce.results import Conditions, Model, Result, ResultError, Status
 from reproduce.tables.base import Row, Table
+from reproduce.tables.methods import QUEST_PRESETS
 
 
 def public_name(name: str) -> str:
@@ -126,6 +127,22 @@ class TableResults:
 
     def __getitem__(self, row_id: str) -> Result:
         return self.results[row_id]
+
+    def ordered(self) -> list[tuple[Row, Result]]:
+        """The rows as they are shown: at each data set and bits ours first, then QuEST's others.
+
+        Rows of a table that compares no methods stay in its order.
+        """
+        groups = list(dict.fromkeys((row.dataset, row.bits) for row in self.table.rows))
+        others = set(QUEST_PRESETS.values())
+
+        def place(found: tuple[Row, Result]) -> tuple[int, int]:
+            row = found[0]
+            rank = 0 if row.ours else 1 if row.label in others else 2
+            return groups.index((row.dataset, row.bits)), rank
+
+        compares = any(row.ours for row in self.table.rows)
+        return sorted(self, key=place) if compares else list(self)
 
     @property
     def done(self) -> list[tuple[Row, Result]]:

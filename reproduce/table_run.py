@@ -7,18 +7,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from questlib.config import QuantConfig
 from questlib.quantization.roles import layer_kind, layer_roles
+from reproduce.agreement import compare_with_published
 from reproduce.choices import Choices
-from reproduce.figures import figure2, plots
+from reproduce.figures import figure2, plots, strips
 from reproduce.pipeline import run_row
-from reproduce.plan import Plan, make_plan
-from reproduce.reporting import report
+from reproduce.plan import PUBLISHED, Plan, make_plan
+from reproduce.reporting import report, run_times, what_we_see
 from reproduce.seed_run import load
 from reproduce.table_results import TableResults
+from reproduce.verdicts import LEGEND
 
 
 class TableRun:
@@ -47,8 +50,9 @@ class TableRun:
 
     @property
     def words(self) -> str:
-        """What will be run, in one line."""
-        return self.plan.words
+        """What will be run or shown, and how long a new run of all rows takes."""
+        took = run_times.table_time(self.plan.table.name, PUBLISHED)
+        return f"{self.plan.words}\nA new run at mini scale: {took.words}, on {took.machine}."
 
     def __repr__(self) -> str:
         return self.words
@@ -78,10 +82,18 @@ class TableRun:
     # ---- the run ----
 
     def execute(self) -> None:
-        """Make all rows, with a progress bar, and write the table's files."""
-        for row in tqdm(self.plan.rows, desc=self.plan.table.name):
-            run_row(row, self.plan)
-        self._results = report.finish(self.plan)
+        """Make all rows, with a progress bar, and write the table's files.
+
+        With `STORED = True` nothing is made and nothing is written.
+        """
+        if self.plan.choices.stored:
+            self._results = TableResults.stored(self.plan)
+        else:
+            for row in tqdm(self.plan.rows, desc=self.plan.table.name):
+                run_row(row, self.plan)
+            self._results = report.finish(self.plan)
+        counts = (f"{count} {status}" for status, count in self.statuses().items())
+        print(f"{len(self.plan.rows)} rows: {', '.join(counts)}")
 
     @property
     def results(self) -> TableResults:
@@ -102,14 +114,23 @@ class TableRun:
         """Paper and ours side by side, with the verdict on each row."""
         return report.side_by_side(self.results)
 
+    def agreement(self) -> Markdown:
+        """How the numbers of your own run compare with the published ones."""
+        found = compare_with_published(self.results)
+        return Markdown("These are the published numbers." if found is None else found.markdown())
+
+    def findings(self) -> Markdown:
+        """What the numbers say, in words that the numbers choose."""
+        return Markdown(what_we_see.of_table(self.results))
+
     def conditions(self) -> None:
-        """Print how the numbers were made, why rows have none, and at which commits."""
+        """Print how the numbers were made, why rows have none, at which commits; and the signs."""
         results = self.results
         lines = [report.conditions(results), *report.reasons(results), report.made_by(results)]
-        print("\n".join(lines))
+        print("\n".join([*lines, f"{LEGEND}."]))
 
     def metric_figure(self, metric: str = "fid", dataset: str | None = None) -> Figure:
-        """The paper's numbers and ours as bars.
+        """The paper's numbers and those from here, each row a dot with its spread.
 
         Args:
             dataset: only rows of this data set; None: all.
@@ -117,12 +138,16 @@ class TableRun:
         return plots.metric_figure(self.results, metric, report.HEADS[metric], dataset)
 
     def cost_figure(self) -> Figure:
-        """Seconds of the quantizing stages."""
+        """Minutes of the quantizing stages."""
         return plots.cost_figure(self.results)
 
     def rows_figure(self, base: str) -> Figure:
         """FID and distance to full precision of every row; a line marks the row `base`."""
         return plots.rows_figure(self.results, base)
+
+    def difference_figure(self, base: str) -> Figure:
+        """What each change of the row `base` does: differences from it, sorted."""
+        return plots.difference_figure(self.results, base)
 
     def sensitivity_figure(self) -> Figure:
         """FID and distance to full precision over activation bits, a line a kind of layer."""
@@ -130,7 +155,7 @@ class TableRun:
 
     def picture(self) -> Figure:
         """Samples of the table's chosen rows, all from the same noise."""
-        return plots.picture(self.results)
+        return strips.picture(self.results)
 
     def input_ranges(self) -> figure2.InputRanges:
         """Figure 2: what layers receive. The rows must have been run, by `execute` for example."""

@@ -32,6 +32,10 @@ class Order(StrEnum):
 
 MEASURED_ORDERS = (Order.BETTER, Order.WORSE, Order.UNCLEAR)
 
+# In a table's column, and what explains them there.
+SIGNS = {Order.BETTER: "▲", Order.WORSE: "▼", Order.UNCLEAR: "="}
+LEGEND = "▲ better, ▼ worse, = no difference beyond the spread over seeds; ✓ as in the paper, ✗ not"
+
 
 class Remark(StrEnum):
     """What limits a verdict."""
@@ -64,6 +68,12 @@ class Verdict:
     def measured(self) -> bool:
         """Whether two numbers were compared."""
         return self.order in MEASURED_ORDERS
+
+    @property
+    def sign(self) -> str:
+        """The verdict as in a table: one sign for the order, one for the paper's; `LEGEND`."""
+        agrees = {True: " ✓", False: " ✗", None: ""}[self.agrees]
+        return f"{SIGNS[self.order]}{agrees}" if self.measured else ""
 
     def __str__(self) -> str:
         """The verdict as a sentence."""

@@ -52,13 +52,14 @@ FLOORS: dict[str, list[set[str]]] = {
         {"evaluation"},
         # The embedded models are measured when they are trained.
         {"models.minis", "models.__main__"},
-        {"scales", "datasets", "choices", "unet_counts"},
+        {"scales", "datasets", "choices", "parameters", "unet_counts"},
         {"tables"},
-        {"plan", "results", "verdicts", "kept_seeds", "table_results", "timing"},
+        {"plan", "results", "verdicts", "kept_seeds", "table_results", "timing", "agreement"},
         {"pipeline", "sample", "seed_run"},
         {"figures"},
         {"reporting"},
-        {"estimate", "table_run", "notebooks"},
+        {"estimate", "table_run", "opening"},
+        {"notebooks"},
         {"__init__", "__main__"},
     ],
 }
@@ -264,8 +265,6 @@ for name in questlib.__all__:
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from questlib.diffusion.loading import find_loader
-
 torch.manual_seed(0)
 unet = UNet2DModel(
     sample_size=8,
@@ -278,7 +277,7 @@ unet = UNet2DModel(
 )
 DDIMPipeline(unet, DDIMScheduler()).save_pretrained("pipeline")
 assert "reproduce" not in sys.modules
-pipe = find_loader()("pipeline")
+pipe = questlib.load_pipeline("pipeline")
 
 config = questlib.QuantConfig.preset(
     "quest", adaround_iters=2, tla_iters=2, cma_iters=2, batch_size=2, recon_samples=4

@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-from questlib.diffusion import loading
+import questlib
 from questlib.diffusion.digests import model_digest
-from questlib.diffusion.loading import find_loader
 from questlib.errors import CheckpointError, ConfigError
 from reproduce.models.loading import MINI, embedded_models, load_pipeline
 from reproduce.models.minis.architectures import MINI_MODELS
@@ -89,7 +88,7 @@ def test_folder_and_digest(pipe, tmp_path):
 
 
 def test_unknown_name_names_the_known_ones():
-    with pytest.raises(ConfigError, match="mini-ldm4"):
+    with pytest.raises(ConfigError, match="embedded: mini-cifar, .*; did you mean 'mini-ldm"):
         load_pipeline("mini-ldm5")
 
 
@@ -116,15 +115,17 @@ def test_hub_id_that_cannot_be_had(monkeypatch):
         load_pipeline("no-such-owner/no-such-model")
 
 
-def test_the_command_line_knows_the_embedded_models():
+def test_the_library_knows_the_embedded_models():
     """`reproduce` registers its loader as an entry point."""
-    assert find_loader() is load_pipeline
-    assert type(find_loader()("mini-ldm4")).__name__ == "LDMPipeline"
+    assert type(questlib.load_pipeline("mini-ldm4")).__name__ == "LDMPipeline"
 
 
 def test_without_a_package_that_ships_models(monkeypatch):
+    """Folders can be loaded; a name is none."""
     monkeypatch.setattr(sys, "path", [])  # nothing is installed
-    assert find_loader() is loading.load_pipeline
+    assert questlib.load_pipeline(MINI / "mini-ldm4").unet.training is False
+    with pytest.raises(ConfigError, match="expected a diffusers folder or a hub id owner/name$"):
+        questlib.load_pipeline("mini-ldm4")
 
 
 def test_another_package_ships_models(tmp_path, monkeypatch):
@@ -134,4 +135,4 @@ def test_another_package_ships_models(tmp_path, monkeypatch):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: zoo\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text("[questlib.pipelines]\nzoo = zoo:load\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert find_loader()("mini-lion") == "mini-lion of the zoo"
+    assert questlib.load_pipeline("mini-lion") == "mini-lion of the zoo"

@@ -22,8 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = SETTINGS["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-DEV = [requirement for requirement in EXTRAS["dev"] if requirement != "questlib[reproduce]"]
-ALL = [*PROJECT["dependencies"], *EXTRAS["reproduce"], *DEV]
+OTHERS = "questlib[reproduce,docs]"
+DEV = [requirement for requirement in EXTRAS["dev"] if requirement != OTHERS]
+ALL = [*PROJECT["dependencies"], *EXTRAS["reproduce"], *EXTRAS["docs"], *DEV]
 PINS = {
     canonicalize_name(line.split("==")[0]): line.strip().split("==")[1]
     for line in (ROOT / "constraints.txt").read_text().splitlines()
@@ -39,8 +40,8 @@ def test_every_dependency_is_pinned_within_its_range(requirement):
     assert wanted.specifier.contains(version(wanted.name), prereleases=True)
 
 
-def test_developers_have_what_the_reproduction_needs():
-    assert "questlib[reproduce]" in EXTRAS["dev"]
+def test_developers_have_what_the_reproduction_and_the_site_need():
+    assert OTHERS in EXTRAS["dev"]
 
 
 def test_constraints_name_no_host_and_no_path():
@@ -113,25 +114,6 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-TARGET = re.compile(r"\bmake ([a-z][a-z0-9-]*)(?![\w-])")
-
-
-def targets_named_in(file: str) -> set[str]:
-    """What follows "make" where a file has it as code: `make X`, an indented line, a step's run."""
-    lines = (ROOT / file).read_text().splitlines()
-    code = [line for line in lines if line.startswith("    ") or "run:" in line]
-    spans = re.findall(r"`([^`\n]*)`", "\n".join(lines))
-    return {name for text in (*code, *spans) for name in TARGET.findall(text)}
-
-
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", ".github/workflows/ci.yml"])
-def test_every_make_target_that_is_named_resolves(file):
-    named = targets_named_in(file)
-    assert named, f"{file} names no target of make"
-    for target in sorted(named):
-        make("-n", target, "SCALE=smoke")
-
-
 def test_every_make_target_of_help_resolves():
     for target in re.findall(r"^  make ([a-z0-9-]+) ", make("help").stdout, re.M):
         make("-n", target, "SCALE=smoke")
@@ -193,18 +175,21 @@ def test_make_and_the_driver_set_the_same_environment(name):
         assert os.environ[name] == ""
 
 
+SMOKE = '--scale smoke --results "runs/results"'
+
+
 def test_every_table_has_its_target():
     tables = all_tables()
     for name, table in tables.items():
-        assert make_plan_of(table.target) == [f"{name} --scale smoke"]
+        assert make_plan_of(table.target) == [f"{name} {SMOKE}"]
     assert sorted(make_plan_of("reproduce-all")) == sorted(
-        f"{name} --scale smoke" for name, t in tables.items() if t.in_paper
+        f"{name} {SMOKE}" for name, t in tables.items() if t.in_paper
     )
     assert make_plan_of("reproduce-table3") == [
-        "table3 --scale smoke",
-        "table3-churches --scale smoke",
+        f"table3 {SMOKE}",
+        f"table3-churches {SMOKE}",
     ]
-    assert make_plan_of("reproduce-table4") == ["table4 --scale smoke"]
+    assert make_plan_of("reproduce-table4") == [f"table4 {SMOKE}"]
 
 
 @pytest.mark.parametrize("number", [3, 4, 5])
@@ -243,4 +228,4 @@ def test_make_uses_the_active_environment(tmp_path, active, expected):
     )
     last = plan.stdout.strip().splitlines()[-1]
     used = tmp_path if expected else ROOT / ".venv"
-    assert last == f'"{used}/bin/python" -m reproduce table2 --scale mini'
+    assert last == f'"{used}/bin/python" -m reproduce table2 --scale mini --results "runs/results"'

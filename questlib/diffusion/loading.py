@@ -19,26 +19,40 @@ import questlib.diffusion.unets  # noqa: F401
 from questlib.errors import CheckpointError, ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-LOADERS = "questlib.pipelines"  # a group of entry points, see `find_loader`
+LOADERS = "questlib.pipelines"  # a group of entry points, see `load_pipeline`
 
 Loader = Callable[[str], DiffusionPipeline]
 
 
-def find_loader() -> Loader:
-    """The function that loads a pipeline by its name, for the command line.
+def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:
+    """A diffusers pipeline in float32 and eval mode.
 
-    A package that ships models of its own, as `reproduce` does, registers a loader as an entry
-    point of the group `questlib.pipelines`. The first one by name is used. Without any,
-    `load_pipeline` is: folders and hub ids.
+    A package that ships models of its own, as `reproduce` does with "mini-ldm4" and others,
+    registers a loader as an entry point of the group `questlib.pipelines`. The first one by name
+    is used. Without any, folders and hub ids can be loaded (`read_pipeline`).
+
+    Args:
+        name_or_path: a shipped model's name, a diffusers folder, or a hub id owner/name.
+
+    Raises:
+        ConfigError: none of these.
+        CheckpointError: a folder that cannot be read.
+
+    Example:
+        >>> pipe = questlib.load_pipeline("mini-ldm4")
     """
+    return _find_loader()(str(name_or_path))
+
+
+def _find_loader() -> Loader:
     loaders = sorted(importlib.metadata.entry_points(group=LOADERS), key=lambda e: e.name)
-    return loaders[0].load() if loaders else load_pipeline
+    return loaders[0].load() if loaders else read_pipeline
 
 
-def load_pipeline(
+def read_pipeline(
     name_or_path: str | Path, classes: Mapping[str, type[DiffusionPipeline]] | None = None
 ) -> DiffusionPipeline:
-    """A diffusers pipeline in float32 and eval mode.
+    """A diffusers pipeline of a folder or the hub, in float32 and eval mode.
 
     An existing folder is read as it is, without a network; "owner/name" is looked up on the
     Hugging Face hub or in its local cache.
@@ -51,7 +65,7 @@ def load_pipeline(
         CheckpointError: a folder that cannot be read.
 
     Example:
-        >>> pipe = load_pipeline("CompVis/ldm-celebahq-256")
+        >>> pipe = read_pipeline("CompVis/ldm-celebahq-256")
     """
     name = str(name_or_path)
     if Path(name).is_dir():

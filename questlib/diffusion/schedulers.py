@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, unknown
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -72,7 +72,7 @@ def make_scheduler(
         ConfigError: another name, or a config without betas.
     """
     if sampler not in SAMPLERS:
-        raise ConfigError(f"sampler: expected one of {', '.join(SAMPLERS)}, found {sampler!r}")
+        raise unknown("sampler", sampler, SAMPLERS)
     scheduler = getattr(pipe_or_config, "scheduler", pipe_or_config)
     config = getattr(scheduler, "config", scheduler)
     if not {"beta_start", "beta_end"} <= set(config):

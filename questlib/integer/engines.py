@@ -10,7 +10,7 @@ Importing this module loads neither torch nor any kernel.
 
 from __future__ import annotations
 
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, unknown
 from questlib.integer.cpu.engine import CPU, REFERENCE
 from questlib.integer.interface import Engine
 from questlib.integer.triton.engine import TRITON
@@ -52,6 +52,6 @@ def choose_engine(name: str) -> Engine:
     elif name in ENGINES:
         engine = ENGINES[name]
     else:
-        raise ConfigError(f"engine: expected one of {', '.join(ENGINES)}, auto, found {name!r}")
+        raise unknown("engine", name, (*ENGINES, "auto"))
     engine.check()
     return engine

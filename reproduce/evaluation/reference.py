@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
 from questlib.errors import MetricError
+from questlib.files import atomic_path
 from reproduce.evaluation.adm import Moments, read_npz
 from reproduce.evaluation.features import MiniFeatures, load_extractor
 from reproduce.evaluation.image_statistics import (
@@ -163,7 +164,8 @@ def save_reference(real: Statistics, path: Path, features: str) -> None:
             tensors[f"{name}_mean"] = torch.from_numpy(mean).contiguous()
             tensors[f"{name}_cov"] = torch.from_numpy(covariance).contiguous()
     height, width = real.size
-    save_file(tensors, path, {"features": features, "size": f"{height}x{width}"})
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, {"features": features, "size": f"{height}x{width}"})
 
 
 def check_features(reference: Path, features: str) -> tuple[int, int]:

@@ -18,27 +18,20 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
+from questlib.diffusion.drawing import Samples
 from questlib.diffusion.sampling import index_ranges
 from questlib.errors import QuestError
 from questlib.files import atomic_path
 
 # What a finished folder does not need: locks, and what killed processes were writing.
 LEFT_OVER = ("*.lock", "*.safetensors.*.tmp", "run.json.*.tmp")
-
-
-class Samples(NamedTuple):
-    """Samples in the order of their indices."""
-
-    images: torch.Tensor  # uint8 [N, 3, H, W]
-    latents: torch.Tensor  # float32 [N, C, h, w], before decoding
 
 
 def shard_file(folder: Path, indices: range) -> Path:

@@ -1,7 +1,6 @@
 """What layers receive, and the grids that a quantizer can lay over it (paper, Sec. 3.2, Fig. 2).
 
-Functions that measure return tensors or tables. Functions that draw return a Figure and leave
-style and colors to rcParams.
+Functions that measure return tensors or tables. Functions that draw return a Figure.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from questlib.config import Search
 from questlib.observers import VALUES_PER_TENSOR
 from questlib.quantization import carrier, primitives, range_search
 from questlib.quantization.roles import layer_roles
+from reproduce.figures import style
+from reproduce.figures.style import styled
 
 # Range searches by name: method and error norm.
 SEARCHES: dict[str, tuple[Search, float]] = {
@@ -156,15 +157,16 @@ def _grid_errors(x: torch.Tensor, levels: torch.Tensor) -> dict[str, float]:
     return {name: value.item() for name, value in found.items()}
 
 
+@styled
 def histogram_figure(values: dict[str, torch.Tensor], bits: int, title: str) -> Figure:
     """A histogram for each entry, counts on a log scale; above it each search's grid as ticks."""
     figure, places = plt.subplots(
-        1, len(values), figsize=(4 * len(values), 3), sharex=True, sharey=True, squeeze=False
+        1, len(values), figsize=(3.4 * len(values) + 1, 3), sharex=True, sharey=True, squeeze=False
     )
-    figure.suptitle(title)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     for axes, (name, x) in zip(places[0], values.items(), strict=True):
         counts, edges = np.histogram(x.numpy(), 160)
-        axes.stairs(counts, edges, fill=True, color="C0")
+        axes.stairs(counts, edges, fill=True, color=style.color(name))
         axes.set_yscale("log")
         for i, search in enumerate(SEARCHES):
             top = 0.99 - 0.08 * i  # rulers in the free space above the bars
@@ -172,17 +174,16 @@ def histogram_figure(values: dict[str, torch.Tensor], bits: int, title: str) -> 
                 grid(x.flatten(), bits, search),
                 top - 0.06,
                 top,
-                color=f"C{i + 1}",
+                color=style.color(search),
                 lw=1.5,
                 transform=axes.get_xaxis_transform(),
                 label=search,
             )
-        axes.set_title(f"{name}, std {x.std().item():.2f}")
+        axes.set_title(f"{name}\nstd {x.std().item():.2f}", fontsize=9)
         axes.set_xlabel("value")
         axes.set_ylim(0.5, counts.max() * 100)
     places[0, 0].set_ylabel("count")
-    places[0, 0].legend(title=f"{2**bits} grid values", loc="upper right", bbox_to_anchor=(1, 0.75))
-    plt.close(figure)
+    places[0, -1].legend(title=f"{2**bits} grid values", title_fontsize=8, **style.BESIDE)
     return figure
 
 
@@ -221,6 +222,7 @@ def channel_scales(
     }
 
 
+@styled
 def channel_figure(rows: torch.Tensor, bits: int, norm: float) -> Figure:
     """Ranges of input channels at the left, their scales and relative errors at the right.
 
@@ -232,30 +234,28 @@ def channel_figure(rows: torch.Tensor, bits: int, norm: float) -> Figure:
     scales = channel_scales(rows, bits, norm)
     order = scales["one a channel"][0].argsort()
     place = torch.arange(len(rows))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharex=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3), sharex=True)
     bulk_low, bulk_high = rows.quantile(torch.tensor([0.01, 0.99]), 1)[:, order]
-    left.vlines(place, rows.amin(1)[order], rows.amax(1)[order], color="C0", lw=1)
-    left.vlines(place, bulk_low, bulk_high, color="C3", lw=1.5, label="98% of the values")
-    left.set_title("range of each input channel")
+    left.vlines(place, rows.amin(1)[order], rows.amax(1)[order], color=style.GREY, lw=1)
+    left.vlines(place, bulk_low, bulk_high, color=style.BLACK, lw=1.5)
+    left.set_title("range of each input channel; dark: 98% of its values")
     left.set_ylabel("value")
-    left.legend(loc="upper left")
-    for i, (name, (scale, zero_point)) in enumerate(scales.items()):
+    for name, (scale, zero_point) in scales.items():
         rounded = primitives.fake_quant(rows, scale[:, None], zero_point[:, None], bits)
         error = (rounded - rows).square().sum() / rows.square().sum()
         right.plot(
             place,
             scale[order],
             "-" if name == "one for all" else ".",
-            color=f"C{i + 1}",
+            color=style.color(name),
             ms=4,
             label=f"{name}: error {error.item():.4f}",
         )
     right.set_title("scale of each input channel")
     right.set_ylim(0, None)
-    right.legend()
+    right.legend(**style.BESIDE)
     for axes in (left, right):
         axes.set_xlabel("channel, sorted by its scale")
-    plt.close(figure)
     return figure
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reproduce.figures.style import COLORS, STYLE
+from reproduce.figures import style
+from reproduce.figures.style import styled
 
 
 def _run(entry: dict[str, Any]) -> str:
@@ -73,10 +74,11 @@ def speed_table(result: dict[str, Any], model: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+@styled
 def engine_figure(result: dict[str, Any], model: str) -> Figure:
     """Seconds, memory and bytes on disk of one UNet step, one bar a variant.
 
-    From benchmarks/cpu_unet.py.
+    From benchmarks/cpu_unet.py. What runs in integers is in the color of quantized models.
     """
     rows = result["models"][model]["variants"]
     panels = (
@@ -84,15 +86,15 @@ def engine_figure(result: dict[str, Any], model: str) -> Figure:
         ("peak_bytes", 1e6, "peak memory, MB"),
         ("disk_bytes", 1e6, "on disk, MB"),
     )
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 3, figsize=(10, 0.9 + 0.28 * len(rows)), sharey=True)
-        for ax, (key, unit, label) in zip(axes, panels, strict=True):
-            colors = [COLORS[3] if name.startswith("w") else COLORS[0] for name in rows]
-            bars = ax.barh(list(rows), [row[key] / unit for row in rows.values()], color=colors)
-            ax.bar_label(bars, fmt="%.4g", fontsize=7, padding=2)
-            ax.set_xlabel(label)
-            ax.grid(axis="x", alpha=0.3)
-        axes[0].invert_yaxis()
-        figure.suptitle(f"{model}, batch {result['models'][model]['batch']}", fontsize=9)
-    plt.close(figure)
+    colors = [style.RED if name.startswith("w") else style.GREY for name in rows]
+    figure, places = plt.subplots(1, 3, figsize=(10, 0.9 + 0.28 * len(rows)), sharey=True)
+    for axes, (key, unit, label) in zip(places, panels, strict=True):
+        bars = axes.barh(list(rows), [row[key] / unit for row in rows.values()], color=colors)
+        axes.bar_label(bars, fmt="%.4g", fontsize=7, padding=2)
+        axes.set_xlabel(label)
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        axes.margins(x=0.15)
+    places[0].invert_yaxis()
+    places[0].set_title(f"{model}, batch {result['models'][model]['batch']}", fontsize=9)
     return figure

@@ -1,7 +1,7 @@
 """Pictures of models: samples, errors by step and by layer, losses of finetuning.
 
-Functions that measure return tensors or numbers. Functions that draw return a Figure and leave
-style and colors to rcParams. What layers receive is in `activations`.
+Functions that measure return tensors or numbers. Functions that draw return a Figure. What layers
+receive is in `activations`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.capture import capture_outputs
 from questlib.quantization.roles import TIME_ROLES, layer_roles
 from questlib.quantization.time_path import run_time_layers
+from reproduce.figures import style
+from reproduce.figures.style import styled
 
 
+@styled
 def image_grid(rows: dict[str, torch.Tensor], columns: int = 8) -> Figure:
     """A strip of images for each entry, its name above it.
 
@@ -32,9 +34,8 @@ def image_grid(rows: dict[str, torch.Tensor], columns: int = 8) -> Figure:
     for axes, (name, images) in zip(places[:, 0], rows.items(), strict=True):
         strip = images[:columns].cpu().permute(2, 0, 3, 1)  # [H, N, W, 3]
         axes.imshow(strip.flatten(1, 2).numpy(), interpolation="nearest")
-        axes.set_title(name, loc="left")
+        axes.set_title(name, fontsize=8)
         axes.axis("off")
-    plt.close(figure)
     return figure
 
 
@@ -57,6 +58,7 @@ def time_errors(student: nn.Module, teacher: nn.Module, t: torch.Tensor) -> torc
     return (own - targets).norm(dim=1) / targets.norm(dim=1)
 
 
+@styled
 def time_figure(teacher: nn.Module, students: dict[str, nn.Module], steps: torch.Tensor) -> Figure:
     """Outputs over t: the one that depends most on t at the left, the error of all at the right.
 
@@ -68,24 +70,25 @@ def time_figure(teacher: nn.Module, students: dict[str, nn.Module], steps: torch
     targets = {n: x for n, x in time_outputs(teacher, t).items() if n.endswith("time_emb_proj")}
     name = max(targets, key=lambda n: targets[n].var(0).max().item())
     channel = int(targets[name].var(0).argmax())
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3), sharex=True)
-    left.plot(t, targets[name][:, channel], color="black", label="full precision")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3), sharex=True)
+    exact = style.color("full precision")
+    left.plot(t, targets[name][:, channel], color=exact)
+    right.plot([], color=exact, label="full precision")
     for i, (label, student) in enumerate(students.items()):
-        line: dict[str, Any] = dict(color=f"C{i + 1}", lw=0.8)
-        dots: dict[str, Any] = dict(color=f"C{i + 1}", ls="", marker="o", ms=4)
+        line: dict[str, Any] = dict(color=style.color(label, i), lw=0.7, alpha=0.6)
+        dots: dict[str, Any] = dict(color=style.color(label, i), ls="", marker="o", ms=4)
         left.plot(t, time_outputs(student, t)[name][:, channel], **line)
-        left.plot(steps, time_outputs(student, steps)[name][:, channel], **dots, label=label)
+        left.plot(steps, time_outputs(student, steps)[name][:, channel], **dots)
         errors = time_errors(student, teacher, steps)
-        mean = f"mean of the dots {errors.mean().item():.3f}"
+        mean = f"mean error of the dots {errors.mean().item():.3f}"
         right.plot(t, time_errors(student, teacher, t), **line)
-        right.plot(steps, errors, **dots, label=f"{label}, {mean}")
-    left.set_title(f"{name}, channel {channel}", fontsize="medium")
-    right.set_title("relative error, all time-embedding layers")
+        right.plot(steps, errors, **dots, label=f"{label}\n{mean}")
+    left.set_title(f"{name}, channel {channel}", fontsize=9)
+    right.set_title("relative error, all time-embedding layers", fontsize=9)
     right.set_ylim(0, None)
     for axes in (left, right):
         axes.set_xlabel("time step t; dots: the sampler's steps")
-        axes.legend()
-    plt.close(figure)
+    right.legend(**style.BESIDE)
     return figure
 
 
@@ -122,31 +125,25 @@ def layer_errors(
     return {name: (error[name] / power[name]) ** 0.5 for name in names}
 
 
+@styled
 def layer_error_figure(errors: dict[str, dict[str, float]]) -> Figure:
-    """For each layer one bar of each entry, layers in the order of the model."""
+    """For each layer a dot of each entry, layers in the order of the model."""
     names = list(next(iter(errors.values())))
-    height = 0.8 / len(errors)
     place = np.arange(len(names))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.22 * len(names)))
+    figure, axes = plt.subplots(figsize=(9, 1 + 0.2 * len(names)))
     for i, (label, values) in enumerate(errors.items()):
-        axes.barh(
-            place + i * height - 0.4,
-            [values[name] for name in names],
-            height,
-            align="edge",
-            color=f"C{i + 1}",
-            label=label,
-        )
+        found = [values[name] for name in names]
+        axes.plot(found, place, "o", ms=5, color=style.color(label, i), label=label)
     axes.set_yticks(place, names, fontsize="small")
+    axes.set_xlim(0, None)
     axes.set_xlabel("relative error of the layer's output")
     axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    axes.grid(True, axis="x")
-    axes.legend()
-    plt.close(figure)
+    axes.grid(True, axis="both")
+    axes.legend(**style.BESIDE)
     return figure
 
 
+@styled
 def loss_figure(log: Sequence[Sequence[Any]]) -> Figure:
     """The losses of finetuning, a panel a stage.
 
@@ -159,14 +156,12 @@ def loss_figure(log: Sequence[Sequence[Any]]) -> Figure:
         table = np.array([entry[1:] for entry in log if entry[0] == stage])  # [n, 3]
         for column, label in ((1, f"L_{stage.upper()}"), (2, "L_G")):
             if table[:, column].any():  # a stage without a local loss logs zeros
-                axes.plot(table[:, 0], table[:, column], color=f"C{column}", lw=1, label=label)
+                axes.plot(
+                    table[:, 0], table[:, column], color=style.color(label), lw=1, label=label
+                )
         axes.set_title(f"stage {stage.upper()}")
         axes.set_xlabel("iteration")
-        axes.set_yscale("log")
+        style.logarithmic(axes, axes.yaxis)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.legend()
-    plt.close(figure)
+        axes.legend(**style.BESIDE)
     return figure

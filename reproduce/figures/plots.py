@@ -1,183 +1,287 @@
-"""Plots of a table's results: metrics beside the paper's, cost, and samples from the same noise."""
+"""Plots of a table's results: metrics beside the paper's, differences, cost, sensitivity.
+
+Rows stand one below the other, grouped by bits, each as a dot with its spread over the seeds. So
+their names need no legend, and an axis may be logarithmic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Iterable, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
-from PIL import Image
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from reproduce.figures.style import BESIDE, COLORS, STYLE
+from reproduce.figures import style
+from reproduce.figures.style import styled
 from reproduce.results import Measured, Result
 from reproduce.table_results import TableResults
-from reproduce.tables.base import FAILED, Number, Row
+from reproduce.tables.base import Number, Row
+from reproduce.tables.methods import ONE_ROW
+from reproduce.verdicts import by_seed
 
 LOG_SPAN = 10  # values that differ by more stand on a logarithmic axis
 
 # Metrics shown side by side, and their names.
 PANELS = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
 
-STAGES = ("calibrate", "ranges", "reconstruct", "finetune")
+STAGES = ("calibrate", "ranges", "reconstruct", "finetune", "correction")
 
-# Bits and method of a bar.
-Key = tuple[str, str]
-
-
-def _key(row: Row) -> Key:
-    return row.bits, row.label
+Rows = Sequence[tuple[Row, Result]]
 
 
-def _bars(
-    axes: plt.Axes,
-    rows: Sequence[Row],
-    values: Mapping[Key, Number],
-    errors: Mapping[Key, float | None],
-    title: str,
-) -> None:
-    """A group of bars for each bit-width, a bar for each method; "N/A" where generation failed."""
-    bits = list(dict.fromkeys(row.bits for row in rows))
-    methods = list(dict.fromkeys(row.label for row in rows))
-    width = 0.8 / len(methods)
-    for i, method in enumerate(methods):
-        places = np.arange(len(bits)) + (i - (len(methods) - 1) / 2) * width
-        heights = [values.get((b, method)) for b in bits]
-        axes.bar(
-            places,
-            [np.nan if h is None or isinstance(h, str) else h for h in heights],
-            width * 0.92,
-            yerr=[errors.get((b, method)) or 0 for b in bits],
-            color=COLORS[i % len(COLORS)],
-            label=method,
-            error_kw={"lw": 0.8},
-        )
-        for place, height in zip(places, heights, strict=True):
-            if height == FAILED:
-                axes.text(place, 0, FAILED, rotation=90, ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(bits)), bits)
-    axes.set_title(title)
+# ---- rows one below the other ----
 
 
+class Places:
+    """Where rows stand on the vertical axis: 0 and further down, a line for each group's bits."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+        self.of_row: dict[str, int] = {}
+        self.labels: list[tuple[int, str, bool]] = []
+        """Place, text, and whether it is a group's head."""
+        several = len({row.bits for row, _ in rows if not row.full_precision}) > 1
+        before = None
+        place = 0
+        for row, _ in rows:
+            group = "" if row.full_precision else row.bits
+            if several and group and group != before:
+                self.labels.append((place, row.bits, True))
+                place += 1
+            before = group
+            self.of_row[row.id] = place
+            self.labels.append((place, row.label, False))
+            place += 1
+        self.count = place
+
+    @property
+    def height(self) -> float:
+        """Of a figure, in inches."""
+        return 0.9 + 0.21 * max(self.count, 4)
+
+    def name(self, *panels: Axes) -> None:
+        """Write the rows' names beside the first of panels that share their vertical axis."""
+        places, names, heads = zip(*self.labels, strict=True) if self.labels else ((), (), ())
+        panels[0].set_yticks(places, names)
+        for text, head in zip(panels[0].get_yticklabels(), heads, strict=True):
+            text.set_fontweight("bold" if head else "normal")
+        panels[0].set_ylim(self.count - 0.4, -0.6)
+        for axes in panels:
+            axes.tick_params(axis="y", length=0)
+            axes.grid(True, axis="x", alpha=0.3)
+            axes.grid(False, axis="y")
+
+
+def _color(row: Row) -> str:
+    """Its method's; of a row that changes a method, or is a step towards ours, a color of that."""
+    if row.label in style.COLORS:
+        return style.COLORS[row.label]
+    if row.preset == "quest":
+        return style.VARIANT if row.overrides else style.METHODS[row.preset]
+    return style.METHODS.get(row.preset or "", style.BLACK)
+
+
+def _dot(axes: Axes, place: float, value: Number, spread: float | None, color: str) -> None:
+    """A value with its spread; what stands in place of a number is written at the right."""
+    if isinstance(value, str):
+        where = axes.get_yaxis_transform()
+        axes.text(0.99, place, value, transform=where, ha="right", va="center", color="0.4")
+    elif value is not None:
+        axes.errorbar(value, place, xerr=spread or 0, fmt="o", ms=5, lw=1.3, color=color)
+
+
+def _dots(axes: Axes, places: Places, measured: Iterable[Measured]) -> list[float]:
+    """A dot for each row that has a number. Returns the numbers."""
+    found = []
+    for (row, _), (value, spread) in zip(places.rows, measured, strict=True):
+        _dot(axes, places.of_row[row.id], value, spread, _color(row))
+        found += [] if value is None else [value]
+    return found
+
+
+def _choose_scale(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis where values lie far apart; a note where there are none."""
+    if not values:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
+        axes.set_xticks([])
+    elif max(values) > LOG_SPAN * min(values) > 0:
+        style.logarithmic(axes, axes.xaxis)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _line(axes: Axes, value: Number) -> None:
+    """A dashed line through all rows."""
+    if isinstance(value, int | float):
+        axes.axvline(value, ls="--", lw=1, color=style.BLACK, zorder=0)
+
+
+# ---- metrics ----
+
+
+@styled
 def metric_figure(
     results: TableResults, metric: str = "fid", label: str = "FID", dataset: str | None = None
 ) -> Figure:
-    """The paper's numbers at the left, ours with the spread over seeds at the right.
+    """The paper's numbers at the left, those from here with their spread at the right.
 
-    The dashed line is full precision. The two panels' scales differ.
+    The dashed line is full precision. The two panels' axes differ. The paper's one row of QuEST
+    stands between the rows of our three presets.
 
     Args:
         metric: one of `reproduce.results.METRICS`.
         label: its name in the titles.
         dataset: only rows of this data set; None: all.
     """
-    shown = [(row, r) for row, r in results if dataset in (None, row.dataset)]
-    rows = [row for row, _ in shown if not row.full_precision]
-    measured = {_key(row): r.metric(metric) for row, r in shown if not row.full_precision}
-    full = next(((row, r.metric(metric)) for row, r in shown if row.full_precision), None)
-    with plt.rc_context(STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4))
-        papers = {_key(row): row.paper.get(metric) for row in rows}
-        _bars(left, rows, papers, {}, f"{label}, paper (its model and data)")
-        _bars(
-            right,
-            rows,
-            {key: m.value for key, m in measured.items()},
-            {key: m.std for key, m in measured.items()},
-            f"{label}, ours ({results.plan.scale.name} scale)",
-        )
-        if full is not None:
-            _full_precision_line(left, full[0].paper.get(metric))
-            _full_precision_line(right, full[1].value)
-        known = [*measured.values(), *([] if full is None else [full[1]])]
-        _choose_scale(right, [m.value for m in known if m.value is not None])
-        right.legend(**BESIDE)
-    plt.close(figure)
+    shown = [(row, r) for row, r in results.ordered() if dataset in (None, row.dataset)]
+    places = Places(shown)
+    measured = [result.metric(metric) for _, result in shown]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, places.height), sharey=True)
+    papers = _papers(left, places, metric)
+    found = _dots(right, places, measured)
+    for axes, values in ((left, papers), (right, found)):
+        _choose_scale(axes, values)
+    for (row, _), (value, _) in zip(shown, measured, strict=True):
+        if row.full_precision:
+            _line(left, row.paper.get(metric))
+            _line(right, value)
+    left.set_title(f"{label}, paper (its model and data)")
+    right.set_title(f"{label}, here ({results.plan.scale.name} scale)")
+    places.name(left, right)
     return figure
 
 
-def _full_precision_line(axes: plt.Axes, value: Number) -> None:
-    if isinstance(value, int | float):
-        axes.axhline(value, ls="--", lw=1, color="black", label="full precision")
-
-
-def _choose_scale(axes: plt.Axes, values: list[float]) -> None:
-    """A logarithmic axis where values lie far apart; a note where there are none."""
-    if not values:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
-        axes.set_yticks([])
-    elif max(values) > LOG_SPAN * min(values) > 0:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter())  # 20, not 2 x 10^1
-        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+def _papers(axes: Axes, places: Places, metric: str) -> list[float]:
+    """The paper's numbers; one number for several rows stands once, with a bar beside them."""
+    found: list[float] = []
+    shared: dict[tuple[str, str], list[Row]] = {}
+    for row, _ in places.rows:
+        if row.note == ONE_ROW:
+            shared.setdefault((row.dataset, row.bits), []).append(row)
+            continue
+        value = row.paper.get(metric)
+        _dot(axes, places.of_row[row.id], value, None, _color(row))
+        found += [value] if isinstance(value, int | float) else []
+    for rows in shared.values():
+        value = rows[0].paper.get(metric)
+        at = [places.of_row[row.id] for row in rows]
+        color = style.METHODS["quest"]
+        _dot(axes, statistics.fmean(at), value, None, color)
+        if isinstance(value, int | float):
+            axes.vlines(value, min(at) - 0.3, max(at) + 0.3, color=color, lw=1)
+            found.append(value)
+    return found
 
 
 def _quantized(results: TableResults) -> list[tuple[Row, Result]]:
-    """Quantized rows that have numbers."""
-    return [(row, result) for row, result in results.done if not row.full_precision]
+    """Quantized rows that have numbers, as tables show them."""
+    return [(row, r) for row, r in results.ordered() if r.done and not row.full_precision]
 
 
-def cost_figure(results: TableResults) -> Figure:
-    """Seconds of the quantizing stages, stacked, one bar a row."""
-    done = _quantized(results)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 0.6 + 0.26 * max(len(done), 1)))
-        names = [f"{row.bits}  {row.label}" for row, _ in done]
-        left = np.zeros(len(done))
-        for i, stage in enumerate(STAGES):
-            width = np.array([result.seconds[stage] for _, result in done])
-            axes.barh(names, width, left=left, color=COLORS[i], label=stage)
-            left += width
-        axes.invert_yaxis()
-        axes.set_xlabel("seconds a seed, on the machine of these results")
-        axes.grid(axis="x", alpha=0.3)
-        if done:
-            axes.legend(**BESIDE)
-    plt.close(figure)
-    return figure
-
-
+@styled
 def rows_figure(results: TableResults, base: str) -> Figure:
     """FID and distance to full precision of every row, with the spread over seeds.
 
     Args:
         base: id of the row that the dashed line marks.
     """
-    done = _quantized(results)
-    one_width = len({row.bits for row, _ in done}) == 1
-    names = [row.label if one_width else f"{row.bits}  {row.label}" for row, _ in done]
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(
-            1, 2, figsize=(10, 0.8 + 0.26 * max(len(done), 1)), sharey=True
-        )
-        for axes, (metric, label) in zip(panels, PANELS, strict=True):
-            measured = [result.metric(metric) for _, result in done]
-            axes.barh(
-                names,
-                _values(measured),
-                xerr=_spreads(measured),
-                color=COLORS[3],
-                error_kw={"lw": 0.8},
-            )
-            for (row, _), m in zip(done, measured, strict=True):
-                if row.id == base and m.value is not None:
-                    axes.axvline(m.value, ls="--", lw=1, color="black")
-            axes.set_xlabel(f"{label} ({results.plan.scale.name} scale)")
-            axes.grid(axis="x", alpha=0.3)
-        panels[0].invert_yaxis()
-    plt.close(figure)
+    places = Places(_quantized(results))
+    figure, panels = plt.subplots(1, 2, figsize=(10, places.height + 0.2), sharey=True)
+    for axes, (metric, label) in zip(panels, PANELS, strict=True):
+        measured = [result.metric(metric) for _, result in places.rows]
+        _choose_scale(axes, _dots(axes, places, measured))
+        _line(axes, results[base].metric(metric).value)
+        axes.set_title(f"{label} ({results.plan.scale.name} scale)")
+    places.name(*panels)
+    row = results.table.row(base)
+    figure.supxlabel(f"dashed: {row.title}", fontsize=8)
     return figure
 
 
-def _values(measured: Sequence[Measured]) -> list[float]:
-    return [np.nan if m.value is None else m.value for m in measured]
+@styled
+def difference_figure(results: TableResults, base: str) -> Figure:
+    """What each change does: the rows' differences from `base`, seed by seed, sorted.
+
+    Args:
+        base: id of the row whose changes are shown: rows that are compared with it.
+    """
+    changes = [(row, r) for row, r in _quantized(results) if row.against == base]
+    found = {
+        row.id: [_difference(result, results[base], metric) for metric, _ in PANELS]
+        for row, result in changes
+    }
+    changes.sort(key=lambda change: found[change[0].id][1].value or 0.0)
+    places = Places(changes)
+    figure, panels = plt.subplots(1, 2, figsize=(10, places.height + 0.2), sharey=True)
+    for i, (axes, (_, label)) in enumerate(zip(panels, PANELS, strict=True)):
+        values = _dots(axes, places, [found[row.id][i] for row, _ in changes])
+        _choose_difference_scale(axes, values)
+        _line(axes, 0.0)
+        axes.set_title(f"{label}, minus that of `{results.table.row(base).label}`")
+    places.name(*panels)
+    figure.supxlabel("left of the dashed line: better; both axes are linear near it", fontsize=8)
+    return figure
 
 
-def _spreads(measured: Sequence[Measured]) -> list[float]:
-    return [m.std or 0.0 for m in measured]
+def _difference(mine: Result, base: Result, metric: str) -> Measured:
+    """Mean and deviation of the seeds' differences."""
+    differences = [a - b for a, b in by_seed(metric, mine, base)]
+    if not differences:
+        return Measured(None, None)
+    spread = statistics.stdev(differences) if len(differences) > 1 else None
+    return Measured(statistics.fmean(differences), spread)
 
 
+def _choose_difference_scale(axes: Axes, values: Sequence[float]) -> None:
+    """Linear around zero, where most differences are; logarithmic where some lie far from it."""
+    if not values:
+        _choose_scale(axes, values)
+        return
+    middle, farthest = statistics.median(map(abs, values)), max(map(abs, values))
+    if not farthest > LOG_SPAN * middle > 0:
+        return
+    linear = 10.0 ** math.ceil(math.log10(middle))
+    tens = [linear * 10**k for k in range(1 + math.ceil(math.log10(farthest / linear)))]
+    axes.set_xscale("symlog", linthresh=linear, linscale=1.5)
+    axes.set_xticks([-linear, 0, *(step * ten for ten in tens for step in (1, 3))])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(1.2 * min(axes.dataLim.x0, -0.1 * linear), 1.5 * axes.dataLim.x1)
+
+
+# ---- cost ----
+
+
+@styled
+def cost_figure(results: TableResults) -> Figure:
+    """Minutes of the quantizing stages, stacked, one bar a row."""
+    places = Places(_quantized(results))
+    figure, axes = plt.subplots(figsize=(9, places.height))
+    at = [places.of_row[row.id] for row, _ in places.rows]
+    left = np.zeros(len(at))
+    for stage in STAGES:
+        width = np.array([result.seconds.get(stage, 0.0) / 60 for _, result in places.rows])
+        if width.any():
+            axes.barh(at, width, 0.75, left=left, color=style.color(stage), label=stage)
+            left += width
+    axes.set_title("minutes a seed, on the machine of these results")
+    places.name(axes)
+    if places.rows:
+        axes.legend(**style.BESIDE)
+    else:
+        _choose_scale(axes, [])
+    return figure
+
+
+# ---- Figure 3 ----
+
+
+@styled
 def sensitivity_figure(results: TableResults) -> Figure:
     """Figure 3: FID and distance to full precision over activation bits.
 
@@ -186,45 +290,26 @@ def sensitivity_figure(results: TableResults) -> Figure:
     done = _quantized(results)
     full = results.full_precision
     widths = sorted({row.act_bits for row, _ in done}, reverse=True)
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
-        for axes, (metric, label) in zip(panels, PANELS, strict=True):
-            for i, kind in enumerate(dict.fromkeys(row.label for row, _ in done)):
-                rows = [(row, result.metric(metric)) for row, result in done if row.label == kind]
-                axes.errorbar(
-                    [row.act_bits for row, _ in rows],
-                    _values([m for _, m in rows]),
-                    _spreads([m for _, m in rows]),
-                    marker="o",
-                    color=COLORS[i + 1],
-                    label=kind,
-                )
-            if full is not None:
-                _full_precision_line(axes, full[1].metric(metric).value)
-            axes.set_xlabel("bits of the activations")
-            axes.set_ylabel(f"{label} ({results.plan.scale.name} scale)")
-            axes.xaxis.set_inverted(True)
-            axes.set_xticks(widths)
-        if results.done:
-            panels[0].legend(fontsize=7)
-    plt.close(figure)
-    return figure
-
-
-def picture(results: TableResults) -> Figure:
-    """Samples of the table's chosen rows, one row each, all from the same noise."""
-    rows = [results.table.row(row_id) for row_id in results.table.picture]
-    with plt.rc_context(STYLE | {"axes.grid": False}):
-        figure, places = plt.subplots(len(rows), 1, figsize=(8, 1.25 * len(rows)), squeeze=False)
-        for axes, row in zip(places[:, 0], rows, strict=True):
-            result = results[row.id]
-            path = results.plan.folder / f"{row.id}.png"
-            axes.set_title(row.title, loc="left", fontsize=8)
-            axes.axis("off")
-            if result.done and path.is_file():
-                axes.imshow(np.asarray(Image.open(path)), interpolation="nearest")
-            else:
-                reason = f"{result.status}: {result.reason}"
-                axes.text(0, 0.5, reason, fontsize=7, transform=axes.transAxes, wrap=True)
-    plt.close(figure)
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.2))
+    for axes, (metric, label) in zip(panels, PANELS, strict=True):
+        for i, kind in enumerate(dict.fromkeys(row.label for row, _ in done)):
+            rows = [(row, result.metric(metric)) for row, result in done if row.label == kind]
+            axes.errorbar(
+                [row.act_bits for row, _ in rows],
+                [np.nan if m.value is None else m.value for _, m in rows],
+                [m.std or 0.0 for _, m in rows],
+                marker="o",
+                color=style.color(kind, i),
+                label=kind,
+            )
+        value = None if full is None else full[1].metric(metric).value
+        if value is not None:
+            axes.axhline(value, ls="--", lw=1, color=style.BLACK, label="full precision")
+        axes.set_xlabel("bits of the activations")
+        axes.set_title(f"{label} ({results.plan.scale.name} scale)")
+        axes.xaxis.set_inverted(True)
+        axes.set_xticks(widths)
+    if done:
+        handles = panels[0].get_legend_handles_labels()
+        panels[1].legend(*handles, **style.BESIDE)
     return figure

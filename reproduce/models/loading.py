@@ -7,7 +7,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from questlib.diffusion import loading
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, did_you_mean
 from reproduce.models.embedded import MINI, embedded_models
 from reproduce.models.pipelines import PIPELINES
 
@@ -16,7 +16,7 @@ def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:
     """A diffusers pipeline in float32 and eval mode.
 
     "mini-ldm4" (or another embedded name) is the model that ships with the package; for folders
-    and hub ids see `questlib.diffusion.loading.load_pipeline`.
+    and hub ids see `questlib.diffusion.loading.read_pipeline`.
 
     Raises:
         ConfigError: anything else, among it a .ckpt file, which has to be converted first.
@@ -24,7 +24,7 @@ def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:
     """
     name = str(name_or_path)
     if name in embedded_models():
-        return loading.load_pipeline(MINI / name, PIPELINES)
+        return loading.read_pipeline(MINI / name, PIPELINES)
     if Path(name).is_file():
         raise ConfigError(
             f"{name} is a file; make a diffusers folder of a CompVis checkpoint first: "
@@ -32,6 +32,7 @@ def load_pipeline(name_or_path: str | Path) -> DiffusionPipeline:
         )
     known = ", ".join(embedded_models()) or "none: this installation has no embedded models"
     try:
-        return loading.load_pipeline(name, PIPELINES)
+        return loading.read_pipeline(name, PIPELINES)
     except ConfigError as error:
-        raise ConfigError(f"{error}; embedded: {known}") from error
+        near = did_you_mean(name, embedded_models())
+        raise ConfigError(f"{error}; embedded: {known}{near}") from error

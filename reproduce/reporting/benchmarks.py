@@ -1,4 +1,4 @@
-"""README blocks from what the scripts in benchmarks/ measured."""
+"""Blocks of README and docs/ from what the scripts in benchmarks/ measured."""
 
 from __future__ import annotations
 
@@ -27,6 +27,50 @@ def _benchmark(folder: Path, name: str) -> dict[str, Any] | None:
 
 def _not_measured(name: str) -> str:
     return f"`benchmarks/{name}.py`: not measured yet."
+
+
+# ---- README: what the integer engine saves, and what finetuning needs ----
+
+SAVINGS = {"fp32": "float32", "bf16-compiled": "bfloat16, compiled", "w4a4": "**W4A4 in integers**"}
+
+
+def savings(folder: Path) -> str:
+    """One step of Stable Diffusion's UNet: time, memory and disk, with what it was measured on."""
+    found = _benchmark(folder, "cpu_unet")
+    if found is None:
+        return _not_measured("cpu_unet")
+    about = found["models"]["sd14"]
+    rows = [
+        {
+            "": name,
+            "step": f"{variant['step_s']:.1f} s",
+            "peak memory": f"{variant['peak_bytes'] / 1e9:.1f} GB",
+            "on disk": f"{variant['disk_bytes'] / 1e9:.2f} GB",
+        }
+        for key, name in SAVINGS.items()
+        for variant in [about["variants"][key]]
+    ]
+    heading = f"One step of Stable Diffusion v1.4's UNet, batch {about['batch']}, "
+    heading += f"{machine_words(about['provenance']['machine'])}:"
+    return f"{heading}\n\n{report.as_markdown(pd.DataFrame(rows))}"
+
+
+def finetuning_memory(folder: Path) -> list[str]:
+    """Lines of a table (model, machine, time, memory): full-size models on one GPU."""
+    found = _benchmark(folder, "finetune_memory")
+    if found is None:
+        return []
+    titles = {"sd14": "Stable Diffusion v1.4", "ldm4-imagenet": "LDM-4, ImageNet"}
+    return [
+        f"| {titles[model]}, `save_memory=True, batch_size={c['batch_size']}` | one GPU "
+        f"| see `--dry-run` | {c['bytes'] / 1e9:.0f} GB, counted |"
+        for model, counts in found["models"].items()
+        for c in counts
+        if c["save_memory"] and c["batch_size"] == 4
+    ]
+
+
+# ---- docs/: the integer engine, full-size models, machines ----
 
 
 def equality(found: dict[str, Any]) -> list[str]:
@@ -117,3 +161,53 @@ def machines(folder: Path) -> str:
     names = " | ".join(machine_words(run["machine"]) for run in found["runs"])
     heading = f"`python benchmarks/machines.py RESULTS` ({found['table']}; {names}):"
     return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"
+
+
+def adaround(folder: Path) -> str:
+    """What the weight of AdaRound's regularizer does."""
+    found = _benchmark(folder, "adaround")
+    if found is None:
+        return _not_measured("adaround")
+    lines = []
+    for run in found["runs"]:
+        blocks = run["blocks"].values()
+        mean = sum(block["db"] for block in blocks) / len(blocks)
+        lines.append(
+            {
+                "iterations x learning rate": f"{run['iters']} x {run['lr']:g}",
+                "weight": f"{run['round_weight']:g}",
+                "decided": f"{run['decided']:.0%}",
+                "error of a block, dB": f"{mean:.1f}",
+                "error of the model, dB": f"{run['model_db']:.1f}",
+            }
+        )
+    nearest = found["runs"][0]["model_nearest_db"]
+    heading = (
+        f"`python benchmarks/adaround.py` ({found['model']}, W{found['bits']}, on trajectories "
+        f"that were not calibrated on; rounded to nearest the model has {nearest:.1f} dB):"
+    )
+    return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"
+
+
+def release(folder: Path) -> str:
+    """The release's preset beside the release."""
+    found = _benchmark(folder, "release")
+    if found is None:
+        return _not_measured("release")
+    theirs = found["theirs"]
+    lines = [{"": "the official release, run by its README"} | _finetuned(theirs)]
+    lines += [{"": f"`{run['preset']}`"} | _finetuned(run) for run in found["runs"]]
+    heading = (
+        f"`python benchmarks/release.py` ({found['model']}, W4A4; signal-to-noise ratio of the "
+        "predicted noise on trajectories that were not calibrated on, one seed):"
+    )
+    return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"
+
+
+def _finetuned(run: dict[str, Any]) -> dict[str, str]:
+    """One run's iterations, and its ratio before and after them."""
+    return {
+        "iterations of TLA + CMA": f"{run['tla_iters']} + {run['cma_iters']}",
+        "before, dB": f"{run['before_db']:.1f}",
+        "after, dB": f"{run['after_db']:.1f}",
+    }

@@ -1,26 +1,25 @@
-"""From results to tables: terminal, markdown, HTML.
+"""From results to tables, in markdown and HTML. For the terminal see `printed`.
 
 Every number comes from a result file or from the table's own file.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
+import re
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from questlib.files import atomic_path
+from reproduce.agreement import compare_with_published, write_agreement
 from reproduce.choices import Choices
+from reproduce.figures import strips, style
 from reproduce.plan import Plan, make_plan
-from reproduce.results import Result
+from reproduce.results import Result, Status
 from reproduce.table_results import TableResults
-from reproduce.tables.base import COSTS, Number, Row
-from reproduce.verdicts import PAIRED, verdict
+from reproduce.tables.base import COSTS, FAILED, UNKNOWN, Number, Row
+from reproduce.verdicts import LEGEND, PAIRED, verdict
 
 HEADS = {
     "fid": "FID",
@@ -31,14 +30,19 @@ HEADS = {
     "psnr_to_fp": "PSNR to FP, dB",
     PAIRED: "distance to FP",
 }
-COST_HEADS = {"hours": "hours", "memory_mb": "memory MB", "iterations": "iterations"}
+COST_HEADS = {"hours": "time", "memory_mb": "memory MB", "iterations": "iterations"}
 IF_REPORTED = ("inception_score", "clip_score")  # shown where the paper's table has them
+PICTURE = "picture.png"
 FACTORS = {"kid": 1000.0}
 DIGITS = {PAIRED: 3}
 
 
 def finish(plan: Plan) -> TableResults:
-    """Write the table as markdown and HTML beside its results, which are only read.
+    """Write the table as markdown, as HTML and as a picture beside its results.
+
+    The results are only read.
+
+    Where these are not the published ones, agreement.md and agreement.json say how they compare.
 
     Raises:
         ResultError: a result file is damaged, or of an older layout.
@@ -47,6 +51,9 @@ def finish(plan: Plan) -> TableResults:
     for name, text in (("table.md", markdown(results)), ("table.html", html(results))):
         with atomic_path(plan.folder / name) as temporary:
             temporary.write_text(text)
+    if any(results[row_id].done for row_id in plan.table.picture):
+        style.save(strips.picture(results), plan.folder / PICTURE)
+    write_agreement(plan, compare_with_published(results))
     return results
 
 
@@ -63,23 +70,27 @@ def committed(table: str, folder: Path) -> TableResults:
 # ---- numbers as text ----
 
 
-def _ours(result: Result, metric: str) -> str:
+def _here(result: Result, metric: str) -> str:
     """Mean ± deviation, or why there is none."""
     if not result.done:
         return str(result.status)
     value, std = result.metric(metric)
     if value is None:
         return "-"
-    factor = FACTORS.get(metric, 1.0)
-    digits = DIGITS.get(metric, 2)
-    spread = "" if std is None else f" ± {std * factor:.{digits}f}"
-    return f"{value * factor:.{digits}f}{spread}"
+    spread = "" if std is None else f" ± {_number(std, metric)}"
+    return f"{_number(value, metric)}{spread}"
 
 
-def _paper(value: Number, note: str) -> str:
+def _number(value: float | None, metric: str, sign: str = "") -> str:
+    """A metric's value in its unit."""
     if value is None:
-        no_row = note.startswith("the paper has no such row")
-        return "not in the paper" if no_row else "not reported"
+        return "-"
+    return f"{value * FACTORS.get(metric, 1.0):{sign}.{DIGITS.get(metric, 2)}f}"
+
+
+def _paper(value: Number) -> str:
+    if value is None:
+        return "-"
     return value if isinstance(value, str) else f"{value:.2f}"
 
 
@@ -104,41 +115,57 @@ def _name(row: Row, results: TableResults) -> dict[str, str]:
 
 
 def frame(results: TableResults) -> pd.DataFrame:
-    """Our numbers: mean ± sample standard deviation over the seeds."""
+    """The numbers measured here: mean ± sample standard deviation over the seeds."""
     shown = [m for m in HEADS if m not in IF_REPORTED or m in reported(results)]
     trains = any(result.trained_fraction is not None for _, result in results)
     lines = []
-    for row, result in results:
+    for row, result in results.ordered():
         line = _name(row, results) | {"preset": row.preset or "-"}
-        line |= {HEADS[metric]: _ours(result, metric) for metric in shown}
+        line |= {HEADS[metric]: _here(result, metric) for metric in shown}
         if trains:
             trained = result.trained_fraction
-            line["weights trained"] = "-" if trained is None else f"{trained:.0%}"
+            line["trained"] = "-" if trained is None else f"{trained:.0%}"
         line["size MB"] = _quantity(result.size_bytes, 1e6, 2)
-        line["quantize s"] = _quantity(result.quantize_seconds, 1, 0)
+        line["minutes"] = _quantity(result.quantize_seconds, 60)
         line["memory MB"] = _quantity(result.peak_bytes, 1e6, 0)
         lines.append(line)
     return pd.DataFrame(lines)
 
 
+def judged(results: TableResults) -> list[str]:
+    """The metrics that have verdicts: the paper's, and the distance to full precision."""
+    found = reported(results)
+    rows = results.table.rows
+    paired = any(verdict(results, row, PAIRED) is not None for row in rows)
+    return [*found, PAIRED] if paired and PAIRED not in found else found
+
+
 def side_by_side(results: TableResults) -> pd.DataFrame:
-    """Paper, independent runs and ours, with the verdict, by the metrics of the paper's table."""
-    metrics = reported(results)
-    others = any(_independent(row, m) != "-" for row in results.table.rows for m in metrics)
+    """The paper's numbers beside those from here, with the verdict on each row.
+
+    `reproduce.verdicts.LEGEND` explains the signs. A difference is the row's value minus that of
+    the row that it is compared with, which the column "against" names.
+    """
+    rows = results.table.rows
+    metrics = judged(results)
+    others = any(_independent(row, m) != "-" for row in rows for m in metrics)
     lines = []
-    for row, result in results:
+    for row, result in results.ordered():
         line = _name(row, results)
+        line["against"] = "-" if row.against is None else results.table.row(row.against).label
         for metric in metrics:
             head = HEADS[metric]
-            line[f"{head} paper"] = _paper(row.paper.get(metric), row.note)
-            if others:
-                line[f"{head} others"] = _independent(row, metric)
-            line[f"{head} ours"] = _ours(result, metric)
-            line[f"{head} verdict"] = str(verdict(results, row, metric))
-        line |= _sizes(row, result, results) | _costs(row, result, results)
-        paired = verdict(results, row, PAIRED)
-        line["verdict by distance to FP"] = "-" if paired is None else str(paired)
-        lines.append(line)
+            if metric in reported(results):
+                line[f"{head} paper"] = _paper(row.paper.get(metric))
+                if others:
+                    line[f"{head} others"] = _independent(row, metric)
+            line[f"{head} here"] = _here(result, metric)
+            found = verdict(results, row, metric)
+            line[f"{head} verdict"] = "" if found is None else found.sign
+            difference, spread = (None, None) if found is None else (found.difference, found.spread)
+            line[f"{head} difference"] = _number(difference, metric, "+")
+            line[f"{head} spread"] = _number(spread, metric)
+        lines.append(line | _sizes(row, result, results) | _costs(row, result, results))
     return pd.DataFrame(lines)
 
 
@@ -164,7 +191,7 @@ def _sizes(row: Row, result: Result, results: TableResults) -> dict[str, str]:
         return {}
     return {
         "size paper": _share(row.paper_size_mb, full[0].paper_size_mb, 1.0),
-        "size ours": _share(result.size_bytes, full[1].size_bytes, 1e6),
+        "size here": _share(result.size_bytes, full[1].size_bytes, 1e6),
     }
 
 
@@ -173,20 +200,22 @@ def _share(own: float | None, whole: float | None, unit: float) -> str:
 
 
 def _costs(row: Row, result: Result, results: TableResults) -> dict[str, str]:
-    """Hours, memory and iterations beside the paper's, where its table has them (Tables 6, 8)."""
+    """Time, memory and iterations beside the paper's, where its table has them (Tables 6, 8)."""
     plan = results.plan
     iterations = None if row.full_precision else plan.config(row, plan.seeds[0]).iterations
-    ours = {
-        "hours": _quantity(result.quantize_seconds, 3600, 3),
+    minutes = _quantity(result.quantize_seconds, 60)
+    here = {
+        "hours": minutes if minutes == "-" else f"{minutes} min",
         "memory_mb": _quantity(result.peak_bytes, 1e6, 0),
         "iterations": _quantity(iterations, 1, 0),
     }
+    units = {"hours": " h"}
     costs: dict[str, str] = {}
     for key in COSTS:
         if any(r.paper.get(key) is not None for r in results.table.rows):
             value = row.paper.get(key)
-            papers = "not reported" if value is None else f"{value:g}"
-            costs |= {f"{COST_HEADS[key]} paper": papers, f"{COST_HEADS[key]} ours": ours[key]}
+            papers = "-" if value is None else f"{value:g}{units.get(key, '')}"
+            costs |= {f"{COST_HEADS[key]} paper": papers, f"{COST_HEADS[key]} here": here[key]}
     return costs
 
 
@@ -257,10 +286,21 @@ def made_by(results: TableResults) -> str:
 
 # ---- whole reports ----
 
+# A number, with its spread, its unit, and its share of a whole; and what stands in place of one.
+NUMBER = re.compile(r"[-+]?[\d.,]+%?( ± [\d.,]+)?( (MB|GB|min|h|s))?( \([\d.]+%\))?")
+NO_NUMBER = ("-", "", FAILED, UNKNOWN, *Status)
+
+
+def is_numeric(cells: pd.Series) -> bool:
+    """Whether a column holds numbers, which stand at the right, as text."""
+    texts = [str(cell) for cell in cells if cell not in NO_NUMBER]
+    return bool(texts) and all(NUMBER.fullmatch(text) for text in texts)
+
 
 def as_markdown(data: pd.DataFrame) -> str:
     """A data frame as a markdown table."""
-    lines = [list(map(str, data.columns)), ["---"] * len(data.columns)]
+    rule = ["---:" if is_numeric(data.iloc[:, i]) else "---" for i in range(data.shape[1])]
+    lines = [list(map(str, data.columns)), rule]
     lines += data.astype(str).to_numpy().tolist()
     escaped = ([text.replace("|", "\\|") for text in line] for line in lines)
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
@@ -273,7 +313,7 @@ def markdown(results: TableResults) -> str:
         conditions(results),
         as_markdown(frame(results)),
         *(f"- {line}" for line in reasons(results)),
-        "Paper and ours:",
+        f"Paper and here ({LEGEND}):",
         as_markdown(side_by_side(results)),
     ]
     return "\n\n".join(parts) + "\n"
@@ -281,7 +321,10 @@ def markdown(results: TableResults) -> str:
 
 STYLE = """<style>
 body {font: 15px sans-serif; max-width: 75em; margin: 2em auto}
-td, th {padding: .3em .7em; text-align: left}
+table {border-collapse: collapse; display: block; overflow-x: auto}
+td, th {padding: .3em .7em; text-align: right; white-space: nowrap}
+td:nth-child(-n+2), th:nth-child(-n+2) {text-align: left}
+tr:nth-child(even) {background: #f4f4f4}
 </style>"""
 
 
@@ -289,60 +332,12 @@ def html(results: TableResults) -> str:
     """The whole report as a page."""
     title = escape(results.table.title)
     notes = "".join(f"<li>{escape(line)}</li>" for line in reasons(results))
-    with pd.option_context("display.max_colwidth", None):  # verdicts are whole sentences
-        ours, both = (
+    with pd.option_context("display.max_colwidth", None):
+        here, both = (
             data.to_html(index=False, border=0) for data in (frame(results), side_by_side(results))
         )
     return (
         f"<!doctype html><meta charset='utf-8'><title>{title}</title>{STYLE}<h1>{title}</h1>"
-        f"<p>{escape(conditions(results))}</p>{ours}<ul>{notes}</ul>"
-        f"<h2>Paper and ours</h2>{both}\n"
+        f"<p>{escape(conditions(results))}</p>{here}<ul>{notes}</ul>"
+        f"<h2>Paper and here</h2><p>{escape(LEGEND)}</p>{both}\n"
     )
-
-
-def terminal(results: TableResults) -> str:
-    """The whole report as plain text."""
-    ours, both = (
-        data.to_string(index=False, justify="left")
-        for data in (frame(results), side_by_side(results))
-    )
-    parts = [results.table.title, conditions(results), ours, *reasons(results), both]
-    return "\n\n".join(parts)
-
-
-def as_json(results: TableResults) -> str:
-    """The whole report as JSON: each row's specification, result and verdicts."""
-    table = results.table
-    about = {
-        "table": table.name,
-        "title": table.title,
-        "scale": results.plan.scale.name,
-        "note": table.note,
-    }
-    rows = [_row_json(row, result, results) for row, result in results]
-    return json.dumps(about | {"rows": rows}, indent=1, allow_nan=False)
-
-
-def _row_json(row: Row, result: Result, results: TableResults) -> dict[str, Any]:
-    """What is known of one row."""
-    judged = {metric: verdict(results, row, metric) for metric in HEADS}
-    return {
-        "specified": _plain(dataclasses.asdict(row)) | {"bits": row.bits},
-        "result": dataclasses.asdict(result),
-        "metrics": {metric: result.metric(metric)._asdict() for metric in HEADS},
-        "size_bytes": result.size_bytes,
-        "peak_bytes": result.peak_bytes,
-        "seconds": result.seconds,
-        "verdicts": {
-            metric: dataclasses.asdict(found) | {"text": str(found)}
-            for metric, found in judged.items()
-            if found is not None
-        },
-    }
-
-
-def _plain(value: Any) -> Any:
-    """Mappings of any kind as dicts, which JSON can hold."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return value

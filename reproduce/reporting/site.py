@@ -1,265 +1,243 @@
-"""A static site of the executed notebooks and of every table's committed results.
+"""What the documentation site has beside docs/: a hook of mkdocs, see mkdocs.yml.
 
-It consists of HTML files alone and loads nothing from the network.
+It adds the notebooks, CONTRIBUTING.md and the pictures that pages link to, and writes the
+reference of the command line. Formulas become MathML, so that a page needs no network.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import tempfile
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+import griffe
+import nbformat
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 from nbformat import NotebookNode
+from nbformat.v4 import new_markdown_cell
 
-from questlib.errors import ConfigError, QuestError
-from questlib.files import check_writable
+from questlib.errors import QuestError
 from reproduce.provenance import ROOT
-from reproduce.reporting import report
-from reproduce.reporting.markup import (
-    data_table,
-    highlight_style,
-    markdown,
-    notebook_html,
-    page_file,
-    plain,
-    read_notebook,
-)
-from reproduce.table_results import TableResults
-from reproduce.tables.base import Table
+from reproduce.reporting.readme import BLOCK
 from reproduce.tables.registry import all_tables
 
-# Only a folder whose index has this mark is replaced.
-MARK = '<meta name="generator" content="python -m reproduce site">'
-SCALES = {"smoke": "smoke scale: it shows that everything runs, its numbers mean nothing"}
+# mkdocs-jupyter reads notebooks from files only; these are removed when Python ends.
+COPIES = tempfile.TemporaryDirectory(prefix="questlib-site-")
+
+CODE = r"(?P<code>```.*?```|`[^`\n]*`)"
+FORMULA = re.compile(
+    CODE + r"|\$\$(?P<block>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^$\n]+)\$(?!\w)", re.S
+)
+LINK = re.compile(
+    CODE + r"|(?P<image>!?)\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<url>[^()\s]+)\)", re.S
+)
+# Commands of the reference, with the commands below them.
+COMMANDS = (
+    ("questlib", ("quantize", "sample")),
+    ("reproduce", ("table3", "sample", "reference", "export-npz", "readme", "notebooks")),
+    ("reproduce.models", ("convert",)),
+    ("reproduce.models.minis", ("train", "data")),
+)
 
 
-@dataclass(frozen=True)
-class Page:
-    """One page of the site."""
-
-    file: str
-    title: str
-    body: str
-    """HTML."""
-
-    about: str = ""
-    """One line of HTML: where what the page shows comes from."""
+# ---- markdown: formulas, and links out of docs/ ----
 
 
-def reading_order(path: Path) -> tuple[int, str]:
-    """The tour and the engine (00 to 29), tables, figures, what goes beyond the paper (30 on)."""
-    if number := re.match(r"\d+", path.name):
-        return (0 if int(number[0]) < 30 else 3, path.name)
-    for place, kind in ((1, "table"), (2, "figure")):
-        if path.name.startswith(kind):
-            return (place, path.name)
-    return (3, path.name)
+def mathml(latex: str, display: str) -> str:
+    """MathML of a formula. QuestError for a LaTeX command that is not known."""
+    found = convert(latex.strip(), display=display)
+    if "\\" in found:
+        raise QuestError(f"formula {latex.strip()!r}: expected LaTeX that latex2mathml knows")
+    return found
 
 
-def shown_run(path: Path, results: Path) -> Path:
-    """The same notebook's run at mini scale, where the results have one."""
-    return min(
-        (results / "mini").glob(f"*/{path.name}"),
-        key=lambda p: (len(p.parent.name), p),
-        default=path,
+def with_mathml(markdown: str) -> str:
+    """Markdown whose formulas, `$...$` and `$$...$$`, are MathML."""
+
+    def shown(found: re.Match[str]) -> str:
+        if found["code"]:
+            return found[0]
+        if found["block"]:
+            return f'\n\n<div class="formula">{mathml(found["block"], "block")}</div>\n\n'
+        return f"<span>{mathml(found['inline'], 'inline')}</span>"
+
+    return FORMULA.sub(shown, markdown)
+
+
+def with_links(markdown: str, target: Callable[[str], str | None]) -> str:
+    """Markdown whose relative links lead to `target` of them; where that is None, to no place."""
+
+    def shown(found: re.Match[str]) -> str:
+        parts = urlsplit(found["url"] or "")
+        if found["code"] or parts.scheme or not parts.path:
+            return found[0]
+        new = target(parts.path)
+        if new is None:
+            return found["text"]
+        return f"{found['image']}[{found['text']}]({parts._replace(path=new).geturl()})"
+
+    return LINK.sub(shown, markdown)
+
+
+def site_path(path: Path) -> str | None:
+    """Where the site has a file of the repository; None: it does not."""
+    if path.suffix == ".ipynb":
+        return f"notebooks/{path.name}"
+    if path == ROOT / "CONTRIBUTING.md":
+        return "contributing.md"
+    if path == ROOT / "README.md":
+        return "index.md"
+    if path.is_relative_to(ROOT / "docs"):
+        return path.relative_to(ROOT / "docs").as_posix()
+    if path.suffix == ".png" and path.is_relative_to(ROOT / "results"):
+        return path.relative_to(ROOT).as_posix()
+    return None
+
+
+# ---- notebooks ----
+
+
+def notebook_paths() -> list[Path]:
+    """In reading order: the tour and its like (00 to 29), tables, figures, the ablation."""
+
+    def order(path: Path) -> tuple[int, str]:
+        number = re.match(r"\d+", path.name)
+        kinds = {"t": 1, "f": 2}
+        place = (0 if int(number[0]) < 30 else 3) if number else kinds.get(path.name[0], 3)
+        return place, path.name
+
+    return sorted((ROOT / "notebooks").glob("*.ipynb"), key=order)
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """The notebook in a file. QuestError for anything else."""
+    try:
+        return nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError, KeyError, nbformat.ValidationError) as error:
+        raise QuestError(
+            f"notebook {path}: expected a Jupyter notebook, found {type(error).__name__}"
+        ) from error
+
+
+def site_notebook(path: Path) -> NotebookNode:
+    """A notebook as the site shows it: with MathML, links inside the site, and without widgets."""
+    notebook = read_notebook(path)
+    notebook.metadata.pop("widgets", None)
+
+    def target(url: str) -> str | None:
+        found = site_path(Path(os.path.normpath(path.parent / url)))
+        html = None if found is None else re.sub(r"\.(md|ipynb)$", ".html", found)
+        return html and os.path.relpath(html, "notebooks")
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            # mkdocs-jupyter drops code from a heading's place in the table of contents.
+            plain = re.sub(
+                r"^#+ .*", lambda head: head[0].replace("`", ""), cell.source, flags=re.M
+            )
+            cell.source = with_links(with_mathml(plain), target)
+    tables = [table for table in all_tables().values() if table.notebook == path.name]
+    if tables:
+        links = ", ".join(f"[{t.title}](../results/{t.name}.html)" for t in tables)
+        # A fixed id: mkdocs-jupyter converts a notebook again only when its text has changed.
+        about = new_markdown_cell(f"*All numbers of this table: {links}.*", id="all-numbers")
+        notebook.cells.insert(1, about)
+    return notebook
+
+
+# ---- the command line ----
+
+
+def commands_reference() -> str:
+    """What `--help` says, of each command."""
+    parts = []
+    for module, commands in COMMANDS:
+        parts += [f"## python -m {module}", _help(module)]
+        for command in commands:
+            parts += [f"### python -m {module} {command}", _help(module, command)]
+    return "\n\n".join(parts)
+
+
+def _help(module: str, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"COLUMNS": "80", "NO_COLOR": "1"},
     )
+    if done.returncode:
+        raise QuestError(f"python -m {module}: --help failed: {done.stderr.strip()}")
+    return f"```text\n{done.stdout.strip()}\n```"
 
 
-def about_run(notebook: NotebookNode) -> str:
-    """Which run a notebook shows, in one line."""
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if not any(cell.outputs for cell in code):
-        return "Not executed: this page shows the code alone."
-    # Injected parameters come last.
-    found = [re.search(r'^SCALE = "(\w+)"', cell.source, re.M) for cell in code]
-    scales = [match[1] for match in found if match]
-    shown = "the defaults of the notebook"
-    if scales:
-        shown = SCALES.get(scales[-1], f"{scales[-1]} scale")
-    return f"The run shown: {shown}."
+# ---- docstrings ----
 
 
-def notebook_page(path: Path, results: Path, folder: Path) -> Page:
-    """The page of a notebook; its images are written to `folder`."""
-    notebook = read_notebook(shown_run(path, results))
-    title, body, images = notebook_html(notebook, path.stem)
-    for name, data in images.items():
-        (folder / name).write_bytes(data)
-    links = [
-        f'<a href="{table_file(t)}">{escape(plain(t.title))}</a>'
-        for t in all_tables().values()
-        if t.notebook == path.name
+class ShownExamples(griffe.Extension):
+    """An extension of mkdocstrings: "Example:" is shown as code, as "Examples:" is."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Rename the section."""
+        if obj.docstring:
+            text = obj.docstring.value
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
+
+
+# ---- the hook ----
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """The navigation of tables and notebooks, which mkdocs.yml leaves open."""
+    tables = [
+        {table.title.replace("`", ""): f"results/{name}.md"} for name, table in all_tables().items()
     ]
-    words = [about_run(notebook)]
-    words += ["Results at mini scale:", ", ".join(links)] if links else []
-    return Page(page_file(path), title, body, " ".join(words))
+    notebooks = [f"notebooks/{path.name}" for path in notebook_paths()]
+    for section in config.nav or []:
+        if "Results" in section:
+            section["Results"] += [{"Tables and figures": tables}]
+        elif "Notebooks" in section:
+            section["Notebooks"] = notebooks
+    return config
 
 
-def table_file(table: Table) -> str:
-    """Name of a table's page."""
-    return f"results-{table.name}.html"
-
-
-def bullets(lines: Iterable[str]) -> str:
-    items = "".join(f"<li>{line}</li>" for line in lines)
-    return f"<ul>{items}</ul>" if items else ""
-
-
-def table_page(results: TableResults, notebooks: list[Path]) -> Page:
-    """Everything that the result files say of a table."""
-    table = results.table
-    made = [
-        f'How it is made: <a href="{page_file(path)}">{path.name}</a>.'
-        for path in notebooks
-        if path.name == table.notebook
-    ]
-    title = plain(table.title)
-    body = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(report.conditions(results))}</p>",
-        "<h2>Paper and ours</h2>",
-        data_table(report.side_by_side(results)),
-        bullets(map(escape, report.reasons(results))),
-        "<h2>Ours</h2>",
-        data_table(report.frame(results)),
-    ]
-    return Page(table_file(table), title, "\n".join(body), *made)
-
-
-def run_count(results: TableResults) -> str:
-    """How many rows of a table have numbers."""
-    return f"{len(results.done)} of {len(results)} rows run at mini scale"
-
-
-def summary(results: TableResults) -> str:
-    """Paper and ours without the rest, and why rows have no numbers.
-
-    Where the paper has no numbers, ours alone.
-    """
-    data = report.side_by_side(results) if report.reported(results) else report.frame(results)
-    data = data[[column for column in data.columns if not re.search("verdict|others", column)]]
-    why = Counter((r.status, r.reason or "") for _, r in results if not r.done)
-    table = results.table
-    link = f'<a href="{table_file(table)}">All columns, verdicts, conditions</a>'
-    return "\n".join(
-        [
-            f'<h3 id="{table.name}">{escape(plain(table.title))}</h3>',
-            f'<p class="quiet">{run_count(results)}. {link}</p>',
-            data_table(data),
-            bullets(escape(f"{n} rows {status}: {reason}") for (status, reason), n in why.items()),
-        ]
+@event_priority(100)  # before mkdocs-jupyter looks for notebooks
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add notebooks, CONTRIBUTING.md, and every picture of the results."""
+    folder = Path(COPIES.name) / "notebooks"
+    folder.mkdir(exist_ok=True)
+    for path in notebook_paths():
+        (folder / path.name).write_text(nbformat.writes(site_notebook(path)))
+        src = f"notebooks/{path.name}"
+        files.append(File(src, COPIES.name, config.site_dir, config.use_directory_urls))
+    files.append(
+        File.generated(config, "contributing.md", abs_src_path=str(ROOT / "CONTRIBUTING.md"))
     )
+    return files
 
 
-def index(readme: Path, notebooks: list[Page], tables: list[TableResults]) -> Page:
-    """What this is (the README's words above its first section), the notebooks, the tables."""
-    intro = readme.read_text().split("\n## ")[0]
-    title = re.match(r"# (.+)", intro)
-    if title is None:
-        raise QuestError(f"{readme}: expected a title (# ...) in its first line")
-    pages = [
-        f'<a href="{p.file}">{escape(p.title)}</a><br><span class="quiet">{p.about}</span>'
-        for p in notebooks
-    ]
-    jump = [
-        f'<a href="#{r.table.name}">{escape(plain(r.table.title))}</a> '
-        f'<span class="quiet">{run_count(r)}</span>'
-        for r in tables
-    ]
-    body = [markdown(intro), '<h2 id="notebooks">Notebooks</h2>', bullets(pages)]
-    body += [
-        '<h2 id="tables">Tables: paper and ours</h2>',
-        bullets(jump),
-        *map(summary, tables),
-    ]
-    return Page("index.html", plain(title[1]), "\n".join(body))
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Write the commands' reference, formulas and links."""
+    source = page.file.abs_src_path
+    place = Path(source).parent if source else ROOT
+    if "<!-- generated: commands-reference -->" in markdown:
+        markdown = BLOCK.sub(lambda _: commands_reference(), markdown)
 
+    def target(url: str) -> str | None:
+        path = Path(os.path.normpath(place / url))
+        found = site_path(path)
+        if found is not None and path.suffix == ".png" and files.get_file_from_path(found) is None:
+            files.append(File.generated(config, found, abs_src_path=str(path)))
+        return found and os.path.relpath(found, Path(page.file.src_uri).parent)
 
-def framed(page: Page, before: Page | None = None, after: Page | None = None) -> str:
-    """The whole HTML of a page, with links to its neighbours."""
-    steps = [
-        f'<a href="{p.file}">{way} {escape(p.title)}</a>'
-        for way, p in (("Previous:", before), ("Next:", after))
-        if p
-    ]
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{MARK}
-<title>{escape(page.title)}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="stylesheet" href="style.css">
-</head>
-<body>
-<header>
-<a href="index.html">questlib</a>
-<a href="index.html#notebooks">Notebooks</a>
-<a href="index.html#tables">Tables</a>
-</header>
-<main>
-{f'<p class="about">{page.about}</p>' if page.about else ""}
-{page.body}
-</main>
-<footer>{" ".join(steps)}</footer>
-</body>
-</html>
-"""
-
-
-def write_pages(folder: Path, results: Path, root: Path) -> None:
-    """Write every page, image and style to `folder`."""
-    paths = sorted((root / "notebooks").glob("*.ipynb"), key=reading_order)
-    tables = [report.committed(name, results) for name in all_tables()]
-    notebooks = [notebook_page(path, results, folder) for path in paths]
-    for row in (notebooks, [table_page(found, paths) for found in tables]):
-        for before, page, after in zip([None, *row], row, [*row[1:], None], strict=False):
-            (folder / page.file).write_text(framed(page, before, after))
-    (folder / "index.html").write_text(framed(index(root / "README.md", notebooks, tables)))
-    (folder / "style.css").write_text(
-        f"{highlight_style()}\n{Path(__file__).with_suffix('.css').read_text()}"
-    )
-
-
-def build(out: Path, results: Path, root: Path = ROOT) -> int:
-    """Write the site of `results`, and of the notebooks and README under `root`, to `out`.
-
-    An older site in `out` is replaced in one step, when the new one is whole.
-
-    Returns:
-        The number of pages.
-
-    Raises:
-        ConfigError: a place that cannot be written or holds anything else.
-        QuestError: results, notebooks or equations that cannot be read.
-    """
-    out = out.resolve()
-    if not (results / "mini").is_dir():
-        raise QuestError(f"results: expected a folder {results / 'mini'}, found none")
-    if out.exists() and not (out.is_dir() and (_is_site(out) or not any(out.iterdir()))):
-        raise ConfigError(
-            f"output {out}: expected a new or empty folder or an older site, found something else"
-        )
-    check_writable(out.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        new.mkdir()
-        write_pages(new, results, root)
-        try:
-            if out.exists():
-                out.rename(old)
-            new.rename(out)
-        except OSError as error:
-            raise ConfigError(f"output {out}: cannot be replaced ({error.strerror})") from error
-        finally:
-            if old.exists() and not out.exists():
-                old.rename(out)
-    return len(list(out.glob("*.html")))
-
-
-def _is_site(folder: Path) -> bool:
-    return (folder / "index.html").is_file() and MARK in (folder / "index.html").read_text()
+    return with_links(with_mathml(markdown), target)

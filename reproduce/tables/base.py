@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from questlib.errors import ConfigError
+from questlib.errors import unknown
 
 FAILED = "N/A"  # the paper: generation failed
 UNKNOWN = "not available"  # the paper has a number, but this project does not know it
 Number = float | str | None  # a number, FAILED, UNKNOWN, or None = not reported
 COSTS = ("hours", "memory_mb", "iterations")  # keys of Row.paper beside metrics
+OURS = "QuEST (ours)"  # this package's preset `quest`, where it stands beside other methods
 
 # Names of `make` targets by table; the others are named as their table. `make reproduce-table3`
 # runs both of the first two.
@@ -64,6 +65,11 @@ class Row:
         return self.preset is None
 
     @property
+    def ours(self) -> bool:
+        """Whether it is this package's own preset among other methods."""
+        return self.label == OURS
+
+    @property
     def bits(self) -> str:
         """Of weights and activations."""
         return "32/32" if self.full_precision else f"W{self.weight_bits}A{self.act_bits}"
@@ -109,6 +115,4 @@ class Table:
         for row in self.rows:
             if row.id == row_id:
                 return row
-        raise ConfigError(
-            f"{self.name}: rows are {', '.join(row.id for row in self.rows)}; found {row_id!r}"
-        )
+        raise unknown(f"{self.name}: rows", row_id, [row.id for row in self.rows])

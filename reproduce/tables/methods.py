@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reproduce.tables.base import Number, Row
+from reproduce.tables.base import OURS, Number, Row
 
 Bits = tuple[int, int]  # weights, activations
 W8A8 = (8, 8)
@@ -26,9 +26,9 @@ LABELS = {
 # The paper's one QuEST row is three here.
 QUEST = "quest"
 QUEST_PRESETS = {
-    "quest-paper": "QuEST, as the paper says",
-    "quest-release": "QuEST, as the official release does",
-    "quest": "QuEST, runs in integers (ours)",
+    "quest-paper": "QuEST (paper's text)",
+    "quest-release": "QuEST (release)",
+    "quest": OURS,
 }
 ONE_ROW = "the paper has one QuEST row; its number stands beside all three presets"
 NOT_IN_PAPER = "the paper has no such row"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from questlib.errors import ConfigError
+from questlib.errors import unknown
 from reproduce.tables.ablation import ABLATION
 from reproduce.tables.base import Table
 from reproduce.tables.figures import FIGURE2, FIGURE3
@@ -44,5 +44,5 @@ def get_table(name: str) -> Table:
     """The table of this name. ConfigError names those there are."""
     tables = all_tables()
     if name not in tables:
-        raise ConfigError(f"table: expected one of {', '.join(tables)}, found {name!r}")
+        raise unknown("table", name, tables)
     return tables[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reproduce.tables.base import FAILED, UNKNOWN, Number, Table
-from reproduce.tables.methods import QUEST, SOURCES, W4A4, W8A8, Bits, all_rows
+from reproduce.tables.methods import QUEST, SOURCES, W4A4, W8A8, Bits, all_rows, full_precision
 
 PAPER: dict[Bits, dict[str, tuple[Number, Number]]] = {
     W8A8: {
@@ -24,8 +24,11 @@ TABLE10 = Table(
     name="table10",
     title="Table 10: more metrics on LSUN-Bedrooms",
     notebook="table10_more_metrics.ipynb",
-    rows=all_rows("bedrooms", PAPER, ["sfid", "inception_score"], reference=False),
-    picture=("bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
+    rows=(
+        full_precision("bedrooms", None),
+        *all_rows("bedrooms", PAPER, ["sfid", "inception_score"], reference=False),
+    ),
+    picture=("bedrooms-fp", "bedrooms-w4a4-q-diffusion", "bedrooms-w4a4-quest"),
     note="N/A: generation failed. The paper's W4A4 numbers of QuEST are not available to this "
     f"project. {SOURCES}",
     claim="sfid",

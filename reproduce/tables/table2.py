@@ -11,7 +11,7 @@ from reproduce.tables.base import Row, Table
 SETTINGS = {
     "ptq": ("TE quantized, not finetuned (PTQ)", dict(te="ptq", tla_iters=0, cma_iters=0)),
     "fp": ("TE in full precision (FP)", dict(te="fp", tla_iters=0, cma_iters=0)),
-    "finetune": ("TE finetuned, L_TLA + L_G (Ours)", dict(te="finetune", cma_iters=0)),
+    "finetune": ("TE finetuned, L_TLA + L_G", dict(te="finetune", cma_iters=0)),
 }
 PAPER = {  # FID, sFID
     (8, 8): {"ptq": (7.58, 22.07), "fp": (6.77, 22.03), "finetune": (5.61, 21.22)},

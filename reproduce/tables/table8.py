@@ -5,14 +5,14 @@ QuEST stands against EfficientDM and against finetuning all weights.
 
 from __future__ import annotations
 
-from reproduce.tables.base import Row, Table
+from reproduce.tables.base import OURS, Row, Table
 from reproduce.tables.methods import W4A4, W4A8, full_precision
 
 # preset: label, then the paper's hours, memory MB, iterations (of both bit-widths), and FID
 ROWS = {
     "efficientdm": ("EfficientDM", (2.60, 12004, 32_000), {W4A8: 15.15, W4A4: 10.60}),
     "full-finetune": ("full finetuning", (0.85, 15076, 2_200), {W4A8: 5.38, W4A4: 6.36}),
-    "quest": ("QuEST, runs in integers (ours)", (0.45, 12178, 2_200), {W4A8: 3.82, W4A4: 6.12}),
+    "quest": (OURS, (0.45, 12178, 2_200), {W4A8: 3.82, W4A4: 6.12}),
 }
 
 TABLE8 = Table(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from reproduce.tables.base import Table
-from reproduce.tables.methods import QUEST, SOURCES, W4A8, W8A8, all_rows
+from reproduce.tables.methods import QUEST, SOURCES, W4A8, W8A8, all_rows, full_precision
 
 PAPER = {  # FID
     "bedrooms": {
@@ -23,8 +23,11 @@ TABLE9 = Table(
     rows=tuple(
         row
         for dataset, numbers in PAPER.items()
-        for row in all_rows(dataset, numbers, ["fid"], base="tfmq-dm", reference=False)
+        for row in (
+            full_precision(dataset, None),
+            *all_rows(dataset, numbers, ["fid"], base="tfmq-dm", reference=False),
+        )
     ),
-    picture=("bedrooms-w4a8-tfmq-dm", "bedrooms-w4a8-quest"),
+    picture=("bedrooms-fp", "bedrooms-w4a8-tfmq-dm", "bedrooms-w4a8-quest"),
     note=f"The paper reports FID only. {SOURCES}",
 )

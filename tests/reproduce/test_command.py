@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import pytest
 
+import questlib
 from reproduce.__main__ import COMMANDS, main
+from reproduce.scales import SCALES
 from reproduce.tables.registry import all_tables
 
+SCALE_NAMES = ", ".join(SCALES)
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -29,12 +33,20 @@ def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table99"], "table99"),
+        (["table99"], "did you mean 'table9'?"),
+        (["tabel3"], "did you mean 'table3'?"),
+        (["sampel"], "did you mean 'sample'?"),
+        (["table4", "--dry-run", "--scale", "smoek"], "did you mean 'smoke'?"),
+        (["table4", "--dry-run", "--rows", "imagenet-pf"], "did you mean 'imagenet-fp'?"),
+        (["table4", "--dry-run", "--engine", "trition"], "did you mean 'triton'?"),
         (["table9", "--model", "x"], "rows are of bedrooms, imagenet: choose some (--rows)"),
         (["table4", "--captions", "x", "--dry-run"], "no use for prompts"),
         (["table4", "--dry-run", "--scale", "huge"], "found 'huge'"),
         (["table4", "--dry-run", "--rows", "imagenet-w9a9"], "found 'imagenet-w9a9'"),
-        (["table2", "--scale", "huge"], "scale: expected one of smoke, mini, paper, found 'huge'"),
+        (
+            ["table2", "--scale", "huge"],
+            f"scale: expected one of {', '.join(SCALES)}, found 'huge'",
+        ),
         (["table2", "--rows", "fp,nothing"], "found 'nothing'"),
         (["table2", "--rows", ""], "rows: expected at least one name"),
         (["table2", "--seeds", "one"], "seeds: expected whole numbers separated by commas"),
@@ -43,6 +55,7 @@ def reproduce(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["table2", "--model", "./no/such/folder"], "unknown model './no/such/folder'"),
         (["table2", "--resolts", "x"], "unrecognized arguments"),
         (["table2", "--stored", "--seeds", "0"], "expected no --seeds"),
+        (["table2", "--stored", "--scale", "paper"], "expected rows of table2 at paper scale"),
         (["notebooks", "nowhere.ipynb"], "found no file nowhere.ipynb"),
         ([], "required"),
     ],
@@ -57,7 +70,7 @@ def test_bad_input(tmp_path, monkeypatch, capsys, arguments, message):
     out, err = capsys.readouterr()
     assert code == 2 and out == ""
     assert message in err and err.count("\n") == 1, err
-    assert not list(tmp_path.glob("results/**/*.json"))
+    assert not list(tmp_path.glob("**/*.json"))
 
 
 TINY_RUN = ["table3", "--scale", "smoke", "--rows", "bedrooms-fp", "--work", "work"]
@@ -94,7 +107,7 @@ def test_bad_input_in_a_process(tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     assert (
         done.stderr
-        == "python -m reproduce: scale: expected one of smoke, mini, paper, found 'huge'\n"
+        == f"python -m reproduce: scale: expected one of {', '.join(SCALES)}, found 'huge'\n"
     )
 
 
@@ -126,6 +139,29 @@ print("loaded:", *(name for name in {HEAVY!r} if name in sys.modules))
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1
 
 
+@pytest.mark.parametrize("arguments", [["table3", "--dry-run"], ["--help"]])
+def test_a_reader_that_leaves_early_ends_the_command_quietly(arguments):
+    """As `... | head` does."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    done = subprocess.run(
+        [sys.executable, "-m", "reproduce", *arguments],
+        stdout=writes,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writes)
+    # argparse itself ignores that its help cannot be written.
+    assert done.returncode in (0, 141) and done.stderr == ""
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"questlib {questlib.__version__}\n"
+
+
 def test_every_command_has_its_help(capsys):
     for command in (*all_tables(), *COMMANDS):
         with pytest.raises(SystemExit) as stop:
@@ -155,7 +191,7 @@ def test_paper_scale_without_weights(tmp_path):
         assert result["status"] == "not run"
         assert result["reason"].startswith("needs the LSUN-Bedrooms LDM-4 weights")
         assert all(metric["value"] is None for metric in row["metrics"].values())
-    folder = tmp_path / "results" / "paper" / "table3"
+    folder = tmp_path / "runs" / "results" / "paper" / "table3"
     assert {"table.md", "table.html", "table03_bedrooms.ipynb", "table03_bedrooms.html"} <= {
         f.name for f in folder.iterdir()
     }
@@ -183,7 +219,7 @@ def test_rows_of_a_guided_model_without_weights(tmp_path, monkeypatch, capsys):
     assert row["metrics"]["inception_score"] == {"value": None, "std": None}
     assert row["specified"]["paper"]["inception_score"] == 362.34
     assert row["verdicts"]["inception_score"]["order"] == "not run"
-    folder = tmp_path / "results" / "paper" / "table4"
+    folder = tmp_path / "runs" / "results" / "paper" / "table4"
     assert {"table.md", "table.html", "table04_imagenet.ipynb"} <= {
         f.name for f in folder.iterdir()
     }

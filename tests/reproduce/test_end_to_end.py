@@ -42,7 +42,7 @@ def test_smoke(table, tmp_path):
     assert others
     for result in others:
         assert result["status"] == "not run" and "not run yet" in result["reason"]
-    assert list((tmp_path / "results" / "smoke" / table).glob("*.ipynb"))
+    assert list((tmp_path / "runs" / "results" / "smoke" / table).glob("*.ipynb"))
 
 
 def test_engine(tmp_path):
@@ -51,7 +51,7 @@ def test_engine(tmp_path):
     fid = {}
     for engine, folder in (("fake", "table2"), ("cpu", "table2-cpu")):
         run_smoke(tmp_path, "table2", "--engine", engine)
-        result = Result.read(tmp_path / "results" / "smoke" / folder / f"{row}.json")
+        result = Result.read(tmp_path / "runs" / "results" / "smoke" / folder / f"{row}.json")
         assert result.engine == engine and result.done
         fid[engine] = result.metric("fid").value
     assert len(list((tmp_path / "runs" / "checkpoint").iterdir())) == 1

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
+from made_results import made_result, made_table, seed_result
 
+from questlib.errors import ConfigError
 from reproduce import datasets
-from reproduce.figures import plots
+from reproduce.choices import Choices
+from reproduce.evaluation.clip_score import coco_prompts
+from reproduce.figures import plots, strips, style
 from reproduce.figures.activations import layer_inputs
 from reproduce.figures.figure2 import SAMPLES, InputRanges
+from reproduce.models.embedded import class_names
+from reproduce.models.loading import load_pipeline
 from reproduce.pipeline import run_row
+from reproduce.plan import make_plan
 from reproduce.results import Status
 from reproduce.seed_run import SeedRun
 from reproduce.table_results import TableResults
-from reproduce.tables.base import Row
+from reproduce.tables.base import FAILED, Row
+from reproduce.tables.registry import all_tables
+from reproduce.verdicts import PAIRED
 
 
 def test_input_ranges(tiny_plan):
@@ -49,6 +59,15 @@ def test_input_ranges(tiny_plan):
     figure = ranges.histogram(1)
     assert figure.get_suptitle() == second and len(figure.axes) == 3
 
+    # Shown again they come from the files beside the rows, without a checkpoint.
+    shutil.rmtree(plan.work)
+    shown = InputRanges(tiny_plan("figure2", stored=True))
+    assert shown.summary().equals(summary) and len(shown.histogram(1).axes[0].images) == 1
+    assert "make reproduce-figure2" in shown.histogram(0).axes[0].texts[0].get_text()  # not drawn
+    (plan.folder / "ranges.json").unlink()
+    with pytest.raises(ConfigError, match="expected ranges.json beside the rows"):
+        InputRanges(tiny_plan("figure2", stored=True))
+
 
 def test_sensitivity(tiny_plan, monkeypatch):
     monkeypatch.setitem(datasets.DATASETS, "imagenet", datasets.DATASETS["bedrooms"])
@@ -71,15 +90,91 @@ def test_figures_of_rows(tiny_plan):
     assert result.done or result.status == Status.NOT_RUN
 
 
-def test_bars_are_of_one_data_set(tiny_plan):
+def dots(axes) -> list[float]:
+    """The values that stand as dots."""
+    return [x for line in axes.get_lines() if line.get_marker() == "o" for x in line.get_xdata()]
+
+
+def written(axes) -> list[str]:
+    return [text.get_text() for text in axes.texts]
+
+
+def test_dots_are_of_one_data_set(tiny_plan):
     """A table of several data sets is drawn one at a time."""
     results = TableResults.stored(tiny_plan("table9"))
     for dataset in ("bedrooms", "imagenet"):
         left = plots.metric_figure(results, dataset=dataset).axes[0]
-        papers = [row.paper["fid"] for row in results.table.rows if row.dataset == dataset]
-        shown = {round(bar.get_height(), 2) for bar in left.patches}
-        shown |= {round(line.get_ydata()[0], 2) for line in left.get_lines()}
-        assert {p for p in papers if isinstance(p, float)} <= shown
+        rows = [row for row in results.table.rows if row.dataset == dataset]
+        assert set(dots(left)) == {row.paper["fid"] for row in rows if row.paper}
+
+
+def test_the_papers_row_of_quest_stands_once():
+    """Not once for each of our presets; where generation failed stands N/A."""
+    plan = make_plan("table3", Choices(), dry=True)
+    left, right = plots.metric_figure(made_table(plan, {})).axes
+    papers = [row.paper["fid"] for row in plan.table.rows if row.preset == "quest"]
+    assert sorted(x for x in dots(left) if x in papers) == sorted(papers)
+    failed = [row for row in plan.table.rows if row.paper.get("fid") == FAILED]
+    assert written(left) == [FAILED] * len(failed)
+    assert written(right) == ["not measured"]
+
+
+def test_a_method_has_one_color_in_all_figures():
+    plan = make_plan("table3", Choices(), dry=True)
+    rows = [row for row in plan.table.rows if row.weight_bits == 4 and row.act_bits == 4]
+    results = made_table(plan, {r.id: made_result({"fid": [i + 2.0]}) for i, r in enumerate(rows)})
+    figures = (plots.metric_figure(results).axes[1], plots.rows_figure(results, rows[0].id).axes[0])
+    for axes in figures:
+        found = {
+            float(line.get_xdata()[0]): line.get_color()
+            for line in axes.get_lines()
+            if line.get_marker() == "o"
+        }
+        assert found == {i + 2.0: style.COLORS[row.label] for i, row in enumerate(rows)}
+    assert len({style.COLORS[row.label] for row in rows}) == len(rows)
+
+
+def test_the_ablation_is_sorted_differences():
+    plan = make_plan("ablation", Choices(), dry=True)
+    values = {"w4a4-quest": 2.0, "w4a4-token": 1.5, "w4a4-nearest": 2.25, "w4a4-minmax": 9.0}
+    made = {k: made_result({"fid": [v], PAIRED: [v]}) for k, v in values.items()}
+    left, right = plots.difference_figure(made_table(plan, made), "w4a4-quest").axes
+    assert dots(right) == pytest.approx([-0.5, 0.25, 7.0])
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names == [plan.table.row(f"w4a4-{k}").label for k in ("token", "nearest", "minmax")]
+
+
+def test_cost_is_in_minutes():
+    plan = make_plan("table8", Choices(), dry=True)
+    row = plan.table.row("w4a4-quest")
+    seconds = dict(calibrate=30.0, ranges=60.0, reconstruct=0.0, finetune=90.0)
+    seeds = (seed_result(seconds=seconds | dict(sample=500.0, evaluate=500.0)),)
+    results = made_table(plan, {row.id: made_result({}, seeds=seeds)})
+    axes = plots.cost_figure(results).axes[0]
+    assert max(bar.get_x() + bar.get_width() for bar in axes.patches) == pytest.approx(3.0)
+    assert axes.get_legend_handles_labels()[1] == ["calibrate", "ranges", "finetune"]
+
+
+def test_prompts_stand_above_pictures():
+    plan = make_plan("table5", Choices(), dry=True)
+    prompts = coco_prompts(plan.setting(plan.rows[0]).captions, 8, plan.seeds[0])
+    top = strips.picture(made_table(plan, {})).axes[0]
+    assert [" ".join(text.split()) for text in written(top)] == prompts
+
+
+def test_class_names_stand_above_pictures():
+    plan = make_plan("table4", Choices(), dry=True)
+    names = class_names("mini-cin")
+    pipe = load_pipeline("mini-cin")
+    assert len(names) == pipe.class_embedder.config.num_classes
+    top = strips.picture(made_table(plan, {})).axes[0]
+    assert [" ".join(text.split()) for text in written(top)] == names[:8]
+
+
+@pytest.mark.parametrize("table", all_tables())
+def test_full_precision_is_in_every_picture(table):
+    rows = [all_tables()[table].row(row) for row in all_tables()[table].picture]
+    assert rows[0].full_precision
 
 
 def test_drawn_otherwise_than_calibrated(tiny_plan):

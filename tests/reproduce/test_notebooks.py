@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from html import escape
 from pathlib import Path
 
 import nbformat
 import pytest
+from smoke_notebooks import smoke_parameters
 
 import reproduce
 from reproduce.notebooks import NOTEBOOKS
+from reproduce.opening import repository, write_opening
 from reproduce.provenance import ROOT
 from reproduce.reporting import report
 from reproduce.tables.registry import all_tables
@@ -19,7 +23,7 @@ from reproduce.tables.registry import all_tables
 PATHS = sorted(NOTEBOOKS.glob("*.ipynb"))
 LINES_OF_A_FUNCTION = 4
 LINES_OF_A_CELL = 25
-LINES_OF_A_TABLE = 14  # of code, without the parameters
+LINES_OF_A_TABLE = 16  # of code, without the parameters
 NEXT = re.compile(r"^\*\*Next notebook:\*\* \[(.+?)\]\((.+?)\)")
 
 
@@ -27,8 +31,20 @@ def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
 
 
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+    return cell.metadata.get("tags", [])
+
+
 def code(path: Path) -> list[nbformat.NotebookNode]:
     return [cell for cell in read(path).cells if cell.cell_type == "code"]
+
+
+def parameters(path: Path) -> dict[str, object]:
+    """The names that a notebook's cell of parameters sets, with their values."""
+    (cell,) = (cell for cell in code(path) if "parameters" in tags(cell))
+    body = ast.parse(cell.source).body
+    assert all(isinstance(node, ast.Assign) for node in body), "parameters are assignments alone"
+    return {node.targets[0].id: ast.literal_eval(node.value) for node in body}
 
 
 def code_lines(cell: nbformat.NotebookNode) -> list[str]:
@@ -38,27 +54,89 @@ def code_lines(cell: nbformat.NotebookNode) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
-def test_opens_with_a_question_and_has_parameters(path):
+def test_opens_with_a_question_what_one_learns_and_needs_and_has_parameters(path):
     cells = read(path).cells
     assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
     assert "?" in cells[0].source, "no question"
-    assert re.search(r"second|minute", cells[0].source), "no runtime"
-    tagged = [cell for cell in code(path) if "parameters" in cell.metadata.get("tags", [])]
-    assert tagged == code(path)[:1], "parameters come first"
-    body = ast.parse(tagged[0].source).body
-    assert all(isinstance(node, ast.Assign) for node in body), "parameters are assignments alone"
+    assert re.search(r"^\*\*What you will learn\*\*\n\n- ", cells[0].source, re.M)
+    needs = re.search(r"^\*\*What you need\.\*\* (.+)", cells[0].source, re.M)
+    assert re.search(r"minute", needs[1]) and "CPU" in needs[1]
+    assert [tags(cell) for cell in code(path)[:2]] == [["opening"], ["parameters"]]
+    assert parameters(path)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+def test_ends_with_what_we_see_from_the_numbers(path):
+    heading, cell, _ = read(path).cells[-3:]
+    assert heading.source.startswith("## What we see\n")
+    assert re.search(r"run\.findings\(\)|what_we_see\.of_\w+\(", cell.source)
+    assert any("text/markdown" in output.get("data", {}) for output in cell.outputs)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+def test_the_opening_is_that_of_pyproject(path):
+    """`python -m reproduce notebooks` writes it."""
+    notebook, written = read(path), read(path)
+    write_opening(written, path.name, repository())
+    assert written == notebook
+
+
+@pytest.mark.parametrize(
+    ("url", "badge"),
+    [
+        (None, None),
+        ("https://example.org/a/b", None),
+        ("https://github.com/a/b", "research.google.com/github/a/b/blob/main/notebooks/x.ipynb"),
+    ],
+)
+def test_the_opening_follows_from_the_address(url, badge):
+    cell = nbformat.v4.new_code_cell(metadata={"tags": ["opening"]})
+    head = nbformat.v4.new_markdown_cell("# Title\n\nText.")
+    notebook = nbformat.v4.new_notebook(cells=[head, cell])
+    for _ in range(2):  # twice gives the same
+        write_opening(notebook, "x.ipynb", url)
+        assert (badge is None) == (head.source == "# Title\n\nText.")
+        assert badge is None or badge in head.source
+        assert "pip install" in cell.source and (url is None or url in cell.source)
+    write_opening(notebook, "x.ipynb", None)
+    assert head.source == "# Title\n\nText."
+
+
+def test_the_opening_says_how_to_install_where_the_package_is_not(tmp_path):
+    (cell,) = (cell for cell in code(PATHS[0]) if "opening" in tags(cell))
+    for flags, failed, says in ((["-S", "-I"], 1, "pip install"), ([], 0, "")):
+        done = subprocess.run(
+            [sys.executable, *flags, "-c", cell.source],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == failed and says in done.stderr
+        assert done.stderr.count("\n") == failed
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+def test_every_notebook_is_run_at_smoke_scale_by_its_own_parameters(path, tmp_path):
+    given = smoke_parameters(path.name, tmp_path)
+    folders = {"ROWS", "RESULTS", "WORK"} if "STORED" in given else set()
+    assert given.keys() <= parameters(path).keys() | folders
+    assert given.get("SCALE", "smoke") == "smoke"
+    for cell in code(path):
+        assert "NBVAL" not in cell.source
+        assert set(tags(cell)) <= {"opening", "parameters", "nbval-ignore-output"}
+        assert "progress=False" not in cell.source
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 def test_holds_no_logic(path):
-    for cell in code(path):
+    for cell in code(path)[1:]:
         for node in ast.walk(ast.parse(cell.source)):
-            forbidden = ast.ClassDef | ast.Try | ast.While | ast.AsyncFunctionDef
+            forbidden = ast.ClassDef | ast.Try | ast.While | ast.AsyncFunctionDef | ast.If
             assert not isinstance(node, forbidden), cell.source
             if isinstance(node, ast.FunctionDef):
                 length = node.end_lineno - node.lineno
                 assert length < LINES_OF_A_FUNCTION, f"{node.name} belongs in the library"
-    for cell in code(path)[1:]:  # after the parameters
+    for cell in code(path)[2:]:  # after the opening and the parameters
         assert len(cell.source.splitlines()) <= LINES_OF_A_CELL
 
 
@@ -107,14 +185,15 @@ def test_links_between_notebooks_and_to_files_lead_somewhere():
 @pytest.mark.parametrize("table", all_tables().values(), ids=lambda t: t.name)
 def test_a_table_is_one_object(table, tmp_path):
     """Its parameters are choices, and all it shows comes from what `reproduce.notebook` made."""
-    parameters, *cells = code(NOTEBOOKS / table.notebook)
-    values = {n.targets[0].id: ast.literal_eval(n.value) for n in ast.parse(parameters.source).body}
-    assert values.keys() <= {"SCALE", "ROWS"} and values["SCALE"] == "smoke"
-    folders = {"RESULTS": str(tmp_path), "WORK": str(tmp_path)}
-    run = reproduce.notebook(table.name, values | folders)
-    assert run.plan.table is table and repr(run) == run.plan.words
-    asked = values.get("ROWS", [row.id for row in table.rows])
-    assert [row.id for row in run.plan.rows] == asked
+    _, _, *cells = code(NOTEBOOKS / table.notebook)
+    values = parameters(NOTEBOOKS / table.notebook)
+    assert values == {"SCALE": "mini", "STORED": True}
+    run = reproduce.notebook(table.name, values)
+    assert run.plan.table is table and run.plan.is_published
+    assert repr(run).startswith(run.plan.words) and "A new run at mini scale" in repr(run)
+    made = reproduce.notebook(table.name, smoke_parameters(table.notebook, tmp_path))
+    assert {row.id for row in made.plan.rows} <= {row.id for row in table.rows}
+    assert made.plan.folder.is_relative_to(tmp_path) and made.plan.work.is_relative_to(tmp_path)
 
     assert code_lines(cells[0]) == [
         "import reproduce",
@@ -128,16 +207,18 @@ def test_a_table_is_one_object(table, tmp_path):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 if node.value.id == "run":
                     assert hasattr(type(run), node.attr), node.attr
-    assert {"run.execute()", "run.statuses()", "run.rows()", "run.picture()"} <= set(lines)
-    assert lines[-2:] == ["run.conditions()", "run.verdicts()"]
+    assert {"run.execute()", "run.rows()", "run.picture()"} <= set(lines)
+    assert lines[-4:] == ["run.conditions()", "run.verdicts()", "run.agreement()", "run.findings()"]
     assert f"`make {table.target}`" in read(NOTEBOOKS / table.notebook).cells[0].source
 
 
 @pytest.mark.parametrize("table", all_tables().values(), ids=lambda t: t.name)
 def test_the_committed_run_is_of_this_notebook_and_shows_the_committed_rows(table):
-    """`python -m reproduce TABLE --stored` brings it up to date."""
+    """`python -m reproduce TABLE --stored --results results` brings it up to date."""
     made = read(ROOT / "results" / "mini" / table.name / table.notebook)
-    cells = [c for c in made.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    cells = [c for c in made.cells if "injected-parameters" not in tags(c)]
+    (injected,) = (c for c in made.cells if "injected-parameters" in tags(c))
+    assert 'RESULTS = "../.."' in injected.source and "STORED = True" in injected.source
     committed = read(NOTEBOOKS / table.notebook).cells
     assert [(c.cell_type, c.source) for c in cells] == [(c.cell_type, c.source) for c in committed]
     outputs = [output for c in cells if c.cell_type == "code" for output in c.outputs]

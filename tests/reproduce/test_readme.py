@@ -11,46 +11,37 @@ import pytest
 from made_results import made_result
 
 from questlib.errors import QuestError
-from reproduce.reporting.readme import BLOCKS, render, update
+from reproduce.reporting import findings, overview
+from reproduce.reporting.readme import AT_BUILD, BLOCKS, fill, pages, rebased, update
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_readme_is_up_to_date_with_the_results(tmp_path):
+def test_readme_and_docs_are_up_to_date_with_the_results(tmp_path):
     """Of what git has staged: a user's own run, which replaces results, does not make this fail.
 
     Without git: of the files.
     """
-    inside = subprocess.run(
-        ["git", "ls-files", "--error-unmatch", "README.md"],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
+    parts = ["README.md", "docs", "results", "benchmarks"]
+    listed = subprocess.run(
+        ["git", "ls-files", *parts], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    if inside.returncode == 0:
-        prefix = f"--prefix={tmp_path}/"
-        names = subprocess.run(
-            ["git", "ls-files", "README.md", "results", "benchmarks"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+    if "README.md" in listed.stdout.splitlines():
         subprocess.run(
-            ["git", "checkout-index", prefix, "--stdin"],
+            ["git", "checkout-index", f"--prefix={tmp_path}/", "--stdin"],
             cwd=ROOT,
-            input=names.stdout,
+            input=listed.stdout,
             text=True,
             check=True,
         )
     else:
         shutil.copyfile(ROOT / "README.md", tmp_path / "README.md")
-        for folder in ("results", "benchmarks"):
+        for folder in parts[1:]:
             shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
-    text = (tmp_path / "README.md").read_text()
-    assert text == render(text, tmp_path / "results"), (
-        "README.md is older than results/: run `make readme`"
-    )
+    for path, text in pages(tmp_path, tmp_path / "results"):
+        name = path.relative_to(tmp_path)
+        assert path.is_file(), f"{name} is missing: run `make readme`"
+        assert path.read_text() == text, f"{name} is older than results/: run `make readme`"
 
 
 @pytest.fixture
@@ -70,7 +61,8 @@ def reproduce_all(tmp_path):
     environment = os.environ | {"PATH": f"{clock.parent}{os.pathsep}{os.environ['PATH']}"}
 
     def make(*options: str, check: bool = True) -> None:
-        words = ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER=", *options]
+        words = ["make", "reproduce-all", "-o", "installed", "STAMP=installed", "PAPER="]
+        words += ["RESULTS=results", *options]
         subprocess.run(words, cwd=tmp_path, capture_output=True, check=check, env=environment)
 
     return log, make
@@ -81,6 +73,13 @@ def measured(folder: Path) -> str:
     lines = BLOCKS["commands"](folder / "results").splitlines()
     (line,) = (line for line in lines if line.startswith("| `make reproduce-all`"))
     return line.split(" | ")[2]
+
+
+def with_all_blocks(folder: Path) -> Path:
+    """A repository whose README has every block."""
+    blocks = "\n".join(f"<!-- generated: {name} -->\n<!-- end: {name} -->" for name in BLOCKS)
+    (folder / "README.md").write_text(blocks)
+    return folder
 
 
 def test_reproduce_all_is_timed_over_all_its_sessions(tmp_path, reproduce_all):
@@ -95,9 +94,7 @@ def test_reproduce_all_is_timed_over_all_its_sessions(tmp_path, reproduce_all):
     make()
     make()
     assert [line.split()[1] for line in log.read_text().splitlines()] == ["stopped", "2", "0", "0"]
-    blocks = "\n".join(f"<!-- generated: {name} -->\n<!-- end: {name} -->" for name in BLOCKS)
-    (tmp_path / "README.md").write_text(blocks)
-    assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
+    assert update(with_all_blocks(tmp_path), tmp_path / "results", tmp_path / "runs")
     assert "| 10.0 min in 3 sessions |" in (tmp_path / "README.md").read_text()
     found = log.read_text()
     log.write_text(found + "90 0\n")
@@ -116,13 +113,12 @@ def test_update_writes_tables_and_only_reads_results(tmp_path):
     row = tmp_path / "results" / "mini" / "table3" / "bedrooms-fp.json"
     made_result({"fid": [1.0]}, row="bedrooms-fp").write(row)
     before = row.read_bytes(), row.stat().st_mtime_ns
-    blocks = "\n".join(f"<!-- generated: {name} -->\n<!-- end: {name} -->" for name in BLOCKS)
-    (tmp_path / "README.md").write_text(blocks)
-    assert update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
+    assert update(with_all_blocks(tmp_path), tmp_path / "results", tmp_path / "runs")
     assert (row.read_bytes(), row.stat().st_mtime_ns) == before
     assert (row.parent / "table.md").is_file()
     assert not (tmp_path / "results" / "mini" / "table2").exists()  # it has no rows
-    assert not update(tmp_path / "README.md", tmp_path / "results", tmp_path / "runs")
+    assert "1.00" in (tmp_path / "docs" / "results" / "table3.md").read_text()
+    assert not update(tmp_path, tmp_path / "results", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(
@@ -141,15 +137,58 @@ def test_the_time_of_unfinished_rows_adds_to_that_of_the_rows_that_are_there(
 
 def test_blocks_are_replaced_and_the_rest_stays(tmp_path):
     text = "before\n" + "".join(
-        f"<!-- generated: {n} -->\nold\n<!-- end: {n} -->\nbetween {n}\n" for n in BLOCKS
+        f"<!-- generated: {n} -->\nstale\n<!-- end: {n} -->\nbetween {n}\n" for n in BLOCKS
     )
-    new = render(text, tmp_path)
-    assert new.startswith("before\n") and "old" not in new
+    new = fill(text, tmp_path)
+    assert new.startswith("before\n")
+    assert "stale" not in new
     assert all(f"between {n}\n" in new for n in BLOCKS)
-    assert render(new, tmp_path) == new
-    assert "not measured yet" in new and "not run" in new  # no results: said, not left empty
+    assert fill(new, tmp_path) == new
+    # No results: this is said, not left empty.
+    assert "not measured yet" in new
+    assert "not run" in new
 
 
-def test_wrong_blocks(tmp_path):
-    with pytest.raises(QuestError, match="tables"):
-        render("<!-- generated: commands -->\n<!-- end: commands -->\n", tmp_path)
+def test_blocks_that_the_site_writes_stay(tmp_path):
+    text = "".join(f"<!-- generated: {n} -->\nas it is\n<!-- end: {n} -->\n" for n in AT_BUILD)
+    assert fill(text, tmp_path) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("<!-- generated: timess -->\n<!-- end: timess -->\n", "timess: expected one of"),
+        ("<!-- generated: claims -->\n", "expected <!-- end: NAME -->"),
+        ("<!-- generated: claims -->\n<!-- end: picture -->\n", "expected <!-- end: NAME -->"),
+    ],
+)
+def test_wrong_blocks(text, words, tmp_path):
+    with pytest.raises(QuestError, match=words):
+        fill(text, tmp_path)
+
+
+def test_links_are_seen_from_the_page():
+    text = "[a](docs/claims.md) ![b](results/p.png) [c](https://x.org/d) [e](#f)"
+    assert (
+        rebased(text, "docs")
+        == "[a](claims.md) ![b](../results/p.png) [c](https://x.org/d) [e](#f)"
+    )
+    assert rebased(text, "") == text
+
+
+def test_claims_of_the_story_are_all_there():
+    """Each line of README's summary is about claims; none has lost its claim."""
+    assert all(part.claims for parts in overview.STORY.values() for part in parts)
+    assert all(question.claims for question in findings.QUESTIONS)
+    assert len(overview.STORY) == 7
+
+
+def test_the_answers_follow_the_numbers(tmp_path):
+    """The same question, answered by two results."""
+    rows = tmp_path / "results" / "mini" / "ablation"
+    asked = "## Is it finetuning that does the work?\n\n"
+    for fid, answer in ((9.0, "**Yes.**"), (1.0, "**No.**")):
+        for row, value in (("w4a4-quest", 5.0), ("w4a4-not-finetuned", fid)):
+            numbers = {"fid": [value, value], "feature_distance_to_fp": [value, value]}
+            made_result(numbers, table="ablation", row=row).write(rows / f"{row}.json")
+        assert asked + answer in findings.answers(tmp_path / "results")

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import nbformat
 import numpy as np
+import papermill
 import pytest
 from PIL import Image
 
 from questlib.errors import ConfigError, MetricError
 from questlib.versions import STAGE_VERSIONS
 from reproduce import notebooks, pipeline
+from reproduce.__main__ import main
+from reproduce.choices import Choices
+from reproduce.plan import make_plan
+from reproduce.provenance import ROOT
 from reproduce.reporting import report
 from reproduce.results import Status
+from reproduce.table_results import TableResults
 
 ROWS = ["bedrooms-fp", "bedrooms-w4a4-quest"]
 
@@ -76,23 +83,78 @@ def test_paths_mean_the_same_in_the_notebook(tiny_plan, tiny, tmp_path, monkeypa
     assert made.cells[-1].outputs[0].text == "images 20\n"
 
 
-def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, monkeypatch):
+def test_stored_rows_are_shown_and_nothing_is_run(tiny_plan, tmp_path, monkeypatch):
     """The real notebook, with a number that no run has; no file of a row is new."""
     ran = tiny_plan(rows=ROWS[:1])
-    shown = tiny_plan(rows=ROWS, stored=True)
     result = pipeline.run_row(ran.rows[0], ran)
     (seed,) = result.seeds
     made_up = dataclasses.replace(seed, metrics=seed.metrics | {"fid": 123.25})
     path = ran.row_file(ROWS[0])
     dataclasses.replace(result, seeds=(made_up,)).write(path)
+    shown = tiny_plan(rows=ROWS, stored=True)
     monkeypatch.setattr(pipeline, "SeedRun", lambda *args: pytest.fail("a row was run"))
     notebooks.preflight(shown)
     results = notebooks.run(shown)
     assert [results[row].status for row in ROWS] == [Status.DONE, Status.NOT_RUN]
     assert report.frame(results)["FID"][0] == "123.25"
-    notebook = (shown.folder / shown.table.notebook).read_text()
-    assert "25 rows, 2 shown from their results" in notebook and "123.25" in notebook
-    assert [p.name for p in shown.folder.glob("*.json")] == [path.name]
+    kept = shown.folder / shown.table.notebook
+    notebook = kept.read_text()
+    assert "25 rows, 2 shown, your own" in notebook and "123.25" in notebook
+    assert {p.name for p in shown.folder.glob("*.json")} == {path.name, "agreement.json"}
+
+    # Where it lies the notebook shows the rows beside it, and writes nothing.
+    before = files(shown.results)
+    again = papermill.execute_notebook(
+        kept, tmp_path / "again.ipynb", cwd=shown.folder, progress_bar=False
+    )
+    assert "123.25" in nbformat.writes(again) and files(shown.results) == before
+
+
+def files(folder: Path) -> dict[Path, int]:
+    """Every file with the time of its last change."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_published_rows_are_shown_where_there_are_no_own_ones(tmp_path, monkeypatch, capsys):
+    """What is written then lies in runs/ of the command's folder, and the checkout stays as it is.
+
+    With rows of one's own these are shown, and no published one beside them.
+    """
+    monkeypatch.chdir(tmp_path)
+    published = files(ROOT / "results")
+    assert main(["table7", "--stored"]) == 0
+    assert "Not compared" not in capsys.readouterr().out
+    assert files(ROOT / "results") == published
+    folder = tmp_path / "runs" / "results" / "mini" / "table7"
+    assert "the published ones" in (folder / "table07_global_loss.ipynb").read_text()
+    assert (folder / "table.md").read_text() == report.markdown(
+        report.committed("table7", ROOT / "results")
+    )
+    assert not list(folder.glob("*.json"))
+
+    choices = Choices(results=tmp_path / "runs" / "results", stored=True)
+    assert make_plan("table7", choices).is_published
+    shutil.copy(ROOT / "results" / "mini" / "table7" / "w4a4-tla.json", folder)
+    own = make_plan("table7", choices)
+    assert not own.is_published and own.source == folder
+    assert [row.id for row, _ in TableResults.stored(own).done] == ["w4a4-tla"]
+    assert make_plan("table7", Choices(stored=True)).is_published  # a notebook's default
+
+
+def test_a_run_reads_no_published_row(tmp_path):
+    """Otherwise a table would mix rows of two runs."""
+    plan = make_plan("table7", Choices(results=tmp_path, work=tmp_path / "work"))
+    assert not TableResults.stored(plan).done
+    assert plan.published is not None and plan.published.results == ROOT / "results"
+
+
+def test_nothing_to_show_is_said_with_the_command_that_makes_it(tmp_path):
+    with pytest.raises(
+        ConfigError,
+        match="expected rows of table7 at paper scale, found none, .* run them: "
+        "python -m reproduce table7 --scale paper",
+    ):
+        make_plan("table7", Choices(scale="paper", stored=True, results=tmp_path))
 
 
 def test_only_rows_that_are_not_what_a_run_would_make_now_are_run(tiny_plan, monkeypatch):
@@ -147,11 +209,4 @@ def test_what_is_unfinished_is_asked_of_the_rows_that_the_scale_has(tiny_plan, c
         ConfigError,
         match="--unfinished: expected no choices but of scale, rows and engine, found python",
     ):
-        notebooks.unfinished(tiny_plan(rows=ROWS, **choices))
-
-
-def test_a_notebook_that_opens_checkpoints_is_not_shown_from_rows_alone(tiny_plan):
-    with pytest.raises(
-        ConfigError, match="opens the rows' checkpoints, run them: make reproduce-figure2"
-    ):
-        notebooks.preflight(tiny_plan("figure2", stored=True))
+        notebooks.unfinished(tiny_plan(rows=ROWS).choose(**choices))

@@ -91,9 +91,9 @@ def test_table_2_settings(tmp_path):
     ("table", "choices", "message"),
     [
         ("table99", {}, "expected one of table2, table3, table3-churches"),
-        ("table2", dict(scale="huge"), "expected one of smoke, mini, paper"),
+        ("table2", dict(scale="huge"), "expected one of smoke, mini, full, paper"),
         ("table2", dict(rows=["w4a8-te-pqt"]), "w4a8-te-ptq"),
-        ("table2", dict(rows=[]), "at least one"),
+        ("table2", dict(rows=[]), "expected a list of names"),
         ("table2", dict(seeds=[0, 0]), "different numbers"),
         ("table2", dict(seeds=[1000]), "0..999"),
         ("table2", dict(features="clip"), "mini, inception"),

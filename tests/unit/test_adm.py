@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from questlib.diffusion.drawing import Samples
 from questlib.errors import MetricError, QuestError
 from reproduce.__main__ import main
 from reproduce.evaluation import features, metrics, reference
 from reproduce.evaluation.adm import NpzImages, export_npz, read_npz
-from reproduce.evaluation.samples import Samples, write_samples
+from reproduce.evaluation.samples import write_samples
 
 
 def pictures(n: int, seed: int = 0, size: int = 64) -> torch.Tensor:

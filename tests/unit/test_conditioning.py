@@ -18,13 +18,14 @@ from questlib import Calibration, calibrate, finetune, quantize, save_pretrained
 from questlib.adaround import blocks
 from questlib.capture import capture_outputs
 from questlib.diffusion.conditioning import Condition, Conditioning
+from questlib.diffusion.drawing import Drawing
 from questlib.diffusion.sampling import choose_scheduler, denoise
 from questlib.errors import ConfigError
 from questlib.finetuning.losses import stage_losses
 from questlib.finetuning.stages import select_parameters, select_stages
 from questlib.quantization.model import act_quantizers, quant_layers
 from questlib.quantization.time_path import run_time_layers
-from reproduce.evaluation.drawing import Drawing, sample
+from reproduce.evaluation.drawing import sample
 from reproduce.models.pipelines import ClassConditionalPipeline, ClassEmbedder
 
 PLAIN = dict(

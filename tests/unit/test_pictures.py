@@ -7,6 +7,7 @@ from questlib.calibration import Calibration
 from questlib.quantization.model import quant_layers
 from questlib.quantization.primitives import affine, fake_quant
 from questlib.quantization.roles import layer_roles
+from reproduce.figures import style
 from reproduce.figures.activations import (
     SEARCHES,
     channel_figure,
@@ -158,12 +159,18 @@ def test_figures_show_what_was_given(pipe, calib, fast, heavy, attention):
     log = finetune(student, pipe.unet, calib, fast())
     errors = layer_errors(student, pipe.unet, calib, attention, samples=2)
     losses = loss_figure(log["loss"])
-    assert [axes.get_title() for axes in losses.axes] == ["stage TLA", "stage CMA"]
+    assert [axes.get_title(loc="left") for axes in losses.axes] == ["stage TLA", "stage CMA"]
     assert [line.get_label() for line in losses.axes[1].lines] == ["L_CMA", "L_G"]
     assert [
         t.get_text() for t in layer_error_figure({"after": errors}).axes[0].get_yticklabels()
     ] == attention
-    assert len(time_figure(pipe.unet, {"quantized": student}, calib.t).axes[0].lines) == 3
+    times = time_figure(
+        pipe.unet, {"quantized": student, "TLA, local loss alone": student}, calib.t
+    )
+    assert len(times.axes[0].lines) == 5  # full precision; of each student a line and its dots
+    colors = {line.get_color() for line in times.axes[0].lines}
+    names = ("full precision", "quantized", "TLA, local loss alone")
+    assert colors == {style.COLORS[name] for name in names}
     assert len(histogram_figure({"before": heavy, "after": heavy}, 4, "layer").axes) == 2
     assert len(channel_figure(heavy.reshape(10, -1), 4, 4.0).axes[1].lines) == 3
     assert not plt.get_fignums()  # a notebook shows a figure once: as the cell's value

@@ -14,10 +14,10 @@ import tiny_pipelines as tiny
 import torch
 from filelock import FileLock
 
+from questlib.diffusion.drawing import Drawing, Samples
 from questlib.diffusion.sampling import index_ranges
 from questlib.errors import QuestError
-from reproduce.evaluation.drawing import Drawing
-from reproduce.evaluation.samples import Samples, read_run, read_samples, shard_file, write_samples
+from reproduce.evaluation.samples import read_run, read_samples, shard_file, write_samples
 
 RUN = {"num_samples": 23, "batch_size": 3, "what": "test"}
 RANGES = index_ranges(23, 3)

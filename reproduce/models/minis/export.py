@@ -17,11 +17,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from questlib.errors import ConfigError
+from questlib.files import atomic_path
 from reproduce import provenance
 from reproduce.evaluation.features import MiniFeatures, load_extractor
 from reproduce.evaluation.image_statistics import statistics
 from reproduce.evaluation.reference import load_reference, open_reference, save_reference
 from reproduce.models.classifier import GroupClassifier
+from reproduce.models.embedded import CLASSES
 from reproduce.models.minis.architectures import MINI_MODELS, NUM_SAMPLES, MiniModel, Stage
 from reproduce.models.minis.card import GRID, write_card
 from reproduce.models.minis.data import ARCHIVES, TrainingData
@@ -106,6 +108,8 @@ def export(
     (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")
     if model.condition == "text":
         (folder / "captions.json").write_text(_as_coco(data.captions) + "\n")
+    if model.condition == "class":
+        (folder / CLASSES).write_text(json.dumps(list(data.class_names), indent=1) + "\n")
     return finish(name, data, out, num_samples, reference)
 
 
@@ -165,12 +169,22 @@ def _save_pipeline(model: MiniModel, trained: Trained, folder: Path) -> None:
     if trained.clip is not None:
         half["tokenizer"] = trained.clip.tokenizer
     model.pipeline(scheduler=model.scheduler(), **half).save_pretrained(folder)
+    _forget_paths(folder)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Remove from the configs where parts were loaded from: folders of this machine."""
+    for path in sorted(folder.rglob("config.json")):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _save_classifier(classifier: GroupClassifier, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     half = {k: v.half() for k, v in classifier.state_dict().items()}
-    save_file(half, folder / "classifier.safetensors")
+    with atomic_path(folder / "classifier.safetensors") as temporary:
+        save_file(half, temporary)
     config = {
         "num_classes": classifier.head.out_features,
         "width": classifier.stages[0][0].out_channels,

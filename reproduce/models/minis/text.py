@@ -20,6 +20,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from questlib.files import atomic_path
+
 LENGTH = 24  # tokens of a prompt, start and end included; the longest caption has 23
 MERGES = 700  # of the byte-pair encoding
 
@@ -166,7 +168,8 @@ def save_clip(model: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     half = {k: v.half().contiguous() for k, v in model.state_dict().items()}
-    save_file(half, folder / "open_clip_model.safetensors")
+    with atomic_path(folder / "open_clip_model.safetensors") as temporary:
+        save_file(half, temporary)
     config = {"model_cfg": _clip_config(tokenizer), "preprocess_cfg": PREPROCESS}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
