@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import questlib
+from questlib.diffusion import drawing as denoising
 from questlib.errors import ConfigError, QuestError
 from reproduce import seed_run, store
 from reproduce.evaluation import drawing, metrics
@@ -48,7 +49,7 @@ def calls(monkeypatch) -> Counter:
 
     for name in ("calibrate", "quantize", "finetune", "save_pretrained"):
         count(questlib, name)
-    count(drawing, "denoise")
+    count(denoising, "denoise")
     count(metrics, "evaluate")
     return counted
 
@@ -204,7 +205,7 @@ def test_second_run_makes_nothing(tiny_plan, calls):
 def test_stopped_run_goes_on(tiny_plan, calls, monkeypatch, stop_in, done):
     plan = tiny_plan()
     row = plan.table.row(ROW)
-    owner = {"evaluate": metrics, "denoise": drawing}[stop_in]
+    owner = {"evaluate": metrics, "denoise": denoising}[stop_in]
     counting = getattr(owner, stop_in)
     passed: Counter = Counter()
 
@@ -277,7 +278,7 @@ def test_samples_that_another_process_makes_meanwhile(tiny_plan, monkeypatch):
     runs = [SeedRun(plan.rows[0], plan, 0) for _ in range(2)]
     started = threading.Barrier(2)
     drawn: Counter = Counter()
-    real = drawing.denoise
+    real = denoising.denoise
 
     def denoise(*args, **kwargs):
         drawn["batches"] += 1
@@ -287,7 +288,7 @@ def test_samples_that_another_process_makes_meanwhile(tiny_plan, monkeypatch):
         started.wait()
         return run.draw(run.fp_samples, run.pipe.unet).images
 
-    monkeypatch.setattr(drawing, "denoise", denoise)
+    monkeypatch.setattr(denoising, "denoise", denoise)
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(draw, runs)
     assert torch.equal(first, second)
