@@ -232,7 +232,7 @@ print([m for m in ("torch", "diffusers", "pandas", "matplotlib") if m in sys.mod
 # here: diffusers, accelerate and huggingface_hub need them.
 EXTRAS = """
     IPython fcntl ipykernel jupyter latex2mathml matplotlib nbclient nbconvert nbformat open_clip
-    pandas papermill timm tokenizers torch_fidelity torchvision transformers
+    pandas papermill peft timm tokenizers torch_fidelity torchvision transformers
 """.split()
 
 THIN = f"""
