@@ -56,7 +56,11 @@ def test_bad_counts(pipe):
 
 @pytest.mark.parametrize("name", ["minmax", "quest-paper", "quest-release", "quest"])
 @pytest.mark.parametrize("a", [4, 8])
-@pytest.mark.parametrize("granularity", [{}, {"act_granularity": "token"}], ids=["preset", "token"])
+@pytest.mark.parametrize(
+    "granularity",
+    [{}, {"act_granularity": "token", "calib_model": "full"}],
+    ids=["preset", "token"],
+)
 def test_ranges_are_set_for_every_group(pipe, calib, name, a, granularity):
     config = QuantConfig.preset(name, 4, a, calib_batch=8, **granularity)
     q = prepare(pipe.unet, config, calib.t)
