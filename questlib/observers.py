@@ -9,7 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.calibration import Calibration
-from questlib.config import OFF, QuantConfig, RangeConfig
+from questlib.config import OFF, QuantConfig
+from questlib.config_groups import RangeConfig
 from questlib.quantization import carrier, range_search
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.model import act_quantizers, freeze, set_mode

@@ -29,7 +29,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "questlib": [
         {"errors"},
         {"files"},
-        {"config", "presets", "versions"},
+        {"config", "config_groups", "presets", "versions"},
         {"distributed", "stage_cache", "alignment"},
         {"quantization"},
         {"diffusion"},

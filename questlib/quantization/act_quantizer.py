@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from questlib.config import OFF, Granularity
+from questlib.config import OFF
+from questlib.config_groups import Granularity
 from questlib.errors import NotCalibratedError
 from questlib.quantization import primitives
 from questlib.quantization.carrier import CARRIER_BITS
@@ -42,8 +43,8 @@ class ActQuantizer(nn.Module):
         channels: C; 1 for a whole tensor whose channels do not matter, such as attention's
             probabilities.
         dim: the dimension of channels: 1 for convolutions, -1 for linear layers and attention.
-        granularity: what has a scale of its own, see `questlib.config.RangeConfig`. "carrier"
-            needs 4 bits or fewer.
+        granularity: what has a scale of its own, see `questlib.config_groups.RangeConfig`.
+            "carrier" needs 4 bits or fewer.
         parts: the part of each channel, int64 [C]; None: one part.
         unsigned: whether no input is negative.
         shifts: whether the operand that these activations meet has room for 2^e.

@@ -9,7 +9,8 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from questlib.config import OFF, Granularity, QuantConfig
+from questlib.config import OFF, QuantConfig
+from questlib.config_groups import Granularity
 from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from questlib.config import Search
+from questlib.config_groups import Search
 from questlib.quantization import primitives
 from questlib.quantization.primitives import LearnedQuant
 from questlib.quantization.range_search import choose_qparams

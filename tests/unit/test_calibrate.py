@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from questlib import Calibration, QuantConfig, calibrate, quantize
-from questlib.config import RangeConfig
+from questlib.config_groups import RangeConfig
 from questlib.diffusion.sampling import sample_generators
 from questlib.errors import CheckpointError, ConfigError
 from questlib.observers import Observer, init_ranges

@@ -2,7 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from questlib.config import GROUPS, KEYWORDS, QuantConfig, RangeConfig, field_path
+from questlib.config import KEYWORDS, QuantConfig, field_path
+from questlib.config_groups import GROUPS, RangeConfig
 from questlib.errors import ConfigError
 from questlib.observers import init_ranges
 from questlib.presets import PRESETS
