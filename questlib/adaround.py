@@ -288,7 +288,7 @@ def reconstruct_weights(
         tensors = {str(i): layer.weight.data for i, layer in enumerate(layers)}
         filled = parts.fill(name, tensors, lambda: list(compute()))
         record[name] = filled.record
-        for layer in layers:
+        for layer in layers if filled.cached else ():
             layer.freeze()
 
     done: tuple[str, ...] = ()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from questlib.config import OFF, QuantConfig
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers
 from questlib.quantization.preparation import prepare
-from questlib.stage_cache import StageCache, seconds_of
+from questlib.stage_cache import Filled, Parts, StageCache, computed
 
 
 class QuantizationLog(TypedDict):
@@ -85,43 +86,37 @@ def quantize(
         log["seconds"]["ranges"] += ranges.seconds
         log["ranges_cached"] = ranges.cached
 
+    def reconstruct(
+        stage: str, key: str, tensors: dict[str, torch.Tensor], run: Callable[..., Any]
+    ) -> Filled:
+        def compute(parts: Parts) -> Any:
+            return run(student, unet, calib, config, parts=parts, progress=progress)
+
+        filled = cache.fill(stage, key, tensors, compute)
+        log["seconds"]["reconstruct"] += filled.seconds
+        log["reconstruct_cached"] |= filled.cached
+        return filled
+
     if config.ranges.calib_model == "full":
         find_ranges()
 
     if config.adaround.enabled and config.weight_bits != OFF:
-        rounded = cache.fill(
-            "adaround",
-            config.adaround_key(),
-            _quantized_weights(student),
-            lambda parts: reconstruct_weights(
-                student, unet, calib, config, parts=parts, progress=progress
-            ),
-        )
-        log["seconds"]["reconstruct"] = rounded.seconds
-        log["reconstruct_cached"] = rounded.cached
+        key = config.adaround_key()
+        rounded = reconstruct("adaround", key, _quantized_weights(student), reconstruct_weights)
         log["decided"] = decided_share(rounded.record)
 
     if config.ranges.calib_model == "quantized":
         find_ranges()
 
     if config.act_recon.enabled and config.act_bits != OFF:
-        trained = cache.fill(
-            "act_recon",
-            config.act_recon_key(),
-            _activation_ranges(student),
-            lambda parts: reconstruct_acts(
-                student, unet, calib, config, parts=parts, progress=progress
-            ),
-        )
-        log["seconds"]["reconstruct"] += trained.seconds
-        log["reconstruct_cached"] |= trained.cached
+        key = config.act_recon_key()
+        reconstruct("act_recon", key, _activation_ranges(student), reconstruct_acts)
 
     student.quest_log = log
     freeze(student)
     if config.noise_correction:
-        log["seconds"]["correction"] = seconds_of(
-            lambda: estimate_correction(student, calib, config)
-        )
+        corrected = computed(lambda: estimate_correction(student, calib, config))
+        log["seconds"]["correction"] = corrected.seconds
     return student
 
 

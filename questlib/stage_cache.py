@@ -56,13 +56,13 @@ class Parts:
             CheckpointError: the file cannot be read, or does not fit.
         """
         if self.folder is None:
-            return _computed(compute)
+            return computed(compute)
         path = self.folder / f"{name}.safetensors"
         if path.exists():
             filled = _read(path, tensors)
             self.seconds_before += filled.seconds
             return filled
-        filled = _computed(compute)
+        filled = computed(compute)
         _write(path, tensors, filled)
         return filled
 
@@ -105,7 +105,7 @@ class StageCache:
             CheckpointError: a file cannot be read, or does not fit.
         """
         if self.folder is None:
-            return _computed(lambda: compute(Parts()))
+            return computed(lambda: compute(Parts()))
         name = f"{stage}-v{STAGE_VERSIONS[stage]}-{key}-{self.calibration}"
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,28 +113,21 @@ class StageCache:
             if path.exists():
                 return _read(path, tensors)
             parts = Parts(self.folder / name)
-            filled = _computed(lambda: compute(parts))
+            filled = computed(lambda: compute(parts))
             filled = filled._replace(seconds=filled.seconds + parts.seconds_before)
             _write(path, tensors, filled)
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return filled
 
 
-def seconds_of(compute: Callable[[], Any]) -> float:
-    """Run `compute` and return the time it took."""
-    start = time.perf_counter()
-    compute()
-    return time.perf_counter() - start
-
-
-def _computed(compute: Callable[[], Any]) -> Filled:
+def computed(compute: Callable[[], Any]) -> Filled:
+    """Run `compute`: the time it took, and what it returned."""
     start = time.perf_counter()
     record = compute()
     return Filled(time.perf_counter() - start, False, record)
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)
     with atomic_path(path) as temporary:

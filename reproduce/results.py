@@ -34,6 +34,7 @@ METRICS = (
     "feature_distance_to_fp",
     "latent_snr_db",
 )
+IF_REPORTED = ("inception_score", "clip_score")  # told where the paper's table has them
 FULL_PRECISION = "full precision"  # in place of an engine, where nothing is quantized
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 

@@ -24,7 +24,6 @@ from reproduce.reporting import (
     run_times,
 )
 from reproduce.store import write_json
-from reproduce.tables.registry import all_tables
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
 BEGIN = re.compile(r"<!-- generated: (\S+) -->")
@@ -109,8 +108,7 @@ def update(root: Path, folder: Path, work: Path) -> list[Path]:
         took = json.loads(test.read_text())
         about = {"command": "make test"} | took | {"machine": machine()}
         write_json(folder / "mini" / "test.json", about)
-    for name in all_tables():
-        results = report.committed(name, folder)
+    for results in report.all_committed(folder).values():
         if results.done:
             report.finish(results.plan)
     changed = []

@@ -16,9 +16,10 @@ from reproduce.agreement import compare_with_published, write_agreement
 from reproduce.choices import Choices
 from reproduce.figures import strips, style
 from reproduce.plan import Plan, make_plan
-from reproduce.results import Result, Status
+from reproduce.results import IF_REPORTED, Result, Status
 from reproduce.table_results import TableResults
 from reproduce.tables.base import COSTS, FAILED, UNKNOWN, Number, Row
+from reproduce.tables.registry import all_tables
 from reproduce.verdicts import LEGEND, PAIRED, verdict
 
 HEADS = {
@@ -31,7 +32,6 @@ HEADS = {
     PAIRED: "distance to FP",
 }
 COST_HEADS = {"hours": "time", "memory_mb": "memory MB", "iterations": "iterations"}
-IF_REPORTED = ("inception_score", "clip_score")  # shown where the paper's table has them
 PICTURE = "picture.png"
 FACTORS = {"kid": 1000.0}
 DIGITS = {PAIRED: 3}
@@ -65,6 +65,11 @@ def committed(table: str, folder: Path) -> TableResults:
     """
     choices = Choices(scale="mini", results=folder, work=folder)
     return TableResults.stored(make_plan(table, choices, dry=True))
+
+
+def all_committed(folder: Path) -> dict[str, TableResults]:
+    """The same of every table, by name."""
+    return {name: committed(name, folder) for name in all_tables()}
 
 
 # ---- numbers as text ----
