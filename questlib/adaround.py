@@ -160,7 +160,9 @@ def minimize(
         regularize: called with the number of each iteration after the backward pass; may add to
             the gradients.
     """
-    optimizer = torch.optim.Adam(groups, fused=True)
+    # one fused step for all tensors, where PyTorch has a kernel for it
+    devices = {tensor.device.type for group in groups for tensor in group["params"]}
+    optimizer = torch.optim.Adam(groups, fused=devices <= {"cpu", "cuda"})
     for i in range(iters):
         value = loss(i)
         optimizer.zero_grad(set_to_none=True)
