@@ -55,14 +55,17 @@ def quantize(
         finetuned. Its attribute `quest_log` is a `QuantizationLog`.
 
     Raises:
-        ConfigError: `unet` is not a diffusers UNet, or is quantized already.
-        CheckpointError: a cached file is damaged.
+        ConfigError: `unet` is not a diffusers UNet, is quantized already, or is another one than
+            the calibration's.
+        QuestError: a value of the calibration is not finite.
+        CheckpointError: a cached file is damaged, or of another model.
 
     Example:
         >>> calib = questlib.calibrate(pipe, num_samples=64, num_inference_steps=20)
         >>> config = questlib.QuantConfig.preset("quest", 4, 4)
         >>> unet = questlib.quantize(pipe.unet, config, calib)
     """
+    model = calib.check(unet)
     start = time.perf_counter()
     student = prepare(unet, config, calib.t)
     if config.noise_correction:
@@ -73,7 +76,7 @@ def quantize(
         "reconstruct_cached": False,
         "decided": None,
     }
-    cache = StageCache(cache_dir, calib.hash())
+    cache = StageCache(cache_dir, calib.hash(), model)
 
     def find_ranges() -> None:
         ranges = cache.fill(

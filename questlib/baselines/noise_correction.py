@@ -32,7 +32,7 @@ class NoiseCorrection(nn.Module):
     """The correction of one UNet, for each calibrated timestep.
 
     Args:
-        timesteps: int64 [T], ascending.
+        timesteps: int64 or float32 [T], ascending.
         channels: C, of the UNet's output.
 
     Attributes:
@@ -128,9 +128,9 @@ def insert_correction(unet: nn.Module) -> None:
 def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
     """Estimate the UNet's noise correction at all calibrated steps, from all trajectories."""
     correction = student.quest_correction
-    everything = torch.arange(calib.x.shape[1])
     for step, t in enumerate(calib.t):
-        batches = calib.batch(step, everything).split(config.forward_batch)
+        everything = calib.batch(step, torch.arange(calib.width(step)))
+        batches = everything.split(config.forward_batch)
         outputs = torch.cat([batch.run(student).cpu() for batch in batches])
-        correction.estimate(t, outputs, calib.eps[step])
+        correction.estimate(t, outputs, everything.eps)
     correction.calibrated.fill_(True)

@@ -41,9 +41,18 @@ def choose_scheduler(
         eta: DDIM's eta, with which the scheduler will be used.
 
     Raises:
-        ConfigError: an unknown name, or an eta with a sampler that has none.
+        ConfigError: an unknown name, an eta with a sampler that has none, or a UNet that predicts
+            the variance, too, with a sampler that does not know of it.
     """
     scheduler = pipe.scheduler if sampler is None else make_scheduler(pipe, sampler)
+    config = pipe.unet.config
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    if config.out_channels == 2 * config.in_channels and not learned:
+        raise ConfigError(
+            f"{type(scheduler).__name__}: the UNet predicts noise and variance "
+            f"({config.out_channels} channels for {config.in_channels}); expected a scheduler with "
+            "variance_type learned or learned_range, such as DDPMScheduler"
+        )
     if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ConfigError(f"eta: {type(scheduler).__name__} has none; expected 0, found {eta}")
     return scheduler

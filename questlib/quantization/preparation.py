@@ -46,12 +46,7 @@ def prepare(
     Raises:
         ConfigError: the model is not a diffusers UNet, or is quantized already.
     """
-    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
-        raise ConfigError(
-            f"expected a diffusers UNet2DModel or UNet2DConditionModel, found {type(unet).__name__}"
-        )
-    if hasattr(unet, "quest_steps"):
-        raise ConfigError("this UNet is quantized already; start from the full-precision one")
+    check_unet(unet)
     device = unet.device
     unet = copy.deepcopy(unet).eval().requires_grad_(False)
     splits = skip_splits(unet) if config.split_skip else {}
@@ -79,6 +74,16 @@ def prepare(
     unet.quest_config = config
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
     return unet.to(device)  # quantizers and step groups were made on the CPU
+
+
+def check_unet(unet: nn.Module) -> None:
+    """ConfigError unless this is a UNet in full precision that can be quantized."""
+    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
+        raise ConfigError(
+            f"expected a diffusers UNet2DModel or UNet2DConditionModel, found {type(unet).__name__}"
+        )
+    if hasattr(unet, "quest_steps"):
+        raise ConfigError("this UNet is quantized already; start from the full-precision one")
 
 
 # ---- granularity, bits and parts of a layer ----
