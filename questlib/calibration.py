@@ -38,6 +38,7 @@ from questlib.diffusion.sampling import (
     index_ranges,
     initial_noise,
     sample_generators,
+    unet_of,
 )
 from questlib.distributed import broadcast_from, broadcast_value, processes
 from questlib.errors import CheckpointError, ConfigError
@@ -332,7 +333,7 @@ def calibrate(
         >>> calib.save("calibration.safetensors")
         >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
     """
-    check_pipeline(pipe)
+    check_unet(unet_of(pipe))
     chosen = {
         "num_samples and num_inference_steps": num_samples is not None,
         "calls": calls is not None,
@@ -362,18 +363,6 @@ def calibrate(
         run = _runs(pipe, list(calls or ()), seed, progress)
     with evaluating(pipe):
         return record(pipe, run)
-
-
-def check_pipeline(pipe: DiffusionPipeline) -> None:
-    """ConfigError unless the pipeline has a UNet that can be quantized."""
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        parts = ", ".join(getattr(pipe, "components", ())) or "no components"
-        raise ConfigError(
-            f"{type(pipe).__name__} has no UNet; expected a pipeline with a diffusers UNet2DModel "
-            f"or UNet2DConditionModel, found {parts}"
-        )
-    check_unet(unet)
 
 
 @contextmanager

@@ -186,8 +186,9 @@ class Batch:
         What had the precision of x when it was recorded has the UNet's own now.
         """
         recorded = self.x.dtype
+        device = device_of(unet)
         tensors = {
-            name: value.to(unet.device, unet.dtype if value.dtype == recorded else value.dtype)
+            name: value.to(device, unet.dtype if value.dtype == recorded else value.dtype)
             for name, value in (self.constants | self.rows).items()
         }
         return put_tensors(self.skeleton, tensors)
@@ -195,7 +196,12 @@ class Batch:
     def run(self, unet: nn.Module) -> torch.Tensor:
         """A UNet's output for these calls [B, C, h, w], on its own device."""
         arguments = self.arguments(unet)
-        return unet(arguments.pop("sample"), self.t.to(unet.device), **arguments).sample
+        return unet(arguments.pop("sample"), self.t.to(device_of(unet)), **arguments).sample
+
+
+def device_of(unet: nn.Module) -> torch.device:
+    """Where a UNet takes its inputs; "cpu" where accelerate has offloaded its weights."""
+    return torch.device("cpu") if unet.device.type == "meta" else unet.device
 
 
 # ---- a table of calls ----

@@ -8,6 +8,7 @@ config.json
   unet        its configuration
   quant       the quantization's: `QuantConfig.to_dict()`, groups as nested objects
   timesteps   the calibrated timesteps, in the sampler's order
+  dtype       of what is not quantized, "float16" or "bfloat16"; float32 where it is missing
 
 model.safetensors, for a quantized layer NAME with weight [O, I, kh, kw] or [O, I]
   NAME.codes                         uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a
@@ -55,7 +56,9 @@ from questlib.integer.modules import IntegerAttention, IntegerLayer
 from questlib.quantization.carrier import split_ratio
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, step_groups
+from questlib.quantization.precision import cast
 from questlib.quantization.preparation import prepare
+from questlib.quantization.seal import check_whole
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 FORMAT = 2
@@ -66,6 +69,9 @@ CONFIG_FILE = "config.json"
 
 # Tensors of whole numbers below 256: bytes in the file, float32 or int64 in the model.
 BYTES = ("zero_point", "ratio", "shift")
+
+# Factors of FreeU, attributes of the up blocks.
+FREEU = ("s1", "s2", "b1", "b2")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -147,6 +153,7 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
             "save: expected a simulated UNet, found one that runs in integers; "
             "save it before it is converted"
         )
+    check_rebuildable(unet)
     config = {
         "format": FORMAT,
         "class": type(unet).__name__,
@@ -155,6 +162,8 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
         "quant": unet.quest_config.to_dict(),
         "timesteps": steps.timesteps.flip(0).tolist(),
     }
+    if unet.dtype != torch.float32:
+        config["dtype"] = str(unet.dtype).removeprefix("torch.")
     state = stored_tensors(unet)
     out = Path(out_dir)
     try:
@@ -165,6 +174,31 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     except OSError as error:
         raise QuestError(f"save: cannot write to {out}: {error.strerror}") from error
     return (out / WEIGHTS_FILE).stat().st_size
+
+
+def check_rebuildable(unet: nn.Module) -> None:
+    """Check that a UNet can be made again from its config, before anything is written.
+
+    Raises:
+        ConfigError: it is of a class of the user's own, or blocks have switches that no config has.
+        QuestError: a part of it is no longer quantized, or a value is not finite.
+    """
+    check_whole(unet)
+    if type(unet) not in UNETS.values():
+        raise ConfigError(
+            f"save: a {type(unet).__name__} cannot be made again from its config; expected one of "
+            f"{', '.join(UNETS)}"
+        )
+    for name, block in unet.named_modules():
+        if any(getattr(block, key, None) is not None for key in FREEU):
+            raise ConfigError(
+                f"save: {name} has FreeU's factors, which no config has; run unet.disable_freeu(), "
+                "save, and enable it again after loading"
+            )
+    state = unet.state_dict()
+    infinite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if infinite:
+        raise QuestError(f"save: not finite: {', '.join(infinite[:5])}")
 
 
 def stored_tensors(unet: nn.Module) -> Tensors:
@@ -189,7 +223,7 @@ def from_pretrained(
     path: str | Path,
     engine: str = "fake",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     weights: str = "packed",
     fuse: bool = False,
     fallback: bool = False,
@@ -201,7 +235,7 @@ def from_pretrained(
         engine: "fake" is simulated quantization, with the outputs of the saved model bit for bit.
             Others run in integers: "cpu", "triton", "reference", or "auto"; see
             `questlib.convert`, also for the other arguments.
-        dtype: for an integer engine: of what is not quantized.
+        dtype: of what is not quantized; None: as it was saved.
         weights: for an integer engine: how weights are kept in memory.
         fuse: for an integer engine: whether layers that follow each other are fused.
         fallback: for an integer engine: whether layers without an integer form are simulated.
@@ -216,21 +250,32 @@ def from_pretrained(
     """
     if engine != "fake":
         choose_engine(engine)  # an engine that cannot run is refused before any long work
-    elif dtype != torch.float32 or weights != "packed" or fuse or fallback:
+    elif weights != "packed" or fuse or fallback:
         raise ConfigError(
-            "dtype, weights, fuse and fallback are choices of the integer engines, "
-            "not of engine 'fake'"
+            "weights, fuse and fallback are choices of the integer engines, not of engine 'fake'"
         )
     path = Path(path)
     config, state = read_files(path)
     unet = build_unet(path, config)
     load_tensors(path, unet, state)
     check_calibrated(path, unet)
+    dtype = saved_dtype(path, config) if dtype is None else dtype
     if engine == "fake":
-        return freeze(unet)
+        return cast(freeze(unet), dtype)
     return convert(
         unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
     )
+
+
+def saved_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
+    """The precision of a checkpoint's UNet. CheckpointError for one that there is not."""
+    name = config.get("dtype", "float32")
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise CheckpointError(
+            f"checkpoint {path}: dtype: expected one of {', '.join(dtypes)}, found {name!r}"
+        )
+    return dtypes[name]
 
 
 def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:

@@ -263,6 +263,9 @@ class QuantConfig(Settings):
     split_skip: bool = True
     """Whether the two halves of a UNet's concatenations have scales of their own (Q-Diffusion)."""
 
+    skip_layers: tuple[str, ...] = ()
+    """Layers that stay in full precision: their names, or patterns such as "*.fuser.*"."""
+
     noise_correction: bool = False
     """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
 

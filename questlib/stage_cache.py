@@ -138,9 +138,7 @@ def _computed(compute: Callable[[], Any]) -> Filled:
     return Filled(time.perf_counter() - start, False, record)
 
 
-def _write(
-    path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: str | None
-) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: str | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)

@@ -25,10 +25,11 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.config import QuantConfig
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import nearest
 
 
-class NoiseCorrection(nn.Module):
+class NoiseCorrection(FixedPrecision):
     """The correction of one UNet, for each calibrated timestep.
 
     Args:

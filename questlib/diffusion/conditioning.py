@@ -109,10 +109,11 @@ class Conditioning:
                 "text_encoder"
             )
         config = self.pipe.unet.config
-        more = [
-            f"{key} = {config[key]}" for key in CONDITIONS[:3] if config.get(key) is not None
-        ]
-        if config.in_channels != config.out_channels and config.out_channels != 2 * config.in_channels:
+        more = [f"{key} = {config[key]}" for key in CONDITIONS[:3] if config.get(key) is not None]
+        if (
+            config.in_channels != config.out_channels
+            and config.out_channels != 2 * config.in_channels
+        ):
             more.append(f"in_channels = {config.in_channels}, out_channels = {config.out_channels}")
         if more:
             raise ConfigError(

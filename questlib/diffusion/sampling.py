@@ -31,6 +31,18 @@ SEED_BITS = 32
 CALIBRATION_OFFSET = 500_000
 
 
+def unet_of(pipe: DiffusionPipeline) -> nn.Module:
+    """The pipeline's UNet. ConfigError where it has none."""
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        parts = ", ".join(getattr(pipe, "components", ())) or "no components"
+        raise ConfigError(
+            f"{type(pipe).__name__} has no UNet; expected a pipeline with a diffusers UNet2DModel "
+            f"or UNet2DConditionModel, found {parts}"
+        )
+    return unet
+
+
 def choose_scheduler(
     pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0
 ) -> SchedulerMixin:
@@ -45,7 +57,7 @@ def choose_scheduler(
             the variance, too, with a sampler that does not know of it.
     """
     scheduler = pipe.scheduler if sampler is None else make_scheduler(pipe, sampler)
-    config = pipe.unet.config
+    config = unet_of(pipe).config
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
     if config.out_channels == 2 * config.in_channels and not learned:
         raise ConfigError(
@@ -71,9 +83,11 @@ def sample_shape(unet: nn.Module) -> tuple[int, int]:
 
 
 def initial_noise(unet: nn.Module, generators: list[torch.Generator]) -> torch.Tensor:
-    """x_T [N, C, h, w] on the UNet's device, each sample from its own generator."""
+    """x_T [N, C, h, w] on the UNet's device, in its precision, each sample from its own generator."""
     shape = (unet.config.in_channels, *sample_shape(unet))
-    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)
+    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(
+        unet.device, unet.dtype
+    )
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from questlib.finetuning.stages import ParameterGroup, Stage, select_parameters,
 from questlib.finetuning.state import STATE_FORMAT, FinetuningLog, FinetuningState
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import freeze, quant_layers, step_groups
+from questlib.quantization.precision import cast
 from questlib.quantization.primitives import EPS
 from questlib.quantization.time_path import run_time_layers
 from questlib.versions import STAGE_VERSIONS
@@ -50,6 +51,8 @@ def finetune(
     progress: bool = False,
 ) -> FinetuningLog:
     """Finetune a quantized UNet in place against its full-precision teacher (paper, Sec. 3.3).
+
+    A UNet in half precision is trained in float32, and is in half precision again afterwards.
 
     Under `accelerate launch` every process calls this with the same calibration. Each takes its
     part of every batch, gradients are averaged, and process 0 writes the state.
@@ -93,6 +96,7 @@ def finetune(
         if state_path is not None and processes().is_main_process:
             job.state(key, stage, run).save(state_path)
 
+    dtype = unet.dtype
     job.prepare()
     first = 0 if state is None else state.stage
     if state is not None and state.between_stages:
@@ -119,6 +123,7 @@ def finetune(
         job.end_stage(stage)
         save(number + 1)
     unet.disable_gradient_checkpointing()
+    cast(unet, dtype)
     return job.log
 
 
@@ -265,7 +270,17 @@ class Finetuning:
         }
 
     def prepare(self) -> None:
-        """Before the first stage, of a resumed run too."""
+        """Before the first stage, of a resumed run too.
+
+        Weights are trained in float32. Half precision has each weight in the middle of its code's
+        cell; training starts at the point of the cell that is nearest to the teacher's weight.
+        """
+        if self.unet.dtype != torch.float32:
+            cast(self.unet, torch.float32)
+            for name, layer in quant_layers(self.unet).items():
+                if layer.weight_quantizer is not None:
+                    full = self.teacher.get_submodule(name).weight.to(layer.weight.device)
+                    layer.weight.data = layer.weight_quantizer.reopen(layer.weight, full)
         self.rest()
         synchronize(self.unet)
         if self.config.save_memory:
@@ -350,7 +365,9 @@ class Finetuning:
             return chosen, self.te_targets(stage, chosen)
         # The timestep alone: the outputs of all steps are computed once.
         if not run.te_targets:
-            run.te_targets = self.te_targets(stage, self.calib.time_calls(self.unet, run.generator)[0])
+            run.te_targets = self.te_targets(
+                stage, self.calib.time_calls(self.unet, run.generator)[0]
+            )
         kept = slice(None) if only is None else (self.calib.t == only)
         return chosen, {name: target[kept] for name, target in run.te_targets.items()}
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.weight_quantizer import WeightQuantizer
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 class QuantLayer(nn.Module):
@@ -35,12 +40,40 @@ class QuantLayer(nn.Module):
             return self.weight
         return self.weight_quantizer(self.weight)
 
+    def operands(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The weight and the bias in the precision of the layer's input."""
+        bias = self.bias
+        return self.quantized_weight().to(dtype), None if bias is None else bias.to(dtype)
+
     @torch.no_grad()
     def freeze(self) -> None:
-        """Quantize the weight once, for all forward passes until `thaw`."""
+        """Quantize the weight once, for all forward passes until `thaw`.
+
+        In half precision the weight is at its quantized value already (`_apply`): it is not kept
+        twice.
+        """
         self.w_hat = None
         if self.weight_quantizer is not None and self.weights_on:
-            self.w_hat = self.weight_quantizer(self.weight)
+            half = self.weight.dtype in HALF
+            self.w_hat = self.weight.detach() if half else self.weight_quantizer(self.weight)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Move or cast the layer. A cast changes no code of the weight.
+
+        Float32 holds any point of a code's cell. Half precision holds the cell's middle, from which
+        rounding in half precision is too small a way to the next cell.
+        """
+        frozen = self.w_hat is not None
+        self.w_hat = None
+        before = self.weight.dtype
+        to_half = fn(self.weight.detach()[:0]).dtype in HALF
+        if self.weight_quantizer is not None and before == torch.float32 and to_half:
+            with torch.no_grad():
+                self.weight.data = self.weight_quantizer(self.weight)
+        found = super()._apply(fn, recurse)
+        if frozen:
+            self.freeze()
+        return found
 
     def thaw(self) -> None:
         """Quantize the weight at each forward pass again, because it may change."""
@@ -49,12 +82,14 @@ class QuantLayer(nn.Module):
 
 class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        weight, bias = self.operands(x.dtype)
+        return F.linear(self.input_quantizer(x), weight, bias)
 
 
 class QuantConv2d(QuantLayer, nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(self.input_quantizer(x), self.quantized_weight(), self.bias)
+        weight, bias = self.operands(x.dtype)
+        return self._conv_forward(self.input_quantizer(x), weight, bias)
 
 
 def add_quantizers(

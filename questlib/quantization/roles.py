@@ -46,6 +46,8 @@ def layer_roles(unet: nn.Module) -> dict[str, str]:
             owned[id(module.to_q)] = "qkv"
             owned[id(module.to_k)] = kv
             owned[id(module.to_v)] = kv
+            owned[id(module.add_k_proj)] = "context_kv"
+            owned[id(module.add_v_proj)] = "context_kv"
             owned[id(module.to_out[0])] = "attn_out"
         elif isinstance(module, FeedForward):
             owned |= {id(m): "feed_forward" for m in module.modules() if isinstance(m, nn.Linear)}

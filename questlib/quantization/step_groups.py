@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from questlib.errors import ConfigError, TimestepWarning
+from questlib.quantization.precision import FixedPrecision
 
 
 def contiguous_groups(num_steps: int, num_groups: int) -> torch.Tensor:
@@ -40,7 +41,7 @@ def nearest(timesteps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, tor
     return index, distance.gather(1, index[:, None])[:, 0]
 
 
-class StepGroups(nn.Module):
+class StepGroups(FixedPrecision):
     """The calibrated timesteps of a UNet, and the step group of its present call.
 
     All quantizers of a UNet share one object. `select` is the only way to choose the group: the
@@ -64,6 +65,8 @@ class StepGroups(nn.Module):
         order = timesteps.argsort()
         self.register_buffer("timesteps", timesteps[order].clone())
         self.register_buffer("groups", groups[order].to(torch.int64).clone())
+        # Looked up on the CPU, where they stay when accelerate offloads the model's tensors.
+        self._table = (self.timesteps.cpu(), self.groups.cpu())
         self._current: int | torch.Tensor = 0
         self._timestep: int | float | None = None
         self._warned: set[float] = set()
@@ -99,11 +102,13 @@ class StepGroups(nn.Module):
         Returns:
             An int where all agree, else int64 [B].
         """
-        t = t.reshape(-1).to(self.timesteps.device)
-        index, distance = nearest(self.timesteps, t)
+        timesteps, of_step = self._table
+        device = self.groups.device
+        t = t.reshape(-1).cpu()
+        index, distance = nearest(timesteps, t)
         self._warn_if_far(t, distance)
-        groups = self.groups[index]
-        return int(groups[0]) if bool((groups == groups[0]).all()) else groups
+        groups = of_step[index]
+        return int(groups[0]) if bool((groups == groups[0]).all()) else groups.to(device)
 
     def select(self, t: torch.Tensor) -> None:
         """Select the groups of timesteps `t`, one element or one for each sample."""
@@ -122,7 +127,7 @@ class StepGroups(nn.Module):
         self.select(torch.as_tensor(timestep))
 
     def _warn_if_far(self, t: torch.Tensor, distance: torch.Tensor) -> None:
-        steps = self.timesteps
+        steps, _ = self._table
         limit = (steps[1:] - steps[:-1]).max().item() if len(steps) > 1 else 1
         far = sorted({v.item() for v in t[distance > limit]} - self._warned)
         if far:

@@ -34,9 +34,7 @@ def depends_on_time_alone(unet: nn.Module) -> bool:
 
 def needs_arguments(unet: nn.Module) -> bool:
     """Whether the time path can run only with the other arguments of a call."""
-    return (
-        not depends_on_time_alone(unet) or getattr(unet, "encoder_hid_proj", None) is not None
-    )
+    return not depends_on_time_alone(unet) or getattr(unet, "encoder_hid_proj", None) is not None
 
 
 def run_time_layers(
@@ -71,8 +69,6 @@ def run_time_layers(
         unet(timestep=t, **arguments)
     for block in unet.modules():
         if isinstance(block, ResnetBlock2D) and block.time_emb_proj is not None:
-            block.time_emb_proj(
-                embedding if block.skip_time_act else block.nonlinearity(embedding)
-            )
+            block.time_emb_proj(embedding if block.skip_time_act else block.nonlinearity(embedding))
         elif isinstance(block, AdaGroupNorm):
             block.linear(embedding if block.act is None else block.act(embedding))

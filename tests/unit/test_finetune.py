@@ -47,7 +47,9 @@ def test_every_selected_weight_and_scale_has_a_gradient(pipe, calib, fast, name,
             run_time_layers(pipe.unet, calib.t)
         step = torch.arange(10) % 5  # every step, so that every group's scales are used
         batch = calib.batch(step, torch.zeros(10, dtype=torch.int64))
-        local, total = stage_losses(q, pipe.unet, stage, config, batch, TimeCalls(calib.t, {}), targets)
+        local, total = stage_losses(
+            q, pipe.unet, stage, config, batch, TimeCalls(calib.t, {}), targets
+        )
         (local + total).backward()
         names = {id(p): n for n, p in q.named_parameters()}
         dead = [names[id(p)] for p in params if p.grad is None or not (p.grad != 0).any()]
@@ -324,7 +326,9 @@ def test_the_losses_are_the_papers_equations(pipe, calib, fast):
         (tla, error(own_time, targets)),
         (cma, error(own, {name: whole[name] for name in cma.layers})),
     ):
-        local, total = stage_losses(q, pipe.unet, stage, config, batch, TimeCalls(calib.t, {}), targets)
+        local, total = stage_losses(
+            q, pipe.unet, stage, config, batch, TimeCalls(calib.t, {}), targets
+        )
         torch.testing.assert_close(local, expected)
         torch.testing.assert_close(total, expected_global)
 
