@@ -147,8 +147,9 @@ def check_reached(student: nn.Module, calib: Calibration) -> None:
     if missing:
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise ConfigError(
-            f"quantize: no call of the calibration reaches {', '.join(missing[:5])}{more}; calibrate "
-            "with calls that do, or leave them in full precision: config.replace(skip_layers=[...])"
+            f"quantize: no call of the calibration reaches {', '.join(missing[:5])}{more}; "
+            "calibrate with calls that do, or leave them in full precision: "
+            "config.replace(skip_layers=[...])"
         )
 
 

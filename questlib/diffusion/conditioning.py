@@ -110,11 +110,9 @@ class Conditioning:
             )
         config = self.pipe.unet.config
         more = [f"{key} = {config[key]}" for key in CONDITIONS[:3] if config.get(key) is not None]
-        if (
-            config.in_channels != config.out_channels
-            and config.out_channels != 2 * config.in_channels
-        ):
-            more.append(f"in_channels = {config.in_channels}, out_channels = {config.out_channels}")
+        received, given = config.in_channels, config.out_channels
+        if given not in (received, 2 * received):  # twice: noise and variance
+            more.append(f"in_channels = {received}, out_channels = {given}")
         if more:
             raise ConfigError(
                 f"{name}: its UNet needs more than noise, a label or a prompt ({'; '.join(more)}); "

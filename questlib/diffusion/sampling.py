@@ -83,7 +83,7 @@ def sample_shape(unet: nn.Module) -> tuple[int, int]:
 
 
 def initial_noise(unet: nn.Module, generators: list[torch.Generator]) -> torch.Tensor:
-    """x_T [N, C, h, w] on the UNet's device, in its precision, each sample from its own generator."""
+    """x_T [N, C, h, w], each sample from its own generator, as the UNet takes it."""
     shape = (unet.config.in_channels, *sample_shape(unet))
     return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(
         unet.device, unet.dtype

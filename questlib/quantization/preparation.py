@@ -144,8 +144,8 @@ def plain_copy(unet: nn.Module) -> nn.Module:
         if "forward" in vars(module):
             where = f"its module {name}" if name else "it"
             raise ConfigError(
-                f"{type(unet).__name__}: the forward of {where} is replaced, as DeepCache and others "
-                "do; undo that, and apply it to the quantized UNet"
+                f"{type(unet).__name__}: the forward of {where} is replaced, as DeepCache and "
+                "others do; undo that, and apply it to the quantized UNet"
             )
         if isinstance(module, Attention) and module.fused_projections:
             module.fused_projections = False

@@ -34,10 +34,10 @@ class Seal:
             found = owner._modules.get(key, getattr(owner, key, None))
             if found is not module:
                 raise QuestError(
-                    f"{name}: {type(found).__name__} stands where {type(module).__name__} was: this "
-                    "part of the UNet would no longer be quantized. Undo what replaced it (attention "
-                    "slicing or processors, fused or unfused projections, adapters), or do it before "
-                    "the UNet is quantized"
+                    f"{name}: {type(found).__name__} stands where {type(module).__name__} was, "
+                    "and would run in full precision. Undo what replaced it (attention slicing or "
+                    "processors, fused or unfused projections, adapters), or do it before the UNet "
+                    "is quantized"
                 )
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
