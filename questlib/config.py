@@ -263,7 +263,7 @@ class QuantConfig(Settings):
     split_skip: bool = True
     """Whether the two halves of a UNet's concatenations have scales of their own (Q-Diffusion)."""
 
-    skip_layers: tuple[str, ...] = ()
+    skip_layers: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Layers that stay in full precision: their names, or patterns such as "*.fuser.*"."""
 
     noise_correction: bool = False

@@ -14,6 +14,7 @@ from questlib.baselines.noise_correction import estimate_correction, insert_corr
 from questlib.calibration import Calibration
 from questlib.capture import execution_order
 from questlib.config import OFF, QuantConfig
+from questlib.diffusers_quantizer import attach
 from questlib.errors import ConfigError
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
@@ -131,6 +132,7 @@ def quantize(
         log["seconds"]["correction"] = seconds_of(
             lambda: estimate_correction(student, calib, config)
         )
+    attach(student)
     return cast(student, unet.dtype)
 
 

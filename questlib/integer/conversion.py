@@ -99,6 +99,7 @@ def convert(
     if chosen.finish is not None:
         chosen.finish(unet, options)
     seal(unet)
+    unet.quest_engine = chosen.name
     after_call = chosen.after_call
     if after_call is not None:
         unet.register_forward_hook(lambda module, args, out: after_call(module))

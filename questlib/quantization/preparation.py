@@ -65,8 +65,17 @@ def prepare(
         ConfigError: the model is not a diffusers UNet, or is quantized already.
     """
     check_unet(unet)
+    unet = cast(plain_copy(unet), torch.float32)
+    insert(unet, config, timesteps, search_weights=search_weights)
+    return unet
+
+
+def insert(
+    unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor, *, search_weights: bool
+) -> None:
+    """Put quantizers into a float32 UNet in place; see `prepare`."""
     device = unet.device
-    unet = cast(plain_copy(unet), torch.float32).eval().requires_grad_(False)
+    unet.eval().requires_grad_(False)
     splits = skip_splits(unet) if config.split_skip else {}
     timesteps = timesteps.unique().flip(0)  # PLMS calls one twice
     num_groups = min(config.ranges.step_groups, len(timesteps))
@@ -93,7 +102,6 @@ def prepare(
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
     unet.to(device)  # quantizers and step groups were made on the CPU
     seal(unet)
-    return unet
 
 
 def check_unet(unet: nn.Module) -> None:
