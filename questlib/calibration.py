@@ -222,8 +222,8 @@ class Calibration:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             model = about.get("model")
             if "tables" not in about:
-                values = [tensors[name] for name in PLAIN[:3]]
-                return cls.regular(*values, tensors.get("context"), model)
+                x, t, eps = (tensors[name] for name in PLAIN[:3])
+                return cls.regular(x, t, eps, tensors.get("context"), model)
             return cls(_tables(tensors, json.loads(about["tables"])), model)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"calibration file {path}: {error}") from error
@@ -342,7 +342,7 @@ def calibrate(
     if sum(chosen.values()) != 1:
         found = " and ".join(name for name, is_chosen in chosen.items() if is_chosen) or "none"
         raise ConfigError(f"calibrate: expected one of {', '.join(chosen)}, found {found}")
-    sampling = dict(
+    sampling: dict[str, Any] = dict(
         eta=eta, sampler=sampler, guidance_scale=guidance_scale, labels=labels, prompts=prompts
     )
     if calls is None and run is None:
@@ -391,6 +391,8 @@ def _runs(
     Raises:
         ConfigError: no call, or an argument that the pipeline does not have.
     """
+    if not callable(pipe):
+        raise ConfigError(f"calibrate: calls: a {type(pipe).__name__} cannot be called; give run")
     accepted = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if not calls:

@@ -119,9 +119,9 @@ def check_rebuildable(unet: nn.Module) -> None:
 def stored_tensors(unet: nn.Module) -> Tensors:
     """What model.safetensors holds of a quantized UNet."""
     state: Tensors = dict(unet.state_dict())
-    for name, (_, quantizer) in coded_layers(unet).items():
-        codes = quantizer.codes(state.pop(f"{name}.weight"))
-        state[f"{name}.codes"] = pack(codes, quantizer.bits)
+    for name, (layer, quantizer) in coded_layers(unet).items():
+        del state[f"{name}.weight"]
+        state[f"{name}.codes"] = pack(layer.codes(), quantizer.bits)
     stored = {}
     for name, value in state.items():
         if last_part(name) == "index":

@@ -309,7 +309,7 @@ def _carried_weight(layer: QuantLayer, shift: torch.Tensor, name: str) -> torch.
     wq = layer.weight_quantizer
     assert wq is not None
     ndim = layer.weight.ndim
-    w = wq.codes(layer.weight.detach()).int() - wq.expand(wq.zero_point, ndim).int()
+    w = layer.codes().int() - wq.expand(wq.zero_point, ndim).int()
     if not bool(shift.any()):
         return w
     groups = getattr(layer, "groups", 1)

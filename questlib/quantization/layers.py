@@ -24,6 +24,7 @@ class QuantLayer(nn.Module):
         weight_quantizer: of its weight; None where weights stay in full precision.
         weights_on: whether the weight is quantized at present.
         w_hat: the quantized weight, computed once by `freeze`; None while the weight may change.
+        held_codes: the weight's codes, where its precision cannot tell them apart; else None.
     """
 
     role: str
@@ -31,6 +32,7 @@ class QuantLayer(nn.Module):
     weight_quantizer: WeightQuantizer | None
     weights_on: bool
     w_hat: torch.Tensor | None
+    held_codes: torch.Tensor | None
 
     def quantized_weight(self) -> torch.Tensor:
         """The weight that the forward pass uses."""
@@ -52,24 +54,36 @@ class QuantLayer(nn.Module):
         In half precision the weight is at its quantized value already (`_apply`): it is not kept
         twice.
         """
-        self.w_hat = None
+        self.hold("w_hat", None)
         if self.weight_quantizer is not None and self.weights_on:
             half = self.weight.dtype in HALF
-            self.w_hat = self.weight.detach() if half else self.weight_quantizer(self.weight)
+            self.hold("w_hat", self.weight.detach() if half else self.weight_quantizer(self.weight))
+
+    def codes(self) -> torch.Tensor:
+        """The codes of the weight, uint8, shaped like it."""
+        assert self.weight_quantizer is not None
+        if self.held_codes is not None:
+            return self.held_codes
+        return self.weight_quantizer.codes(self.weight.detach())
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Move or cast the layer. A cast changes no code of the weight.
 
         Float32 holds any point of a code's cell. Half precision holds the cell's middle, from which
-        rounding in half precision is too small a way to the next cell.
+        its rounding is too small a way to the next cell; bfloat16's is not with codes of more than
+        6 bits, and these are kept beside the weight.
         """
+        quantizer = self.weight_quantizer
         frozen = self.w_hat is not None
-        self.w_hat = None
+        self.hold("w_hat", None)
         before = self.weight.dtype
-        to_half = fn(self.weight.detach()[:0]).dtype in HALF
-        if self.weight_quantizer is not None and before == torch.float32 and to_half:
+        after = fn(self.weight.detach()[:0]).dtype
+        if quantizer is not None and after != before:
+            held = self.codes()
             with torch.no_grad():
-                self.weight.data = self.weight_quantizer(self.weight)
+                self.weight.data = quantizer.decode(held)
+            keeps = after == torch.bfloat16 and quantizer.bits > 6
+            self.hold("held_codes", held if keeps else None)
         found = super()._apply(fn, recurse)
         if frozen:
             self.freeze()
@@ -77,7 +91,19 @@ class QuantLayer(nn.Module):
 
     def thaw(self) -> None:
         """Quantize the weight at each forward pass again, because it may change."""
-        self.w_hat = None
+        self.hold("w_hat", None)
+
+    def hold(self, name: str, value: torch.Tensor | None) -> None:
+        """Hold a tensor as a buffer that `.to()` takes along and no file has, or None.
+
+        accelerate cannot offload a buffer that is None.
+        """
+        self._buffers.pop(name, None)
+        self.__dict__.pop(name, None)
+        if value is None:
+            self.__dict__[name] = None
+        else:
+            self.register_buffer(name, value, persistent=False)
 
 
 class QuantLinear(QuantLayer, nn.Linear):
@@ -107,5 +133,5 @@ def add_quantizers(
     module.input_quantizer = input_quantizer
     module.weight_quantizer = weight_quantizer
     module.weights_on = True
-    # a buffer, so that `.to()` takes it along
-    module.register_buffer("w_hat", None, persistent=False)
+    for name in ("w_hat", "held_codes"):
+        module.hold(name, None)

@@ -149,7 +149,10 @@ def plain_copy(unet: nn.Module) -> nn.Module:
     """
     unet = remove_hook_from_module(copy.deepcopy(unet), recurse=True)
     for name, module in unet.named_modules():
-        if "forward" in vars(module):
+        own = vars(module).get("forward")
+        if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+            del module.forward  # accelerate leaves the class's own one on the instance
+        elif own is not None:
             where = f"its module {name}" if name else "it"
             raise ConfigError(
                 f"{type(unet).__name__}: the forward of {where} is replaced, as DeepCache and "

@@ -168,10 +168,10 @@ class WeightQuantizer(FixedPrecision):
         return into_cell(u, cell).mul_(s)
 
     @torch.no_grad()
-    def reopen(self, coded: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """The nearest point to a weight w that has the codes of another one, float32."""
+    def reopen(self, codes: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The nearest point to a weight w that has these codes, float32."""
         s = self.expand(self.scale, w.ndim)
-        cell = self.codes(coded).float() - self.expand(self.zero_point, w.ndim)
+        cell = codes.float() - self.expand(self.zero_point, w.ndim)
         return into_cell(w.float() * (1.0 / s), cell).mul_(s)
 
 
