@@ -109,11 +109,19 @@ class NoiseCorrection(FixedPrecision):
         then = (
             scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         )
-        # sigma^2 and the factor of eps in x_{t-1} (DDIM, Song et al. 2021, Eq. 16 and 12)
+        # sigma^2 and the factor of the prediction in x_{t-1} = sqrt(then) x_0 + direction * eps
+        # (DDIM, Song et al. 2021, Eq. 16 and 12). x_0 and eps follow from x_t and the prediction.
         variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
         if variance <= 0:
             return 1.0
-        slope = (1 - then - variance).clamp_min(0).sqrt() - (then * (1 - now) / now).sqrt()
+        direction = (1 - then - variance).clamp_min(0).sqrt()
+        kind = scheduler.config.prediction_type
+        if kind == "v_prediction":  # Salimans & Ho 2022, App. D
+            slope = direction * now.sqrt() - (then * (1 - now)).sqrt()
+        elif kind == "sample":
+            slope = then.sqrt() - direction * (now / (1 - now)).sqrt()
+        else:
+            slope = direction - (then * (1 - now) / now).sqrt()
         brought = slope**2 * self.variance[int(nearest(self.timesteps, t)[0])].cpu()
         return float(((variance - brought).clamp_min(0) / variance).sqrt())
 

@@ -242,3 +242,26 @@ def test_integer_layers_have_the_sizes_of_their_layers(quantized):
     assert integer.conv_out.weight.shape == quantized.conv_out.weight.shape
     attention = integer.mid_block.attentions[0]
     assert attention.to_q.in_features == attention.to_q.out_features == 32
+
+
+def test_adapters_are_refused_until_they_are_fused(fast):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    unet = added_kv(12)
+    pipe = DDIMPipeline(unet, DDIMScheduler(clip_sample=False))
+    unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    unet.requires_grad_(False)
+    x, context = torch.randn(2, 3, 8, 8), torch.randn(2, 5, 12)
+
+    def run():
+        unet(x, 500, encoder_hidden_states=context)
+
+    with pytest.raises(ConfigError, match="fuse_lora"):
+        calibrate(pipe, run=run)
+    unet.fuse_lora()
+    unet.unload_lora()
+    calib = calibrate(pipe, run=run)
+    student = quantize(unet, fast("minmax", 8, 8), calib)
+    batch = calib.batch(0, torch.arange(2))
+    assert (batch.run(student) - batch.eps).norm() < 0.1 * batch.eps.norm()
