@@ -18,16 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from questlib.calls import (
-    Batch,
-    CallRecorder,
-    CallTable,
-    as_bytes,
-    as_timesteps,
-    check_finite,
-    skeleton_from_json,
-    skeleton_to_json,
-)
+from questlib.calls import Batch, CallTable, as_bytes, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
 from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.digests import model_digest
@@ -45,6 +36,7 @@ from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.quantization.preparation import check_unet
 from questlib.quantization.time_path import RESIDUALS, needs_arguments
+from questlib.recording import CallRecorder, ProcessorWatch, as_timesteps, check_finite
 
 PLAIN = ("x", "t", "eps", "context")  # tensors of a file that has these alone
 
@@ -427,7 +419,8 @@ def record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
     if state.is_main_process:
         files = tempfile.TemporaryDirectory(prefix="quest-calibration-")
         recorder = CallRecorder(Path(files.name))
-        with hooks(pipe.unet, {"": recorder}):
+        watch = ProcessorWatch(pipe.unet)
+        with hooks(pipe.unet, {"": watch}, "input"), hooks(pipe.unet, {"": recorder}):
             run()
         tables = recorder.tables()
     own = Calibration(tables)

@@ -34,6 +34,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"quantization"},
         {"diffusion"},
         {"calls"},
+        {"recording"},
         {"calibration"},
         {"observers"},
         {"baselines"},

@@ -17,7 +17,6 @@ from diffusers import (
 import questlib
 from questlib import Calibration, QuantConfig, calibrate, finetune, quantize
 from questlib.calls import (
-    CallRecorder,
     put_tensors,
     skeleton_from_json,
     skeleton_to_json,
@@ -27,6 +26,7 @@ from questlib.capture import capture_outputs, hooks
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.quantization.roles import TIME_ROLES, layer_roles
 from questlib.quantization.time_path import run_time_layers
+from questlib.recording import CallRecorder
 
 SMALL = dict(sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8)
 CROSS = SMALL | dict(
@@ -329,3 +329,19 @@ def test_presets_accept_patterns_of_layers_that_are_skipped(pipe, calib):
     student = quantize(pipe.unet, config, calib)
     layers = questlib.quantization.model.quant_layers(student)
     assert layers and not any(name.startswith("mid_block") for name in layers)
+
+
+def test_processors_that_a_pipeline_sets_while_it_runs_are_refused(pipe):
+    """As PAG and SAG do; a replay would not have them."""
+    attention = pipe.unet.mid_block.attentions[0]
+    before = attention.processor
+
+    def run():
+        attention.set_processor(type(before)())
+        pipe.unet(torch.randn(1, 3, 8, 8), 5)
+
+    try:
+        with pytest.raises(ConfigError, match=r"mid_block\.attentions\.0.*PAG"):
+            calibrate(pipe, run=run)
+    finally:
+        attention.set_processor(before)
