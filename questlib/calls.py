@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from questlib.diffusion.sampling import device_of
 from questlib.errors import CheckpointError, ConfigError
 
 # ---- trees of arguments ----
@@ -190,11 +191,6 @@ class Batch:
         """A UNet's output for these calls [B, C, h, w], on its own device."""
         arguments = self.arguments(unet)
         return unet(arguments.pop("sample"), self.t.to(device_of(unet)), **arguments).sample
-
-
-def device_of(unet: nn.Module) -> torch.device:
-    """Where a UNet takes its inputs; "cpu" where accelerate has offloaded its weights."""
-    return torch.device("cpu") if unet.device.type == "meta" else unet.device
 
 
 # ---- a table of calls ----

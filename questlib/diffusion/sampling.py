@@ -43,6 +43,11 @@ def unet_of(pipe: DiffusionPipeline) -> nn.Module:
     return unet
 
 
+def device_of(unet: nn.Module) -> torch.device:
+    """Where a UNet takes its inputs; "cpu" where accelerate has offloaded its weights."""
+    return torch.device("cpu") if unet.device.type == "meta" else unet.device
+
+
 def choose_scheduler(
     pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0
 ) -> SchedulerMixin:
@@ -86,7 +91,7 @@ def initial_noise(unet: nn.Module, generators: list[torch.Generator]) -> torch.T
     """x_T [N, C, h, w], each sample from its own generator, as the UNet takes it."""
     shape = (unet.config.in_channels, *sample_shape(unet))
     return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(
-        unet.device, unet.dtype
+        device_of(unet), unet.dtype
     )
 
 
