@@ -48,7 +48,7 @@ def block_errors(
     recorder = BlockRecorder(student, teacher, calib, config)
     found = {}
     for name in recorder.names:
-        data = recorder.record(name)
+        (data,) = recorder.record(name)
         every = torch.arange(len(data.targets))
         args, kwargs = data.calls.rows(every)
         student.quest_steps.select_group(data.groups)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from questlib.registration import register
+
 if TYPE_CHECKING:
     from questlib.calibration import Calibration, calibrate
     from questlib.checkpoint import from_pretrained, save_pretrained
@@ -44,6 +46,8 @@ __all__ = [
     "quantize",
     "save_pretrained",
 ]
+
+register()
 
 
 def __getattr__(name: str) -> Any:

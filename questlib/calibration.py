@@ -1,12 +1,15 @@
-"""Calibration data: what the full-precision UNet received and returned while it sampled."""
+"""Calibration data: what the full-precision denoiser received and returned while it sampled."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
@@ -15,8 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
+from questlib.calls import Batch, CallTable, as_bytes, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
 from questlib.diffusion.conditioning import Conditioning
+from questlib.diffusion.digests import model_digest
 from questlib.diffusion.sampling import (
     CALIBRATION_OFFSET,
     choose_scheduler,
@@ -24,81 +29,177 @@ from questlib.diffusion.sampling import (
     index_ranges,
     initial_noise,
     sample_generators,
+    unet_of,
 )
-from questlib.distributed import broadcast_from, processes
+from questlib.distributed import broadcast_from, broadcast_value, processes
 from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
+from questlib.quantization.preparation import check_unet
+from questlib.quantization.time_path import RESIDUALS, needs_arguments
+from questlib.recording import CallRecorder, ProcessorWatch, as_timesteps, check_finite
+
+PLAIN = ("x", "t", "eps", "context")  # tensors of a file that has these alone
 
 
-@dataclass(frozen=True)
-class Batch:
-    """B calls of a UNet, and what the full-precision one returned. All tensors are on the CPU.
+class TimeCalls(NamedTuple):
+    """Calls for the time path alone (`questlib.quantization.time_path.run_time_layers`)."""
 
-    Attributes:
-        x: inputs x_t [B, C, h, w].
-        t: timesteps int64 [B], or [] where all are the same.
-        eps: outputs [B, C, h, w].
-        context: `encoder_hidden_states` [B, L, D]; None for unconditional models.
-    """
-
-    x: torch.Tensor
     t: torch.Tensor
-    eps: torch.Tensor
-    context: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, rows: slice) -> Batch:
-        return Batch(
-            self.x[rows],
-            self.t if self.t.ndim == 0 else self.t[rows],
-            self.eps[rows],
-            None if self.context is None else self.context[rows],
-        )
-
-    def split(self, size: int) -> list[Batch]:
-        """Batches of `size` calls; the last one may have fewer."""
-        return [self[i : i + size] for i in range(0, len(self), size)]
-
-    def run(self, unet: nn.Module) -> torch.Tensor:
-        """A UNet's output for these calls [B, C, h, w], on its own device."""
-        keywords = {}
-        if self.context is not None:
-            keywords["encoder_hidden_states"] = self.context.to(unet.device)
-        return unet(self.x.to(unet.device), self.t.to(unet.device), **keywords).sample
+    """Timesteps [R]."""
+    arguments: dict[str, Any]
+    """The other arguments of R samples; empty where the timestep is all that is needed."""
 
 
-@dataclass
 class Calibration:
-    """N trajectories of T sampler steps each, recorded at the full-precision UNet, on the CPU.
+    """Calls of a full-precision denoiser, on the CPU, or in files where they are large.
 
-    Under guidance N counts both halves: first all unconditional trajectories, then all conditional
-    ones. Stable Diffusion, 50 steps of 128 samples, takes 1.7 GB: 0.4 GB a half for each of x and
-    eps.
+    They stand in tables of T steps and N samples each. A pipeline whose calls agree in structure
+    and shapes has one table. Several tables are one after another: their steps are numbered
+    together. Under guidance N counts both halves: the unconditional samples, then the conditional
+    ones. Stable Diffusion, 50 steps of 128 samples, takes 1.7 GB in float32.
 
-    Attributes:
-        x: inputs x_t [T, N, C, h, w].
-        t: timesteps int64 [T].
-        eps: outputs [T, N, C, h, w].
-        context: `encoder_hidden_states` of each trajectory, the same at all steps [N, L, D]; None
-            for unconditional models.
+    Args:
+        tables: the calls.
+        model: `questlib.diffusion.digests.model_digest` of the denoiser; None: not known.
+        files: the folder of the tables' files, which lives as long as this object.
     """
 
-    x: torch.Tensor
-    t: torch.Tensor
-    eps: torch.Tensor
-    context: torch.Tensor | None = None
+    def __init__(
+        self,
+        tables: Sequence[CallTable],
+        model: str | None = None,
+        files: tempfile.TemporaryDirectory | None = None,
+    ) -> None:
+        self.tables = tuple(tables)
+        self.model = model
+        self.files = files
+
+    @classmethod
+    def regular(
+        cls,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        eps: torch.Tensor,
+        context: torch.Tensor | None = None,
+        model: str | None = None,
+    ) -> Calibration:
+        """N trajectories of T steps: x, eps [T, N, C, h, w], t [T], context [N, L, D] or None."""
+        return cls([CallTable.regular(x, t, eps, context)], model)
+
+    # ---- all calls together ----
+
+    @property
+    def t(self) -> torch.Tensor:
+        """The timestep of each step, float32 or int64 [T]; one that is called twice occurs twice
+        where trajectories were recorded."""
+        return torch.cat([table.t for table in self.tables])
+
+    @property
+    def table_of_step(self) -> torch.Tensor:
+        """The number of each step's table, int64 [T]."""
+        steps = [torch.full((len(table.t),), i) for i, table in enumerate(self.tables)]
+        return torch.cat(steps)
+
+    def width(self, step: int) -> int:
+        """Number of samples at a step."""
+        return self.tables[int(self.table_of_step[step])].width
 
     def batch(self, step: int | torch.Tensor, which: torch.Tensor) -> Batch:
-        """The calls of trajectories `which` int64 [B], at one step or at a step each [B]."""
-        context = None if self.context is None else self.context[which]
-        return Batch(self.x[step, which], self.t[step], self.eps[step, which], context)
+        """The calls of samples `which` int64 [B], at one step or at a step each [B].
+
+        All steps must be of one table.
+        """
+        if len(self.tables) == 1:
+            return self.tables[0].batch(step, which)
+        first = int(step if isinstance(step, int) else step.reshape(-1)[0])
+        number = int(self.table_of_step[first])
+        before = sum(len(table.t) for table in self.tables[:number])
+        return self.tables[number].batch(step - before, which)
+
+    def time_calls(
+        self, unet: nn.Module, generator: torch.Generator, only: torch.Tensor | None = None
+    ) -> list[TimeCalls]:
+        """Calls for the time path of a UNet, on its device: one for each step, by table.
+
+        Where the timestep alone enters the embedding, all steps are together. Else the sample at
+        each step is drawn.
+
+        Args:
+            generator: draws the samples.
+            only: a timestep, whose steps alone are taken; None: all.
+        """
+        if not needs_arguments(unet):
+            t = self.t if only is None else self.t[self.t == only]
+            return [TimeCalls(t.to(unet.device), {})]
+        found = []
+        for table in self.tables:
+            steps = torch.arange(len(table.t))
+            if only is not None:
+                steps = steps[table.t == only]
+            if len(steps):
+                which = torch.randint(table.width, (len(steps),), generator=generator)
+                batch = table.batch(steps, which).without(*RESIDUALS)
+                found.append(TimeCalls(batch.t.to(unet.device), batch.arguments(unet)))
+        return found
+
+    # ---- one table ----
+
+    @property
+    def x(self) -> torch.Tensor:
+        """Inputs x_t [T, N, C, h, w]; ConfigError where there are several tables."""
+        return self._only().inputs["sample"].grid()
+
+    @property
+    def eps(self) -> torch.Tensor:
+        """Outputs [T, N, C, h, w]; ConfigError where there are several tables."""
+        return self._only().eps.grid()
+
+    @property
+    def context(self) -> torch.Tensor | None:
+        """`encoder_hidden_states` of each sample, the same at all steps [N, L, D]; None for
+        unconditional models."""
+        column = self._only().inputs.get("encoder_hidden_states")
+        if column is None:
+            return None
+        return column.values if column.same_at_all_steps else column.values[column.rows[0]]
+
+    def _only(self) -> CallTable:
+        if len(self.tables) > 1:
+            raise ConfigError(
+                "calibration: its calls differ in structure or shapes; read them table by table"
+            )
+        return self.tables[0]
+
+    # ---- what it belongs to ----
+
+    def check(self, unet: nn.Module) -> str:
+        """The denoiser's digest, once it is clear that the calls are its own and finite.
+
+        Raises:
+            ConfigError: they are of another denoiser.
+            QuestError: a value is not finite.
+        """
+        model = model_digest(unet)
+        if self.model is not None and self.model != model:
+            raise ConfigError(
+                f"calibration: it was recorded at another model (weights {self.model[:12]}, found "
+                f"{model[:12]}); calibrate this one"
+            )
+        for table in self.tables:
+            named = {name: column.values for name, column in table.inputs.items()}
+            check_finite(table.t, named | {"its output": table.eps.values})
+        return model
+
+    # ---- files ----
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, which a reader sees whole or not at all."""
+        about = {} if self.model is None else {"model": self.model}
+        if not self._plain:
+            about["tables"] = json.dumps(self._skeletons())
+        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
         with atomic_path(path) as temporary:
-            save_file(self._tensors(), temporary)
+            save_file(tensors, temporary, about or None)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -109,30 +210,67 @@ class Calibration:
         """
         try:
             with safe_open(path, "pt") as file:
-                names = ["x", "t", "eps"]
-                if "context" in file.keys():
-                    names.append("context")
-                return cls(**{name: file.get_tensor(name) for name in names})
-        except (SafetensorError, OSError) as error:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+            model = about.get("model")
+            if "tables" not in about:
+                x, t, eps = (tensors[name] for name in PLAIN[:3])
+                return cls.regular(x, t, eps, tensors.get("context"), model)
+            return cls(_tables(tensors, json.loads(about["tables"])), model)
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(f"calibration file {path}: {error}") from error
 
     def hash(self) -> str:
         """Sixteen hex digits of all values: the part of a cache's key that this data decides."""
         digest = hashlib.sha256()
+        if not self._plain:
+            digest.update(json.dumps(self._skeletons()).encode())
         for tensor in self._tensors().values():
-            digest.update(tensor.contiguous().numpy())
+            digest.update(as_bytes(tensor))
         return digest.hexdigest()[:16]
 
+    @property
+    def _plain(self) -> bool:
+        return len(self.tables) == 1 and self.tables[0].plain
+
+    def _skeletons(self) -> list[Any]:
+        return [skeleton_to_json(table.skeleton) for table in self.tables]
+
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {name: value for name, value in vars(self).items() if value is not None}
+        if self._plain:
+            values = (self.x, self.t, self.eps, self.context)
+            return {k: v for k, v in zip(PLAIN, values, strict=True) if v is not None}
+        return self._table_tensors()
+
+    def _table_tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{i}.{name}": value
+            for i, table in enumerate(self.tables)
+            for name, value in sorted(table.tensors().items())
+        }
+
+
+def _tables(tensors: Mapping[str, torch.Tensor], skeletons: list[Any]) -> list[CallTable]:
+    """The tables of a file's tensors. KeyError where one is missing."""
+    found = []
+    for i, skeleton in enumerate(skeletons):
+        start = f"{i}."
+        own = {k[len(start) :]: v for k, v in tensors.items() if k.startswith(start)}
+        found.append(CallTable.from_tensors(own, skeleton_from_json(skeleton)))
+    return found
+
+
+# ---- calibrating ----
 
 
 @torch.no_grad()
 def calibrate(
     pipe: DiffusionPipeline,
-    num_samples: int,
-    num_inference_steps: int,
+    num_samples: int | None = None,
+    num_inference_steps: int | None = None,
     *,
+    calls: Sequence[Mapping[str, Any]] | None = None,
+    run: Callable[[], Any] | None = None,
     eta: float = 0.0,
     seed: int = 0,
     batch_size: int = 64,
@@ -142,17 +280,28 @@ def calibrate(
     prompts: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Calibration:
-    """Sample with the full-precision pipeline and record (x_t, t, context, eps) at its UNet.
+    """Record what the full-precision pipeline's UNet receives and returns while it samples.
 
-    The initial noise of sample i follows from `seed` and i, and differs from the noise of samples
-    that are drawn for evaluation with the same seed. Under `accelerate launch` every process calls
-    this: batches are shared out, and all processes get the whole result, which does not depend on
-    their number.
+    The pipeline runs itself: `calls` are the arguments of its calls, and `run` is a function that
+    runs it in any other way. All that the UNet receives is kept: timesteps as the scheduler gives
+    them, added conditions, residuals of ControlNets and adapters. A call without a `generator` gets
+    one that follows from `seed` and its number.
+
+    Pipelines that turn noise and, at most, labels or prompts into images can also be sampled here:
+    `num_samples` trajectories of `num_inference_steps` steps each. The initial noise of sample i
+    follows from `seed` and i, and differs from the noise of samples that are drawn for evaluation
+    with the same seed.
+
+    The modules are in eval mode meanwhile. Under `accelerate launch` every process calls this, and
+    all get the whole result, which does not depend on their number. Batches of trajectories are
+    shared out; calls run in process 0.
 
     Args:
         pipe: a diffusers pipeline in full precision.
         num_samples: number of trajectories; under guidance each has two halves.
         num_inference_steps: T.
+        calls: keyword arguments of the pipeline's calls.
+        run: a function without arguments that runs the pipeline.
         eta: of DDIM.
         seed: of the noise, and of the order of labels and prompts.
         batch_size: samples that go through the UNet at once.
@@ -165,12 +314,145 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: a count below one, or choices that do not fit the pipeline.
+        ConfigError: no UNet that can be quantized, a count below one, choices that do not fit the
+            pipeline, or an argument of the UNet that cannot be recorded.
+        QuestError: a value that is not finite.
 
     Example:
-        >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
+        >>> texts = ["a lighthouse", "a fox in the snow"]
+        >>> calls = [dict(prompt=text, num_inference_steps=20) for text in texts]
+        >>> calib = calibrate(pipe, calls=calls)
         >>> calib.save("calibration.safetensors")
+        >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
     """
+    check_unet(unet_of(pipe))
+    chosen = {
+        "num_samples and num_inference_steps": num_samples is not None,
+        "calls": calls is not None,
+        "run": run is not None,
+    }
+    if sum(chosen.values()) != 1:
+        found = " and ".join(name for name, is_chosen in chosen.items() if is_chosen) or "none"
+        raise ConfigError(f"calibrate: expected one of {', '.join(chosen)}, found {found}")
+    sampling: dict[str, Any] = dict(
+        eta=eta, sampler=sampler, guidance_scale=guidance_scale, labels=labels, prompts=prompts
+    )
+    if calls is None and run is None:
+        with evaluating(pipe):
+            return _sample(
+                pipe, num_samples, num_inference_steps, batch_size, seed, progress, **sampling
+            )
+    defaults = inspect.signature(calibrate).parameters
+    unused = [name for name, value in sampling.items() if value != defaults[name].default]
+    if num_inference_steps is not None:
+        unused.append("num_inference_steps")
+    if unused:
+        raise ConfigError(
+            f"calibrate: {unused[0]} is for trajectories that are sampled here; with calls or run "
+            "it is the pipeline's own argument"
+        )
+    if run is None:
+        run = _runs(pipe, list(calls or ()), seed, progress)
+    with evaluating(pipe):
+        return record(pipe, run)
+
+
+@contextmanager
+def evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
+    """All modules of a pipeline are in eval mode inside the block, and afterwards as before."""
+    parts = [pipe.unet, *getattr(pipe, "components", {}).values()]
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+
+
+# ---- the pipeline's own calls ----
+
+
+def _runs(
+    pipe: DiffusionPipeline, calls: list[Mapping[str, Any]], seed: int, progress: bool
+) -> Callable[[], None]:
+    """A function that makes the calls, each with noise of its own.
+
+    Raises:
+        ConfigError: no call, or an argument that the pipeline does not have.
+    """
+    if not callable(pipe):
+        raise ConfigError(f"calibrate: calls: a {type(pipe).__name__} cannot be called; give run")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if not calls:
+        raise ConfigError("calibrate: calls: expected at least one call, found none")
+    for i, call in enumerate(calls):
+        wrong = [name for name in call if name not in accepted]
+        if wrong and not open_ended:
+            raise ConfigError(
+                f"calibrate: calls[{i}]: {type(pipe).__name__} has no argument {wrong[0]!r}"
+            )
+
+    def run() -> None:
+        for i, call in enumerate(tqdm(calls, desc="calibrate", disable=not progress)):
+            own = dict(call)
+            if "generator" in accepted and own.get("generator") is None:
+                (own["generator"],) = sample_generators(seed, [CALIBRATION_OFFSET + i])
+            pipe(**own)
+
+    return run
+
+
+def record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
+    """Record the calls of a pipeline's UNet while `run` runs it; process 0 does it for all.
+
+    Raises:
+        ConfigError: the UNet was not called, or received what cannot be recorded.
+        QuestError: a value that is not finite.
+    """
+    state = processes()
+    files: tempfile.TemporaryDirectory | None = None
+    tables: list[CallTable] = []
+    if state.is_main_process:
+        files = tempfile.TemporaryDirectory(prefix="quest-calibration-")
+        recorder = CallRecorder(Path(files.name))
+        watch = ProcessorWatch(pipe.unet)
+        with hooks(pipe.unet, {"": watch}, "input"), hooks(pipe.unet, {"": recorder}):
+            run()
+        tables = recorder.tables()
+    own = Calibration(tables)
+    found = broadcast_from(own._table_tensors(), 0)
+    skeletons = broadcast_value(own._skeletons(), 0)
+    if not skeletons:
+        raise ConfigError("calibrate: the pipeline has run, but its UNet was not called")
+    if not state.is_main_process:
+        tables = _tables(found, skeletons)
+    return Calibration(tables, model_digest(pipe.unet), files)
+
+
+# ---- trajectories ----
+
+
+def _sample(
+    pipe: DiffusionPipeline,
+    num_samples: int | None,
+    num_inference_steps: int | None,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+    *,
+    eta: float,
+    sampler: str | None,
+    guidance_scale: float,
+    labels: Sequence[int] | None,
+    prompts: Sequence[str] | None,
+) -> Calibration:
+    """Sample trajectories, and record (x_t, t, context, eps); see `calibrate`."""
+    if num_samples is None or num_inference_steps is None:
+        raise ConfigError("calibrate: expected both num_samples and num_inference_steps")
     if min(num_samples, num_inference_steps, batch_size) < 1:
         raise ConfigError(
             "calibrate: num_samples and num_inference_steps and batch_size must be >= 1, found "
@@ -221,11 +503,12 @@ def calibrate(
                     whole[name] = value.new_empty(shape)  # [T or 1, H, N, ...]
                 whole[name][:, :, indices.start : indices.stop] = value
     context = whole.get("context")
-    return Calibration(
+    return Calibration.regular(
         whole["x"].flatten(1, 2),  # [T, H, N, C, h, w] -> [T, H * N, C, h, w]
         whole["t"],
         whole["eps"].flatten(1, 2),
         None if context is None else context[0].flatten(0, 1),  # [1, H, N, L, D] -> [H * N, L, D]
+        model_digest(unet),
     )
 
 
@@ -240,8 +523,10 @@ class _Recorder:
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         t = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        t = as_timesteps(t)[:1]
+        check_finite(t, {"x": args[0], "its output": output.sample})
         self.x.append(args[0].cpu())
-        self.t.append(torch.as_tensor(t).reshape(-1)[:1].to(torch.int64).cpu())
+        self.t.append(t)
         self.eps.append(output.sample.cpu())
         if "encoder_hidden_states" in kwargs:
             self.context = kwargs["encoder_hidden_states"].cpu()

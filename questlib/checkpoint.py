@@ -8,6 +8,7 @@ config.json
   unet        its configuration
   quant       the quantization's: `QuantConfig.to_dict()`, groups as nested objects
   timesteps   the calibrated timesteps, in the sampler's order
+  dtype       of what is not quantized, "float16" or "bfloat16"; float32 where it is missing
 
 model.safetensors, for a quantized layer NAME with weight [O, I, kh, kw] or [O, I]
   NAME.codes                         uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a
@@ -38,85 +39,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from questlib.baselines.noise_correction import insert_correction
 from questlib.config import QuantConfig
-from questlib.diffusion.unets import FixedHeadsUNet2DModel
+from questlib.diffusers_quantizer import METHOD, attach
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.files import atomic_path
 from questlib.integer.conversion import convert
 from questlib.integer.engines import choose_engine
-from questlib.integer.form import packed_size
-from questlib.integer.modules import IntegerAttention, IntegerLayer
+from questlib.packing import (
+    UNETS,
+    Tensors,
+    check_calibrated,
+    check_rebuildable,
+    last_part,
+    load_tensors,
+    stored_tensors,
+)
 from questlib.quantization.carrier import split_ratio
-from questlib.quantization.layers import QuantLayer
-from questlib.quantization.model import act_quantizers, freeze, quant_layers, step_groups
+from questlib.quantization.model import freeze, step_groups
+from questlib.quantization.precision import cast
 from questlib.quantization.preparation import prepare
-from questlib.quantization.weight_quantizer import WeightQuantizer
 
 FORMAT = 2
-UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
-
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-
-# Tensors of whole numbers below 256: bytes in the file, float32 or int64 in the model.
-BYTES = ("zero_point", "ratio", "shift")
-
-Tensors = dict[str, torch.Tensor]
-
-
-# ---- codes of weights ----
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape -> uint8 [n] bytes.
-
-    Up to 4 bits two consecutive codes share a byte, the first in the low nibble.
-    """
-    flat = codes.flatten()
-    if bits > 4:
-        return flat.contiguous()
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return flat[0::2] | (flat[1::2] << 4)
-
-
-def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
-    """The inverse of `pack`: uint8 codes of this shape.
-
-    Raises:
-        CheckpointError: the number of bytes does not fit the shape, or a code exceeds `bits`.
-    """
-    n = shape.numel()
-    expected = packed_size(n, bits)
-    if packed.dtype != torch.uint8 or packed.numel() != expected:
-        raise CheckpointError(
-            f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, "
-            f"found {packed.numel()}"
-        )
-    codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
-    if n and int(codes.max()) >= 2**bits:
-        raise CheckpointError(f"packed weight: code {int(codes.max())} exceeds {bits} bits")
-    return codes.reshape(shape)
-
-
-def coded_layers(unet: nn.Module) -> dict[str, tuple[QuantLayer, WeightQuantizer]]:
-    """The layers whose weights are stored as codes, each with its quantizer, by name."""
-    return {
-        name: (layer, layer.weight_quantizer)
-        for name, layer in quant_layers(unet).items()
-        if layer.weight_quantizer is not None
-    }
-
-
-def last_part(name: str) -> str:
-    """The last part of a tensor's dotted name."""
-    return name.rpartition(".")[2]
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # of a UNet that diffusers has saved
 
 
 # ---- saving ----
@@ -142,19 +93,17 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
         >>> unet = questlib.from_pretrained("ldm4-w4a4")
     """
     steps = step_groups(unet)
-    if any(isinstance(module, IntegerLayer | IntegerAttention) for module in unet.modules()):
-        raise ConfigError(
-            "save: expected a simulated UNet, found one that runs in integers; "
-            "save it before it is converted"
-        )
+    check_rebuildable(unet)
     config = {
         "format": FORMAT,
         "class": type(unet).__name__,
         # Without private entries, among them the folder that the model was loaded from.
-        "unet": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+        "unet": {key: value for key, value in unet.config.items() if is_own(key)},
         "quant": unet.quest_config.to_dict(),
         "timesteps": steps.timesteps.flip(0).tolist(),
     }
+    if unet.dtype != torch.float32:
+        config["dtype"] = str(unet.dtype).removeprefix("torch.")
     state = stored_tensors(unet)
     out = Path(out_dir)
     try:
@@ -167,19 +116,9 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     return (out / WEIGHTS_FILE).stat().st_size
 
 
-def stored_tensors(unet: nn.Module) -> Tensors:
-    """What model.safetensors holds of a quantized UNet."""
-    state: Tensors = dict(unet.state_dict())
-    for name, (_, quantizer) in coded_layers(unet).items():
-        codes = quantizer.codes(state.pop(f"{name}.weight"))
-        state[f"{name}.codes"] = pack(codes, quantizer.bits)
-    stored = {}
-    for name, value in state.items():
-        if last_part(name) == "index":
-            continue
-        value = value.to(torch.uint8) if last_part(name) in BYTES else value
-        stored[name] = value.detach().contiguous()
-    return stored
+def is_own(key: str) -> bool:
+    """Whether an entry of a UNet's config says how it is built: not a path, a version, or this."""
+    return not key.startswith("_") and key != "quantization_config"
 
 
 # ---- loading ----
@@ -189,7 +128,7 @@ def from_pretrained(
     path: str | Path,
     engine: str = "fake",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     weights: str = "packed",
     fuse: bool = False,
     fallback: bool = False,
@@ -201,7 +140,7 @@ def from_pretrained(
         engine: "fake" is simulated quantization, with the outputs of the saved model bit for bit.
             Others run in integers: "cpu", "triton", "reference", or "auto"; see
             `questlib.convert`, also for the other arguments.
-        dtype: for an integer engine: of what is not quantized.
+        dtype: of what is not quantized; None: as it was saved.
         weights: for an integer engine: how weights are kept in memory.
         fuse: for an integer engine: whether layers that follow each other are fused.
         fallback: for an integer engine: whether layers without an integer form are simulated.
@@ -216,21 +155,32 @@ def from_pretrained(
     """
     if engine != "fake":
         choose_engine(engine)  # an engine that cannot run is refused before any long work
-    elif dtype != torch.float32 or weights != "packed" or fuse or fallback:
+    elif weights != "packed" or fuse or fallback:
         raise ConfigError(
-            "dtype, weights, fuse and fallback are choices of the integer engines, "
-            "not of engine 'fake'"
+            "weights, fuse and fallback are choices of the integer engines, not of engine 'fake'"
         )
     path = Path(path)
     config, state = read_files(path)
     unet = build_unet(path, config)
     load_tensors(path, unet, state)
     check_calibrated(path, unet)
+    dtype = saved_dtype(path, config) if dtype is None else dtype
     if engine == "fake":
-        return freeze(unet)
+        return cast(freeze(unet), dtype)
     return convert(
         unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
     )
+
+
+def saved_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
+    """The precision of a checkpoint's UNet. CheckpointError for one that there is not."""
+    name = config.get("dtype", "float32")
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise CheckpointError(
+            f"checkpoint {path}: dtype: expected one of {', '.join(dtypes)}, found {name!r}"
+        )
+    return dtypes[name]
 
 
 def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:
@@ -241,13 +191,16 @@ def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:
     """
     try:
         config = json.loads((path / CONFIG_FILE).read_text())
-        state = load_file(path / WEIGHTS_FILE)
+        diffusers_own = isinstance(config, dict) and "quantization_config" in config
+        state = load_file(path / (DIFFUSERS_FILE if diffusers_own else WEIGHTS_FILE))
     except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
         raise CheckpointError(f"checkpoint {path}: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(
             f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}"
         )
+    if diffusers_own:
+        config = from_diffusers(path, config, state)
     if config.get("format") == 1:
         return config, from_format_1(path, state)
     if config.get("format") != FORMAT:
@@ -255,6 +208,26 @@ def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:
             f"checkpoint {path}: expected format 1 or {FORMAT}, found {config.get('format')!r}"
         )
     return config, state
+
+
+def from_diffusers(path: Path, config: dict[str, Any], state: Tensors) -> dict[str, Any]:
+    """The config of a folder that diffusers' `save_pretrained` wrote, as `save_pretrained` has it.
+
+    Raises:
+        CheckpointError: it is of another quantizer.
+    """
+    quant = config["quantization_config"]
+    if not isinstance(quant, dict) or quant.get("quant_method") != METHOD:
+        raise CheckpointError(f"checkpoint {path}: expected quant_method {METHOD!r}, found {quant}")
+    dtype = str(state["conv_in.bias"].dtype) if "conv_in.bias" in state else "torch.float32"
+    return {
+        "format": quant.get("format"),
+        "class": config.get("_class_name"),
+        "unet": config,
+        "quant": quant.get("quant"),
+        "timesteps": quant.get("timesteps"),
+        "dtype": dtype.removeprefix("torch."),
+    }
 
 
 def from_format_1(path: Path, state: Tensors) -> Tensors:
@@ -294,7 +267,7 @@ def build_unet(path: Path, config: dict[str, Any]) -> nn.Module:
             f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {config.get('class')!r}"
         )
     try:
-        own = {k: v for k, v in config["unet"].items() if not k.startswith("_")}
+        own = {k: v for k, v in config["unet"].items() if is_own(k)}
         unet = UNETS[config["class"]].from_config(own)
         quant = QuantConfig.from_dict(config["quant"])
         unet = prepare(unet, quant, torch.tensor(config["timesteps"]), search_weights=False)
@@ -304,52 +277,5 @@ def build_unet(path: Path, config: dict[str, Any]) -> nn.Module:
         ) from error
     if quant.noise_correction:
         insert_correction(unet)
+    attach(unet)
     return unet
-
-
-def load_tensors(path: Path, unet: nn.Module, state: Tensors) -> None:
-    """Load a checkpoint's tensors into the UNet that `build_unet` made; all must fit.
-
-    Raises:
-        CheckpointError: missing or unexpected tensors, wrong shapes, values that are not finite,
-            codes out of range.
-    """
-    layers = coded_layers(unet)
-    own = unet.state_dict()
-    expected = {name: value.shape for name, value in own.items() if last_part(name) != "index"}
-    for name in layers:
-        del expected[f"{name}.weight"]
-    codes = {f"{name}.codes" for name in layers}
-
-    missing = sorted((expected.keys() | codes) - state.keys())
-    unexpected = sorted(state.keys() - expected.keys() - codes)
-    wrong = [
-        f"{name} {list(state[name].shape)} (expected {list(shape)})"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    if missing or unexpected or wrong:
-        lists = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in lists if names)
-        raise CheckpointError(f"checkpoint {path} does not fit {type(unet).__name__}: {found}")
-
-    infinite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if infinite:
-        raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(infinite[:5])}")
-
-    values = {name: state[name].to(own[name].dtype) for name in expected}
-    unet.load_state_dict(values, strict=False)
-    for name, (layer, quantizer) in layers.items():
-        unpacked = unpack(state[f"{name}.codes"], quantizer.bits, layer.weight.shape)
-        layer.weight.data.copy_(quantizer.decode(unpacked))
-
-
-def check_calibrated(path: Path, unet: nn.Module) -> None:
-    """Raise CheckpointError when a quantizer or the noise correction was never calibrated."""
-    found = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
-    if unet.quest_config.noise_correction and not bool(unet.quest_correction.calibrated):
-        found.append("quest_correction")
-    if found:
-        raise CheckpointError(
-            f"checkpoint {path}: activation scales were never calibrated: {', '.join(found[:5])}"
-        )

@@ -96,6 +96,9 @@ class QuantConfig(Settings):
     split_skip: bool = True
     """Whether the two halves of a UNet's concatenations have scales of their own (Q-Diffusion)."""
 
+    skip_layers: list[str] = []
+    """Layers that stay in full precision: their names, or patterns such as "*.fuser.*"."""
+
     noise_correction: bool = False
     """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
 
@@ -217,6 +220,7 @@ class QuantConfig(Settings):
         if self.ranges.act_granularity in ("carrier", "token") or self.ranges.te_token:
             # 4-bit weights make room for the ratios' 2^e
             names += ["weight_bits", "first_last_weight_bits"]
+        names += ["skip_layers"] if self.skip_layers else []
         return digest(values | {name: getattr(self, name) for name in names})
 
     def adaround_key(self) -> str:
@@ -224,6 +228,7 @@ class QuantConfig(Settings):
         values = {"adaround": _chosen(self.adaround), "te": self.te == "fp"}
         names = ["weight_bits", "first_last_weight_bits", "weight_range", "weight_range_norm"]
         names += ["split_skip", "seed"]
+        names += ["skip_layers"] if self.skip_layers else []
         return digest(values | {name: getattr(self, name) for name in names})
 
     def act_recon_key(self) -> str:

@@ -257,7 +257,7 @@ def init_ranges(
             q.observer = observer
         generator = generators[group]
         for step, count in zip(steps[group], counts[group], strict=True):
-            pick = torch.randperm(calib.x.shape[1], generator=generator)[:count]
+            pick = torch.randperm(calib.width(step), generator=generator)[:count]
             for batch in calib.batch(step, pick).split(config.forward_batch):
                 batch.run(unet)
         for q, observer, own_free in zip(quantizers, observers, free, strict=True):

@@ -13,10 +13,14 @@ from torch import nn
 from questlib.adaround import decided_share, reconstruct_acts, reconstruct_weights
 from questlib.baselines.noise_correction import estimate_correction, insert_correction
 from questlib.calibration import Calibration
+from questlib.capture import execution_order
 from questlib.config import OFF, QuantConfig
+from questlib.diffusers_quantizer import attach
+from questlib.errors import ConfigError
 from questlib.observers import init_ranges
-from questlib.quantization.model import act_quantizers, freeze, quant_layers
-from questlib.quantization.preparation import prepare
+from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
+from questlib.quantization.precision import cast
+from questlib.quantization.preparation import check_unet, prepare
 from questlib.stage_cache import Filled, Parts, StageCache, computed
 
 
@@ -53,19 +57,25 @@ def quantize(
 
     Returns:
         A UNet of the same diffusers class with simulated quantization, ready to sample or to be
-        finetuned. Its attribute `quest_log` is a `QuantizationLog`.
+        finetuned, in the precision of `unet`. Ranges and AdaRound are computed in float32. Its
+        attribute `quest_log` is a `QuantizationLog`.
 
     Raises:
-        ConfigError: `unet` is not a diffusers UNet, or is quantized already.
-        CheckpointError: a cached file is damaged.
+        ConfigError: `unet` is not a diffusers UNet, is quantized already, is another one than the
+            calibration's, or has layers that no call reaches.
+        QuestError: a value of the calibration is not finite.
+        CheckpointError: a cached file is damaged, or of another model.
 
     Example:
         >>> calib = questlib.calibrate(pipe, num_samples=64, num_inference_steps=20)
         >>> config = questlib.QuantConfig.preset("quest", 4, 4)
         >>> unet = questlib.quantize(pipe.unet, config, calib)
     """
+    check_unet(unet)
+    model = calib.check(unet)
     start = time.perf_counter()
     student = prepare(unet, config, calib.t)
+    check_reached(student, calib)
     if config.noise_correction:
         insert_correction(student)
     log: QuantizationLog = {
@@ -74,7 +84,7 @@ def quantize(
         "reconstruct_cached": False,
         "decided": None,
     }
-    cache = StageCache(cache_dir, calib.hash())
+    cache = StageCache(cache_dir, calib.hash(), model)
 
     def find_ranges() -> None:
         ranges = cache.fill(
@@ -117,7 +127,27 @@ def quantize(
     if config.noise_correction:
         corrected = computed(lambda: estimate_correction(student, calib, config))
         log["seconds"]["correction"] = corrected.seconds
-    return student
+    attach(student)
+    return cast(student, unet.dtype)
+
+
+@torch.no_grad()
+def check_reached(student: nn.Module, calib: Calibration) -> None:
+    """ConfigError that names the layers which no call of the calibration reaches."""
+    set_mode(student, weights=False, acts=False)
+    names = list(quant_layers(student))
+    reached: set[str] = set()
+    for table in calib.tables:
+        reached.update(execution_order(student, names, table.batch(0, torch.arange(1)).run))
+    set_mode(student, weights=True, acts=True)
+    missing = [name for name in names if name not in reached]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ConfigError(
+            f"quantize: no call of the calibration reaches {', '.join(missing[:5])}{more}; "
+            "calibrate with calls that do, or leave them in full precision: "
+            "config.replace(skip_layers=[...])"
+        )
 
 
 def _activation_ranges(student: nn.Module) -> dict[str, torch.Tensor]:

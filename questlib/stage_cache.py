@@ -35,10 +35,12 @@ class Parts:
 
     Args:
         folder: where the files are; None: nothing is kept.
+        model: digest of the full-precision model; see `StageCache`.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, model: str | None = None) -> None:
         self.folder = folder
+        self.model = model
         self.seconds_before = 0.0
         """Time that the parts took which were read from files."""
 
@@ -59,11 +61,11 @@ class Parts:
             return computed(compute)
         path = self.folder / f"{name}.safetensors"
         if path.exists():
-            filled = _read(path, tensors)
+            filled = _read(path, tensors, self.model)
             self.seconds_before += filled.seconds
             return filled
         filled = computed(compute)
-        _write(path, tensors, filled)
+        _write(path, tensors, filled, self.model)
         return filled
 
 
@@ -77,11 +79,14 @@ class StageCache:
     Args:
         folder: where the files are; None: nothing is cached, everything is computed.
         calibration: `Calibration.hash()` of the run.
+        model: digest of the full-precision model; a file of another one is refused. Files of
+            before do not name theirs.
     """
 
-    def __init__(self, folder: str | Path | None, calibration: str) -> None:
+    def __init__(self, folder: str | Path | None, calibration: str, model: str) -> None:
         self.folder = None if folder is None else Path(folder)
         self.calibration = calibration
+        self.model = model
 
     def fill(
         self,
@@ -111,11 +116,11 @@ class StageCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.exists():
-                return _read(path, tensors)
-            parts = Parts(self.folder / name)
+                return _read(path, tensors, self.model)
+            parts = Parts(self.folder / name, self.model)
             filled = computed(lambda: compute(parts))
             filled = filled._replace(seconds=filled.seconds + parts.seconds_before)
-            _write(path, tensors, filled)
+            _write(path, tensors, filled, self.model)
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return filled
 
@@ -127,21 +132,30 @@ def computed(compute: Callable[[], Any]) -> Filled:
     return Filled(time.perf_counter() - start, False, record)
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: str | None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
     kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)
     with atomic_path(path) as temporary:
-        save_file(kept, temporary, {"record": json.dumps(filled.record)})
+        about = {"record": json.dumps(filled.record)}
+        save_file(kept, temporary, about if model is None else about | {"model": model})
 
 
-def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Filled:
+def _read(path: Path, tensors: dict[str, torch.Tensor], model: str | None) -> Filled:
     """Copy a file's values into `tensors`."""
     try:
         with safe_open(path, "pt") as file:
+            found = (file.metadata() or {}).get("model", model)
+            if found != model:
+                raise CheckpointError(
+                    f"quantize: {path} is of another model (weights {found}); name another folder"
+                )
             for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
             record = json.loads((file.metadata() or {}).get("record", "null"))
             return Filled(float(file.get_tensor("seconds")), True, record)
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"quantize: {path} cannot be read ({error!r}); remove it to make it again"

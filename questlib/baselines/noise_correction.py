@@ -25,14 +25,15 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.config import QuantConfig
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import nearest
 
 
-class NoiseCorrection(nn.Module):
+class NoiseCorrection(FixedPrecision):
     """The correction of one UNet, for each calibrated timestep.
 
     Args:
-        timesteps: int64 [T], ascending.
+        timesteps: int64 or float32 [T], ascending.
         channels: C, of the UNet's output.
 
     Attributes:
@@ -108,11 +109,19 @@ class NoiseCorrection(nn.Module):
         then = (
             scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         )
-        # sigma^2 and the factor of eps in x_{t-1} (DDIM, Song et al. 2021, Eq. 16 and 12)
+        # sigma^2 and the factor of the prediction in x_{t-1} = sqrt(then) x_0 + direction * eps
+        # (DDIM, Song et al. 2021, Eq. 16 and 12). x_0 and eps follow from x_t and the prediction.
         variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
         if variance <= 0:
             return 1.0
-        slope = (1 - then - variance).clamp_min(0).sqrt() - (then * (1 - now) / now).sqrt()
+        direction = (1 - then - variance).clamp_min(0).sqrt()
+        kind = scheduler.config.prediction_type
+        if kind == "v_prediction":  # Salimans & Ho 2022, App. D
+            slope = direction * now.sqrt() - (then * (1 - now)).sqrt()
+        elif kind == "sample":
+            slope = then.sqrt() - direction * (now / (1 - now)).sqrt()
+        else:
+            slope = direction - (then * (1 - now) / now).sqrt()
         brought = slope**2 * self.variance[int(nearest(self.timesteps, t)[0])].cpu()
         return float(((variance - brought).clamp_min(0) / variance).sqrt())
 
@@ -128,9 +137,9 @@ def insert_correction(unet: nn.Module) -> None:
 def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
     """Estimate the UNet's noise correction at all calibrated steps, from all trajectories."""
     correction = student.quest_correction
-    everything = torch.arange(calib.x.shape[1])
     for step, t in enumerate(calib.t):
-        batches = calib.batch(step, everything).split(config.forward_batch)
+        everything = calib.batch(step, torch.arange(calib.width(step)))
+        batches = everything.split(config.forward_batch)
         outputs = torch.cat([batch.run(student).cpu() for batch in batches])
-        correction.estimate(t, outputs, calib.eps[step])
+        correction.estimate(t, outputs, everything.eps)
     correction.calibrated.fill_(True)

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from questlib.errors import ConfigError
+from questlib.quantization.time_path import CONDITIONS
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,16 @@ class Conditioning:
                 f"{name}: its UNet needs a context, but it has neither class_embedder nor "
                 "text_encoder"
             )
-        if self.takes_text:
-            more = getattr(self.pipe.unet.config, "addition_embed_type", None)
-            if more is not None:
-                raise ConfigError(f"{name}: its UNet needs more than a prompt's context ({more})")
+        config = self.pipe.unet.config
+        more = [f"{key} = {config[key]}" for key in CONDITIONS[:3] if config.get(key) is not None]
+        received, given = config.in_channels, config.out_channels
+        if given not in (received, 2 * received):  # twice: noise and variance
+            more.append(f"in_channels = {received}, out_channels = {given}")
+        if more:
+            raise ConfigError(
+                f"{name}: its UNet needs more than noise, a label or a prompt ({'; '.join(more)}); "
+                "let the pipeline run itself, as in questlib.calibrate(pipe, calls=[...])"
+            )
 
     def _check_use(self, labels: Sequence[int] | None, prompts: Sequence[str] | None) -> None:
         """ConfigError for a choice that the pipeline has no use for."""
@@ -161,6 +168,9 @@ class Conditioning:
         if self.embedder is not None:
             return self.embedder(torch.tensor(choices, device=self.pipe.unet.device))
         context, _ = self.pipe.encode_prompt(
-            choices, self.pipe.text_encoder.device, 1, do_classifier_free_guidance=False
+            choices,
+            device=self.pipe.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
         )
         return context

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 
+from accelerate.hooks import remove_hook_from_module
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -12,6 +14,9 @@ from torch import nn
 def model_digest(model: DiffusionPipeline | nn.Module) -> str:
     """sha256 of the UNet's weights in float32: the same for a pipeline and for its UNet."""
     unet = model if isinstance(model, nn.Module) else model.unet
+    if any(tensor.is_meta for tensor in unet.parameters()):
+        # accelerate has offloaded the weights; a copy without its hooks has them.
+        unet = remove_hook_from_module(copy.deepcopy(unet), recurse=True)
     digest = hashlib.sha256()
     for name, tensor in sorted(unet.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())

@@ -17,6 +17,7 @@ from questlib.diffusion.sampling import (
     denoise,
     initial_noise,
     sample_generators,
+    unet_of,
 )
 from questlib.errors import ConfigError, QuestError
 
@@ -58,7 +59,7 @@ class Drawing:
                 f"sampling: num_inference_steps must be >= 1, found {num_inference_steps}"
             )
         self.pipe = pipe
-        self.unet = pipe.unet if unet is None else unet
+        self.unet = unet_of(pipe) if unet is None else unet
         self.steps = num_inference_steps
         self.eta = eta
         self.seed = seed

@@ -19,6 +19,7 @@ import questlib.diffusion.unets  # noqa: F401
 from questlib.errors import CheckpointError, ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 LOADERS = "questlib.pipelines"  # a group of entry points, see `load_pipeline`
 
 Loader = Callable[[str], DiffusionPipeline]
@@ -98,13 +99,25 @@ def _from_folder(folder: Path, classes: Mapping[str, type[DiffusionPipeline]]) -
         absent = {name: None for name, part in index.items() if part == [None, None]}
         with _no_progress_bars():
             pipe = pipeline.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False, **absent
+                folder,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                variant=_only_variant(folder),
+                **absent,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})"
         ) from error
     return _full_precision(pipe)
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant of a folder whose UNet has no weights without one, such as "fp16"; else None."""
+    names = [path.name for path in (folder / "unet").glob("diffusion_pytorch_model*")]
+    plain = any(VARIANT.fullmatch(name) is None for name in names)
+    found = sorted({match[1] for name in names if (match := VARIANT.fullmatch(name))})
+    return None if plain or not found else found[0]
 
 
 @contextmanager

@@ -31,6 +31,23 @@ SEED_BITS = 32
 CALIBRATION_OFFSET = 500_000
 
 
+def unet_of(pipe: DiffusionPipeline) -> nn.Module:
+    """The pipeline's UNet. ConfigError where it has none."""
+    unet = getattr(pipe, "unet", None)
+    if unet is None:
+        parts = ", ".join(getattr(pipe, "components", ())) or "no components"
+        raise ConfigError(
+            f"{type(pipe).__name__} has no UNet; expected a pipeline with a diffusers UNet2DModel "
+            f"or UNet2DConditionModel, found {parts}"
+        )
+    return unet
+
+
+def device_of(unet: nn.Module) -> torch.device:
+    """Where a UNet takes its inputs; "cpu" where accelerate has offloaded its weights."""
+    return torch.device("cpu") if unet.device.type == "meta" else unet.device
+
+
 def choose_scheduler(
     pipe: DiffusionPipeline, sampler: str | None = None, eta: float = 0.0
 ) -> SchedulerMixin:
@@ -41,9 +58,18 @@ def choose_scheduler(
         eta: DDIM's eta, with which the scheduler will be used.
 
     Raises:
-        ConfigError: an unknown name, or an eta with a sampler that has none.
+        ConfigError: an unknown name, an eta with a sampler that has none, or a UNet that predicts
+            the variance, too, with a sampler that does not know of it.
     """
     scheduler = pipe.scheduler if sampler is None else make_scheduler(pipe, sampler)
+    config = unet_of(pipe).config
+    learned = str(scheduler.config.get("variance_type")).startswith("learned")
+    if config.out_channels == 2 * config.in_channels and not learned:
+        raise ConfigError(
+            f"{type(scheduler).__name__}: the UNet predicts noise and variance "
+            f"({config.out_channels} channels for {config.in_channels}); expected a scheduler with "
+            "variance_type learned or learned_range, such as DDPMScheduler"
+        )
     if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ConfigError(f"eta: {type(scheduler).__name__} has none; expected 0, found {eta}")
     return scheduler
@@ -62,9 +88,11 @@ def sample_shape(unet: nn.Module) -> tuple[int, int]:
 
 
 def initial_noise(unet: nn.Module, generators: list[torch.Generator]) -> torch.Tensor:
-    """x_T [N, C, h, w] on the UNet's device, each sample from its own generator."""
+    """x_T [N, C, h, w], each sample from its own generator, as the UNet takes it."""
     shape = (unet.config.in_channels, *sample_shape(unet))
-    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(unet.device)
+    return torch.cat([torch.randn(1, *shape, generator=g) for g in generators]).to(
+        device_of(unet), unet.dtype
+    )
 
 
 @torch.no_grad()

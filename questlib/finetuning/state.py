@@ -39,7 +39,7 @@ class FinetuningState:
     """Everything that the next iteration depends on."""
 
     key: str
-    """Digest of the configuration, the calibration and the versions; see `load`."""
+    """Digest of the configuration, the calibration, the teacher and the versions; see `load`."""
 
     stage: int
     """Number of the stage that runs next."""
@@ -90,7 +90,7 @@ class FinetuningState:
             ) from error
         if found != key:
             raise CheckpointError(
-                f"finetune: {path} belongs to another configuration, calibration or version of "
-                "questlib; remove it or name another"
+                f"finetune: {path} belongs to another configuration, calibration, model or version "
+                "of questlib; remove it or name another"
             )
         return cls(**values)

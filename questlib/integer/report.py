@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from questlib.integer.form import packed_size
 from questlib.integer.modules import IntegerAttention, IntegerLayer
+from questlib.packing import packed_size
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 

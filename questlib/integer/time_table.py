@@ -7,6 +7,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.quantization.step_groups import StepGroups
+from questlib.quantization.time_path import depends_on_time_alone
 
 
 class TimeTable(nn.Module):
@@ -35,12 +36,6 @@ class TimeTable(nn.Module):
         if t not in self.rows:
             self.rows[t] = self.layer(x[:1], *args)
         return self.rows[t].expand(x.shape[0], -1)
-
-
-def depends_on_time_alone(unet: nn.Module) -> bool:
-    """Whether the timestep alone enters the embedding: no labels, no added conditions."""
-    keys = ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim")
-    return all(unet.config.get(key) is None for key in keys)
 
 
 def tabulate_time(unet: nn.Module) -> None:

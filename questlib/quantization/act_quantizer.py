@@ -12,6 +12,7 @@ from questlib.config_groups import Granularity
 from questlib.errors import NotCalibratedError
 from questlib.quantization import primitives
 from questlib.quantization.carrier import CARRIER_BITS
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.primitives import LearnedQuant
 from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.token_grid import TokenGrid, token_grid
@@ -28,7 +29,7 @@ class Recorder(Protocol):
         """Whether the quantizer then quantizes the batch, or passes it on as it is."""
 
 
-class ActQuantizer(nn.Module):
+class ActQuantizer(FixedPrecision):
     """Quantizes activations, with one set of parameters for each step group.
 
         x_hat = clamp(round(x / s), -z, 2^b - 1 - z) * s     with s_k = scale[p(k)] * ratio_k
@@ -192,8 +193,8 @@ class ActQuantizer(nn.Module):
             self._ready = True
         scale, zero_point, inverse = self.grid_for(x)
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-            return LearnedQuant.apply(x, scale, zero_point, self.bits, inverse)
-        return primitives.fake_quant(x, scale, zero_point, self.bits, inverse)
+            return LearnedQuant.apply(x, scale, zero_point, self.bits, inverse).to(x.dtype)
+        return primitives.fake_quant(x, scale, zero_point, self.bits, inverse).to(x.dtype)
 
     def _shape(self, table: torch.Tensor, ndim: int) -> list[int]:
         """The shape of a table [n] or [B, n] that broadcasts over `ndim` dimensions."""

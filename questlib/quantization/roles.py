@@ -7,6 +7,7 @@ from typing import Literal
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
@@ -18,7 +19,7 @@ def layer_roles(unet: nn.Module) -> dict[str, str]:
 
     Roles:
         first, last: conv_in and conv_out
-        time_embed: from the timestep to its embedding
+        time_embed: from the timestep, a class or an added condition to the embedding
         time_proj: from the embedding into a ResBlock
         qkv: queries, keys and values of attention, but not context_kv
         context_kv: keys and values of cross-attention
@@ -28,17 +29,25 @@ def layer_roles(unet: nn.Module) -> dict[str, str]:
         conv, linear: all others
     """
     owned: dict[int, str] = {id(unet.conv_in): "first", id(unet.conv_out): "last"}
+    for condition in ("class_embedding", "add_embedding"):
+        module = getattr(unet, condition, None)
+        if module is not None:
+            owned |= {id(m): "time_embed" for m in module.modules() if isinstance(m, nn.Linear)}
     for module in unet.modules():
         if isinstance(module, TimestepEmbedding):
             owned |= {id(m): "time_embed" for m in module.modules() if isinstance(m, nn.Linear)}
         elif isinstance(module, ResnetBlock2D):
             owned[id(module.time_emb_proj)] = "time_proj"
             owned[id(module.conv_shortcut)] = "shortcut"
+        elif isinstance(module, AdaGroupNorm):
+            owned[id(module.linear)] = "time_proj"
         elif isinstance(module, Attention):
             kv = "context_kv" if module.is_cross_attention else "qkv"
             owned[id(module.to_q)] = "qkv"
             owned[id(module.to_k)] = kv
             owned[id(module.to_v)] = kv
+            owned[id(module.add_k_proj)] = "context_kv"
+            owned[id(module.add_v_proj)] = "context_kv"
             owned[id(module.to_out[0])] = "attn_out"
         elif isinstance(module, FeedForward):
             owned |= {id(m): "feed_forward" for m in module.modules() if isinstance(m, nn.Linear)}

@@ -9,11 +9,12 @@ from torch import nn
 
 from questlib.config_groups import Search
 from questlib.quantization import primitives
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.primitives import LearnedQuant
 from questlib.quantization.range_search import choose_qparams
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(FixedPrecision):
     """Quantizes the weight of a layer, with a scale for each output channel and part of the input.
 
         w_hat = (clamp(round(w / s) + z, 0, 2^b - 1) - z) * s
@@ -164,7 +165,19 @@ class WeightQuantizer(nn.Module):
         u = w * (1.0 / s)
         cell = (u.floor() + (self.rounding() >= 0.5)).clamp(-z, 2**self.bits - 1 - z)
         self.alpha = self.base = self.step = None
-        return u.clamp(cell - 0.49, cell + 0.49).mul_(s)
+        return into_cell(u, cell).mul_(s)
+
+    @torch.no_grad()
+    def reopen(self, codes: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The nearest point to a weight w that has these codes, float32."""
+        s = self.expand(self.scale, w.ndim)
+        cell = codes.float() - self.expand(self.zero_point, w.ndim)
+        return into_cell(w.float() * (1.0 / s), cell).mul_(s)
+
+
+def into_cell(u: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+    """The nearest points to u = w / s that round to the whole numbers `cell`."""
+    return u.clamp(cell - 0.49, cell + 0.49)
 
 
 # ---- AdaRound's rectified sigmoid: Nagel et al. 2020, Eq. 23 ----

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from questlib import finetune, from_pretrained, quantize, save_pretrained
-from questlib.checkpoint import pack, unpack
 from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.packing import pack, unpack
 from questlib.quantization import range_search
 from questlib.quantization.model import act_quantizers
 

@@ -27,6 +27,7 @@ FIELDS = {
     "te_act_bits": (8, RANGES),
     "act_layers": ("conv", RANGES),
     "te": ("fp", BOTH),
+    "skip_layers": (["mid_block.*"], BOTH),
     "weight_range": ("minmax", ADAROUND),
     "split_skip": (False, BOTH),
     "noise_correction": (True, set()),
@@ -82,6 +83,7 @@ FIELDS = {
 
 # keywords of fields that came later
 SINCE_FORMAT_2 = {
+    "skip_layers",
     "weight_range_norm",
     "calib_model",
     "adaround_batch_size",

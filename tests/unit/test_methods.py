@@ -68,6 +68,28 @@ def test_correction_recovers_what_was_done_to_the_noise():
     assert torch.equal(both[0], corrected[0]) and torch.equal(both[1], eps_hat[1])
 
 
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_noise_factor_follows_from_how_the_prediction_enters(kind, spacing):
+    """d x_{t-1} / d output and the sampler's own noise, by differences of the scheduler's steps."""
+    scheduler = DDIMScheduler(
+        clip_sample=False, prediction_type=kind, timestep_spacing=spacing, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(8)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for t in scheduler.timesteps[:-1]:
+        correction = NoiseCorrection(t[None], 3)
+        correction.variance[0] = 1e-3
+
+        def step(output, noise, t=t):
+            return scheduler.step(output, t, zero, eta=1.0, variance_noise=noise).prev_sample
+
+        slope = (step(zero + 1, zero) - step(zero, zero)).item()
+        sigma = (step(zero, zero + 1) - step(zero, zero)).item()
+        expected = max(0.0, sigma**2 - slope**2 * 1e-3) ** 0.5 / sigma
+        assert correction.noise_factor(scheduler, t, 1.0) == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_sampler_adds_less_noise_by_what_quantization_brings():
     scheduler = DDIMScheduler(clip_sample=False, steps_offset=1, set_alpha_to_one=False)
     scheduler.set_timesteps(10)

@@ -1,0 +1,222 @@
+"""Recording of a denoiser's calls (`questlib.calls`) while its pipeline runs."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from questlib.calls import CallTable, Column, as_bytes, skeleton_to_json, take_tensors
+from questlib.errors import ConfigError, QuestError
+
+IN_MEMORY = 2**32  # bytes of recorded tensors that are kept in memory; the rest goes to files
+
+
+class Store:
+    """Rows that are appended one batch after another. Equal batches are kept once.
+
+    Args:
+        folder: of files, for what does not stay in memory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.file: Path | None = None
+        self.batches: list[torch.Tensor] = []
+        self.first: dict[str, int] = {}  # digest of a batch -> its first row
+        self.count = 0
+        self.index: list[torch.Tensor] = []  # of each appended batch, its rows
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory."""
+        return sum(batch.numel() * batch.element_size() for batch in self.batches)
+
+    def append(self, batch: torch.Tensor) -> None:
+        """Append rows [B, ...]."""
+        batch = batch.detach().to("cpu", copy=True).contiguous()
+        key = digest_of(batch)
+        if key not in self.first:
+            self.first[key] = self.count
+            self.count += len(batch)
+            self.shape, self.dtype = batch.shape[1:], batch.dtype
+            self.batches.append(batch)
+            if self.file is not None:
+                self.spill()
+        start = self.first[key]
+        self.index.append(torch.arange(start, start + len(batch)))
+
+    def spill(self) -> None:
+        """Move what is in memory to the file."""
+        if self.file is None:
+            with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
+                self.file = Path(file.name)
+        with self.file.open("ab") as file:
+            for batch in self.batches:
+                as_bytes(batch).tofile(file)
+        self.batches = []
+
+    def values(self) -> torch.Tensor:
+        """All rows [K, ...]; those of a file are read from it when they are used."""
+        if self.file is None:
+            return torch.cat(self.batches)
+        shape = (self.count, *self.shape)
+        size = torch.Size(shape).numel()
+        found = torch.from_file(str(self.file), shared=False, size=size, dtype=self.dtype)
+        return found.view(shape)
+
+
+def digest_of(tensor: torch.Tensor) -> str:
+    """A digest of a tensor's type, shape and values."""
+    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest.update(as_bytes(tensor))
+    return digest.hexdigest()
+
+
+class _Part:
+    """The calls recorded for one table."""
+
+    def __init__(
+        self, skeleton: Any, constants: dict[str, torch.Tensor], names: list[str], folder: Path
+    ) -> None:
+        self.skeleton = skeleton
+        self.constants = constants
+        self.t: list[torch.Tensor] = []
+        self.eps = Store(folder)
+        self.inputs = {name: Store(folder) for name in names}
+
+    @property
+    def stores(self) -> list[Store]:
+        return [self.eps, *self.inputs.values()]
+
+    def table(self) -> CallTable:
+        """Calls of the same timestep are one step; steps are in the sampler's order, downwards.
+
+        A step that has fewer samples than another one has its own again, in turn.
+        """
+        t = torch.cat(self.t)
+        steps = t.unique().flip(0)
+        found = [(t == step).nonzero()[:, 0] for step in steps]
+        width = max(len(rows) for rows in found)
+        calls = torch.stack([rows[torch.arange(width) % len(rows)] for rows in found])  # [T, N]
+
+        def column(store: Store) -> Column:
+            return Column(store.values(), torch.cat(store.index)[calls])
+
+        inputs = {name: column(store) for name, store in self.inputs.items()}
+        return CallTable(steps, column(self.eps), inputs, self.constants, self.skeleton)
+
+
+class CallRecorder:
+    """A denoiser's forward hook that keeps all that each call received and returned.
+
+    Args:
+        folder: of files, for what exceeds `in_memory`.
+        in_memory: bytes that are kept in memory.
+
+    Raises:
+        QuestError: in the hook: a value that is not finite.
+        ConfigError: in the hook: an argument that cannot be recorded.
+    """
+
+    def __init__(self, folder: Path, in_memory: int = IN_MEMORY) -> None:
+        self.folder = folder
+        self.in_memory = in_memory
+        self.parts: dict[str, _Part] = {}
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        # The class's own forward: an instance's may be wrapped, as accelerate's offloading does.
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+        received = {k: v for k, v in list(bound.items())[1:] if v is not None}
+        received.pop("return_dict", None)
+        size = len(received["sample"])
+        t = as_timesteps(received.pop("timestep"))
+        eps = output[0] if isinstance(output, tuple) else output.sample
+        skeleton, tensors = take_tensors(received)
+        check_finite(t, {**tensors, "its output": eps})
+
+        rows = {}
+        for name, value in tensors.items():
+            if value.ndim and len(value) in (1, size):
+                rows[name] = value.expand(size, *value.shape[1:])
+        constants = {name: value.cpu() for name, value in tensors.items() if name not in rows}
+        part = self._part(skeleton, constants, rows)
+        part.t.append(t.expand(size))
+        part.eps.append(eps)
+        for name, value in rows.items():
+            part.inputs[name].append(value)
+        stores = [store for part in self.parts.values() for store in part.stores]
+        if sum(store.held for store in stores) > self.in_memory:
+            for store in stores:
+                store.spill()
+
+    def _part(
+        self, skeleton: Any, constants: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]
+    ) -> _Part:
+        """The part that has the calls of this structure, of these shapes and constants."""
+        about = [
+            skeleton_to_json(skeleton),
+            {name: digest_of(value) for name, value in constants.items()},
+            {name: [str(value.dtype), *value.shape[1:]] for name, value in rows.items()},
+        ]
+        key = json.dumps(about)
+        if key not in self.parts:
+            self.parts[key] = _Part(skeleton, constants, list(rows), self.folder)
+        return self.parts[key]
+
+    def tables(self) -> list[CallTable]:
+        """All that was recorded."""
+        return [part.table() for part in self.parts.values()]
+
+
+def as_timesteps(timestep: torch.Tensor | float) -> torch.Tensor:
+    """The timestep argument of a call as [1] or [B], int64 or float32, on the CPU.
+
+    float32 is the precision in which UNets compute the embedding of a timestep.
+    """
+    t = torch.as_tensor(timestep).reshape(-1).cpu()
+    return t.float() if t.is_floating_point() else t.to(torch.int64)
+
+
+def check_finite(t: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
+    """QuestError that names the tensors which are not finite, and the timestep."""
+    damaged = [
+        name
+        for name, value in tensors.items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if damaged:
+        raise QuestError(
+            f"calibrate: values of the denoiser that are not finite at timestep {t[0].item():g}: "
+            f"{', '.join(damaged)}"
+        )
+
+
+class ProcessorWatch:
+    """A denoiser's pre-hook that refuses calls with other attention processors than at first.
+
+    PAG and SAG set their own while they run. They are no arguments: a replay would not have them.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.before = {
+            name: (module, module.processor)
+            for name, module in unet.named_modules()
+            if isinstance(module, Attention)
+        }
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for name, (attention, processor) in self.before.items():
+            if attention.processor is not processor:
+                raise ConfigError(
+                    f"calibrate: the pipeline sets {type(attention.processor).__name__} at {name} "
+                    "while it runs, which a replay would not have; calibrate without it (PAG, SAG)"
+                )
