@@ -6,8 +6,7 @@ import hashlib
 import inspect
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +15,11 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from tqdm import tqdm
 
 from questlib.calls import Batch, CallTable, as_bytes, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
-from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.digests import model_digest
 from questlib.diffusion.sampling import (
-    CALIBRATION_OFFSET,
-    choose_scheduler,
-    denoise,
-    index_ranges,
-    initial_noise,
-    sample_generators,
     unet_of,
 )
 from questlib.distributed import broadcast_from, broadcast_value, processes
@@ -36,7 +27,14 @@ from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.quantization.preparation import check_unet
 from questlib.quantization.time_path import RESIDUALS, needs_arguments
-from questlib.recording import CallRecorder, ProcessorWatch, as_timesteps, check_finite
+from questlib.recording import (
+    CallRecorder,
+    ProcessorWatch,
+    check_finite,
+    evaluating,
+    make_calls,
+)
+from questlib.trajectories import sample_trajectories
 
 PLAIN = ("x", "t", "eps", "context")  # tensors of a file that has these alone
 
@@ -339,9 +337,10 @@ def calibrate(
     )
     if calls is None and run is None:
         with evaluating(pipe):
-            return _sample(
+            values = sample_trajectories(
                 pipe, num_samples, num_inference_steps, batch_size, seed, progress, **sampling
             )
+            return Calibration.regular(**values, model=model_digest(pipe.unet))
     defaults = inspect.signature(calibrate).parameters
     unused = [name for name, value in sampling.items() if value != defaults[name].default]
     if num_inference_steps is not None:
@@ -352,61 +351,12 @@ def calibrate(
             "it is the pipeline's own argument"
         )
     if run is None:
-        run = _runs(pipe, list(calls or ()), seed, progress)
+        run = make_calls(pipe, list(calls or ()), seed, progress)
     with evaluating(pipe):
-        return record(pipe, run)
+        return _record(pipe, run)
 
 
-@contextmanager
-def evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
-    """All modules of a pipeline are in eval mode inside the block, and afterwards as before."""
-    parts = [pipe.unet, *getattr(pipe, "components", {}).values()]
-    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
-    before = [module.training for module in modules]
-    try:
-        for module in modules:
-            module.training = False
-        yield
-    finally:
-        for module, training in zip(modules, before, strict=True):
-            module.training = training
-
-
-# ---- the pipeline's own calls ----
-
-
-def _runs(
-    pipe: DiffusionPipeline, calls: list[Mapping[str, Any]], seed: int, progress: bool
-) -> Callable[[], None]:
-    """A function that makes the calls, each with noise of its own.
-
-    Raises:
-        ConfigError: no call, or an argument that the pipeline does not have.
-    """
-    if not callable(pipe):
-        raise ConfigError(f"calibrate: calls: a {type(pipe).__name__} cannot be called; give run")
-    accepted = inspect.signature(type(pipe).__call__).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    if not calls:
-        raise ConfigError("calibrate: calls: expected at least one call, found none")
-    for i, call in enumerate(calls):
-        wrong = [name for name in call if name not in accepted]
-        if wrong and not open_ended:
-            raise ConfigError(
-                f"calibrate: calls[{i}]: {type(pipe).__name__} has no argument {wrong[0]!r}"
-            )
-
-    def run() -> None:
-        for i, call in enumerate(tqdm(calls, desc="calibrate", disable=not progress)):
-            own = dict(call)
-            if "generator" in accepted and own.get("generator") is None:
-                (own["generator"],) = sample_generators(seed, [CALIBRATION_OFFSET + i])
-            pipe(**own)
-
-    return run
-
-
-def record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
+def _record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
     """Record the calls of a pipeline's UNet while `run` runs it; process 0 does it for all.
 
     Raises:
@@ -431,113 +381,3 @@ def record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
     if not state.is_main_process:
         tables = _tables(found, skeletons)
     return Calibration(tables, model_digest(pipe.unet), files)
-
-
-# ---- trajectories ----
-
-
-def _sample(
-    pipe: DiffusionPipeline,
-    num_samples: int | None,
-    num_inference_steps: int | None,
-    batch_size: int,
-    seed: int,
-    progress: bool,
-    *,
-    eta: float,
-    sampler: str | None,
-    guidance_scale: float,
-    labels: Sequence[int] | None,
-    prompts: Sequence[str] | None,
-) -> Calibration:
-    """Sample trajectories, and record (x_t, t, context, eps); see `calibrate`."""
-    if num_samples is None or num_inference_steps is None:
-        raise ConfigError("calibrate: expected both num_samples and num_inference_steps")
-    if min(num_samples, num_inference_steps, batch_size) < 1:
-        raise ConfigError(
-            "calibrate: num_samples and num_inference_steps and batch_size must be >= 1, found "
-            f"{num_samples}, {num_inference_steps}, {batch_size}"
-        )
-    unet = pipe.unet
-    scheduler = choose_scheduler(pipe, sampler, eta)
-    conditioning = Conditioning(
-        pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts, shuffle=seed
-    )
-
-    def trajectories(indices: range) -> dict[str, torch.Tensor]:
-        """Sample one batch.
-
-        Returns:
-            x, eps [T, H, n, C, h, w], t [T], context [1, H, n, L, D], where H is 2 under guidance.
-        """
-        recorder = _Recorder()
-        # calibration never sees the noise of the samples that are evaluated
-        generators = sample_generators(seed, [CALIBRATION_OFFSET + i for i in indices])
-        condition = conditioning.at(indices)
-        with hooks(unet, {"": recorder}):
-            denoise(
-                unet,
-                scheduler,
-                initial_noise(unet, generators),
-                num_inference_steps,
-                eta=eta,
-                generators=generators,
-                condition=condition,
-            )
-        return recorder.stacked(condition.halves)
-
-    state = processes()
-    batches = index_ranges(num_samples, batch_size)
-    whole: dict[str, torch.Tensor] = {}
-    starts = range(0, len(batches), state.num_processes)
-    for first in tqdm(starts, desc="calibrate", disable=not progress):
-        mine = batches[first + state.process_index : first + state.process_index + 1]
-        found = trajectories(mine[0]) if mine else None
-        for owner, indices in enumerate(batches[first : first + state.num_processes]):
-            part = broadcast_from(found, owner)
-            assert part is not None  # the owner of a batch has sampled it
-            whole["t"] = part.pop("t")
-            for name, value in part.items():
-                if name not in whole:
-                    shape = (*value.shape[:2], num_samples, *value.shape[3:])
-                    whole[name] = value.new_empty(shape)  # [T or 1, H, N, ...]
-                whole[name][:, :, indices.start : indices.stop] = value
-    context = whole.get("context")
-    return Calibration.regular(
-        whole["x"].flatten(1, 2),  # [T, H, N, C, h, w] -> [T, H * N, C, h, w]
-        whole["t"],
-        whole["eps"].flatten(1, 2),
-        None if context is None else context[0].flatten(0, 1),  # [1, H, N, L, D] -> [H * N, L, D]
-        model_digest(unet),
-    )
-
-
-class _Recorder:
-    """A UNet's forward hook that keeps what each call received and returned."""
-
-    def __init__(self) -> None:
-        self.x: list[torch.Tensor] = []
-        self.t: list[torch.Tensor] = []
-        self.eps: list[torch.Tensor] = []
-        self.context: torch.Tensor | None = None  # the same at all steps
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        t = as_timesteps(t)[:1]
-        check_finite(t, {"x": args[0], "its output": output.sample})
-        self.x.append(args[0].cpu())
-        self.t.append(t)
-        self.eps.append(output.sample.cpu())
-        if "encoder_hidden_states" in kwargs:
-            self.context = kwargs["encoder_hidden_states"].cpu()
-
-    def stacked(self, halves: int) -> dict[str, torch.Tensor]:
-        """x, eps [T, H, n, C, h, w], t [T] and, if there is one, context [1, H, n, L, D]."""
-        found = {
-            "x": torch.stack(self.x).unflatten(1, (halves, -1)),
-            "t": torch.cat(self.t),
-            "eps": torch.stack(self.eps).unflatten(1, (halves, -1)),
-        }
-        if self.context is not None:
-            found["context"] = self.context[None].unflatten(1, (halves, -1))
-        return found

@@ -6,15 +6,19 @@ import hashlib
 import inspect
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from tqdm import tqdm
 
 from questlib.calls import CallTable, Column, as_bytes, skeleton_to_json, take_tensors
+from questlib.diffusion.sampling import CALIBRATION_OFFSET, sample_generators
 from questlib.errors import ConfigError, QuestError
 
 IN_MEMORY = 2**32  # bytes of recorded tensors that are kept in memory; the rest goes to files
@@ -220,3 +224,52 @@ class ProcessorWatch:
                     f"calibrate: the pipeline sets {type(attention.processor).__name__} at {name} "
                     "while it runs, which a replay would not have; calibrate without it (PAG, SAG)"
                 )
+
+
+# ---- while the pipeline runs ----
+
+
+@contextmanager
+def evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
+    """All modules of a pipeline are in eval mode inside the block, and afterwards as before."""
+    parts = [pipe.unet, *getattr(pipe, "components", {}).values()]
+    modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.training = training
+
+
+def make_calls(
+    pipe: DiffusionPipeline, calls: list[Mapping[str, Any]], seed: int, progress: bool
+) -> Callable[[], None]:
+    """A function that makes the calls, each with noise of its own.
+
+    Raises:
+        ConfigError: no call, or an argument that the pipeline does not have.
+    """
+    if not callable(pipe):
+        raise ConfigError(f"calibrate: calls: a {type(pipe).__name__} cannot be called; give run")
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    if not calls:
+        raise ConfigError("calibrate: calls: expected at least one call, found none")
+    for i, call in enumerate(calls):
+        wrong = [name for name in call if name not in accepted]
+        if wrong and not open_ended:
+            raise ConfigError(
+                f"calibrate: calls[{i}]: {type(pipe).__name__} has no argument {wrong[0]!r}"
+            )
+
+    def run() -> None:
+        for i, call in enumerate(tqdm(calls, desc="calibrate", disable=not progress)):
+            own = dict(call)
+            if "generator" in accepted and own.get("generator") is None:
+                (own["generator"],) = sample_generators(seed, [CALIBRATION_OFFSET + i])
+            pipe(**own)
+
+    return run

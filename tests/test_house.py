@@ -35,6 +35,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"diffusion"},
         {"calls"},
         {"recording"},
+        {"trajectories"},
         {"calibration"},
         {"observers"},
         {"baselines"},
