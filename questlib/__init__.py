@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from questlib.config import QuantConfig
     from questlib.diffusion.loading import load_pipeline
     from questlib.finetuning.loop import finetune
+    from questlib.hub import model_card
     from questlib.integer.conversion import convert
     from questlib.integer.report import engine_report
     from questlib.post_training import quantize
@@ -30,6 +31,7 @@ _HOMES = {
     "finetune": "questlib.finetuning.loop",
     "from_pretrained": "questlib.checkpoint",
     "load_pipeline": "questlib.diffusion.loading",
+    "model_card": "questlib.hub",
     "quantize": "questlib.post_training",
     "save_pretrained": "questlib.checkpoint",
 }
@@ -43,6 +45,7 @@ __all__ = [
     "finetune",
     "from_pretrained",
     "load_pipeline",
+    "model_card",
     "quantize",
     "save_pretrained",
 ]

@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.alignment import alignment_error
-from questlib.calibration import Calibration
+from questlib.calibration import Calibration, TimeCalls
 from questlib.calls import Batch, put_tensors, take_tensors
 from questlib.capture import Call, capture_calls, capture_outputs, execution_order
 from questlib.config import QuantConfig
@@ -148,7 +148,7 @@ class BlockRecorder:
             if not calls:
                 continue
             full = capture_calls(self.teacher, name, runs)
-            targets = torch.cat([call.output for call in full])
+            targets = torch.cat([call.output for call in full]).float()
             groups = torch.as_tensor(self.student.quest_steps.lookup(inputs.t)).expand(len(inputs))
             block = self.student.get_submodule(name)
             found.append(BlockData(block, RecordedCalls(calls), targets, groups))
@@ -341,9 +341,14 @@ def reconstruct_time(
     layers = quant_layers(student)
     projections = [name for name, layer in layers.items() if layer.role == "time_proj"]
     time_layers = [layer for layer in layers.values() if layer.role in TIME_ROLES]
-    calls = calib.time_calls(student, torch.Generator().manual_seed(config.seed))
+
+    def calls_for(unet: nn.Module) -> list[TimeCalls]:
+        # the same calls for both, each in its own precision
+        return calib.time_calls(unet, torch.Generator().manual_seed(config.seed))
+
+    calls = calls_for(student)
     goals = []
-    for t, arguments in calls:
+    for t, arguments in calls_for(teacher):
         with torch.no_grad(), capture_outputs(teacher, projections) as targets:
             run_time_layers(teacher, t, arguments)
         goals.append(targets)

@@ -370,7 +370,7 @@ def _record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
         files = tempfile.TemporaryDirectory(prefix="quest-calibration-")
         recorder = CallRecorder(Path(files.name))
         watch = ProcessorWatch(pipe.unet)
-        with hooks(pipe.unet, {"": watch}, "input"), hooks(pipe.unet, {"": recorder}):
+        with hooks(pipe.unet, {"": watch}, "input"), recorder.on(pipe.unet):
             run()
         tables = recorder.tables()
     own = Calibration(tables)

@@ -101,7 +101,7 @@ class QuestQuantizer(DiffusersQuantizer):
     # ---- loading ----
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
-        """Remember the precision that is wanted; None: as it was saved."""
+        """Remember the precision that is wanted; None: float32, as for diffusers' own models."""
         self.dtype = torch_dtype
         return torch_dtype
 
@@ -159,8 +159,7 @@ class QuestQuantizer(DiffusersQuantizer):
             insert_correction(model)
         load_tensors(where, model, self.tensors)
         check_calibrated(where, model)
-        saved = self.tensors["conv_in.bias"].dtype
-        cast(freeze(model), self.dtype or saved)
+        cast(freeze(model), self.dtype or torch.float32)
         model.to(self.device)
         # diffusers refuses to cast what it calls quantized. These layers can be cast.
         model.is_quantized = False

@@ -18,6 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.calls import CallTable, Column, as_bytes, skeleton_to_json, take_tensors
+from questlib.capture import hooks
 from questlib.diffusion.sampling import CALIBRATION_OFFSET, sample_generators
 from questlib.errors import ConfigError, QuestError
 
@@ -120,31 +121,44 @@ class _Part:
 
 
 class CallRecorder:
-    """A denoiser's forward hook that keeps all that each call received and returned.
+    """Keeps all that each call of a denoiser received and returned; see `on`.
 
     Args:
         folder: of files, for what exceeds `in_memory`.
         in_memory: bytes that are kept in memory.
 
     Raises:
-        QuestError: in the hook: a value that is not finite.
-        ConfigError: in the hook: an argument that cannot be recorded.
+        QuestError: in a call: a value that is not finite.
+        ConfigError: in a call: an argument that cannot be recorded.
     """
 
     def __init__(self, folder: Path, in_memory: int = IN_MEMORY) -> None:
         self.folder = folder
         self.in_memory = in_memory
         self.parts: dict[str, _Part] = {}
+        self.arguments: tuple[torch.Tensor, int, Any, dict[str, torch.Tensor]] | None = None
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    @contextmanager
+    def on(self, unet: nn.Module) -> Iterator[None]:
+        """Record the calls of a UNet inside the block."""
+        with hooks(unet, {"": self._receive}, "input"), hooks(unet, {"": self._keep}):
+            yield
+
+    def _receive(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Take the arguments before the call: UNets empty the list of an adapter's residuals."""
         # The class's own forward: an instance's may be wrapped, as accelerate's offloading does.
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         received = {k: v for k, v in list(bound.items())[1:] if v is not None}
         received.pop("return_dict", None)
         size = len(received["sample"])
         t = as_timesteps(received.pop("timestep"))
+        self.arguments = (t, size, *take_tensors(received))
+
+    def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        assert self.arguments is not None
+        t, size, skeleton, tensors = self.arguments
+        self.arguments = None
         eps = output[0] if isinstance(output, tuple) else output.sample
-        skeleton, tensors = take_tensors(received)
         check_finite(t, {**tensors, "its output": eps})
 
         rows = {}

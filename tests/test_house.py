@@ -45,7 +45,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"diffusers_quantizer"},
         {"post_training"},
         {"integer"},
-        {"checkpoint"},
+        {"checkpoint", "hub"},
         {"arguments"},
         {"__init__", "__main__"},
     ],

@@ -359,10 +359,15 @@ class Finetuning:
         if stage.name != "tla" or not stage.local:
             return None, {}
         only = batch.t[0] if stage.order == "sequential" else None
+        # The teacher's own are the same calls in its precision, which may be half.
+        again = torch.Generator()
+        again.set_state(run.generator.get_state())
         calls = self.calib.time_calls(self.unet, run.generator, only)
-        chosen = calls[run.iteration % len(calls)]
+        number = run.iteration % len(calls)
+        chosen = calls[number]
         if chosen.arguments:
-            return chosen, self.te_targets(stage, chosen)
+            own = self.calib.time_calls(self.teacher, again, only)[number]
+            return chosen, self.te_targets(stage, own)
         # The timestep alone: the outputs of all steps are computed once.
         if not run.te_targets:
             run.te_targets = self.te_targets(

@@ -22,6 +22,7 @@ from reproduce.reporting import (
     report,
     results_pages,
     run_times,
+    support,
 )
 from reproduce.store import write_json
 
@@ -45,6 +46,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "adaround": benchmarks.adaround,
     "release": benchmarks.release,
     "paper": overview.paper_scale,
+    "support": support.table,
+    "support-counts": support.counts,
 }
 # Written when the site is built: see `reproduce.reporting.site`.
 AT_BUILD = ("commands-reference",)

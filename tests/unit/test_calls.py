@@ -22,7 +22,7 @@ from questlib.calls import (
     skeleton_to_json,
     take_tensors,
 )
-from questlib.capture import capture_outputs, hooks
+from questlib.capture import capture_outputs
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.quantization.roles import TIME_ROLES, layer_roles
 from questlib.quantization.time_path import run_time_layers
@@ -124,7 +124,7 @@ def test_calls_are_reproducible_and_survive_the_disk(sdxl, recorded, tmp_path):
 def test_large_recordings_go_to_files(sdxl, recorded, tmp_path):
     recorder = CallRecorder(tmp_path, in_memory=1000)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
-    with torch.no_grad(), hooks(sdxl.unet, {"": recorder}):
+    with torch.no_grad(), recorder.on(sdxl.unet):
         for i, generator in enumerate(generators):
             sdxl(**call(i), generator=generator)
     found = Calibration(recorder.tables())

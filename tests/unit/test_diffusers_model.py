@@ -265,3 +265,19 @@ def test_adapters_are_refused_until_they_are_fused(fast):
     student = quantize(unet, fast("minmax", 8, 8), calib)
     batch = calib.batch(0, torch.arange(2))
     assert (batch.run(student) - batch.eps).norm() < 0.1 * batch.eps.norm()
+
+
+def test_the_model_card_says_what_a_reader_of_the_hub_asks(pipe, calib):
+    quantized = quantize(pipe.unet, QuantConfig.preset("minmax", 4, 4), calib)
+    card = questlib.model_card(quantized, "me/fox-w4a4")
+    assert card.data.library_name == "diffusers" and "w4a4" in card.data.tags
+    size = sum(row.checkpoint_bytes for row in questlib.engine_report(quantized))
+    floats = sum(p.numel() for p in quantized.parameters())
+    assert size < 0.2 * 4 * floats
+    for part in ("4-bit weights and 4-bit", "preset `minmax`", '("me/fox-w4a4")'):
+        assert part in card.content
+    assert f"calibrated timesteps | {len(calib.t)}" in card.content
+    with pytest.raises(ConfigError, match="plain UNet2DModel"):
+        questlib.model_card(pipe.unet)
+    with pytest.raises(ConfigError, match="before convert"):
+        questlib.model_card(questlib.convert(quantized, "reference"))

@@ -10,6 +10,7 @@ from watched import Count, Stop, watched
 
 from questlib import QuantConfig, convert, finetune, from_pretrained, quantize, save_pretrained
 from questlib.adaround import reconstruct_time
+from questlib.alignment import alignment_error
 from questlib.baselines.low_rank import LowRank, attach, count_trainable, merge
 from questlib.baselines.noise_correction import NoiseCorrection
 from questlib.capture import capture_outputs
@@ -276,3 +277,11 @@ def test_full_finetuning_trains_every_weight(pipe, calib, fast):
     log = finetune(q, pipe.unet, calib, config)
     assert log["trained_fraction"] == 1
     assert all((m.weight != before[n]).any() for n, m in quant_layers(q).items())
+
+
+def test_an_error_beside_small_half_precision_targets_is_a_number():
+    """A square of a small output, and the smallest power, are zero in float16."""
+    outputs = {"a": torch.full((2, 3), 1e-4)}
+    for value in (0.0, 1e-4):
+        targets = {"a": torch.full((2, 3), value, dtype=torch.float16)}
+        assert torch.isfinite(alignment_error(outputs, targets, relative=True))

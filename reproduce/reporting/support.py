@@ -1,0 +1,52 @@
+"""Which diffusers pipelines work, from `tests/support/support_table.py`."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from reproduce.results import ResultError
+
+FILE = "support.json"
+SIGNS = {"works": "✅ works", "refused": "🟡 refused", "fails": "❌ fails"}
+FIGURES = ("minmax", "quest", "finetune")
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What came of each pipeline. ResultError where the file is damaged."""
+    path = folder / FILE
+    try:
+        rows = list(json.loads(path.read_text()).values())
+        if not all(row["outcome"] in SIGNS and row["group"] and row["name"] for row in rows):
+            raise ResultError(f"{path}: expected outcome, group and name in each entry")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def counts(folder: Path) -> str:
+    """How many pipelines work, are refused, and fail."""
+    outcomes = [row["outcome"] for row in read(folder)]
+    works, refused, fails = (outcomes.count(name) for name in SIGNS)
+    return f"{works} of {len(outcomes)} work, {refused} are refused at once, {fails} fail"
+
+
+def table(folder: Path) -> str:
+    """A line for each pipeline."""
+    lines = [
+        f"{counts(folder)}.",
+        "",
+        "| pipeline | | min-max W8A8 | QuEST W8A8 | QuEST W4A4 | why not |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for group, rows in groupby(read(folder), key=lambda row: row["group"]):
+        lines.append(f"| **{group}** | | | | | |")
+        for row in rows:
+            figures = [f"{row[name]:.1f}" if name in row else "-" for name in FIGURES]
+            reason = str(row.get("reason", "")).replace("|", "/").replace("\n", " ")
+            why = f"{row['stage']}: {reason}" if reason else ""
+            cells = [row["name"], SIGNS[row["outcome"]], *figures, why]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,218 @@
+"""Takes each tiny pipeline through all stages, and writes what came of it.
+
+python tests/support/support_table.py            # prints the table
+python tests/support/support_table.py --write    # and writes results/support.json
+python tests/support/support_table.py sdxl sd    # these alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from tiny_cases import CASES
+
+import questlib
+from questlib import QuantConfig, calibrate, convert, finetune, quantize
+from questlib.errors import QuestError
+
+WRITTEN = Path(__file__).resolve().parents[2] / "results" / "support.json"
+
+FAST = dict(
+    adaround_iters=2,
+    act_iters=2,
+    tla_iters=2,
+    cma_iters=2,
+    batch_size=2,
+    recon_samples=4,
+    calib_batch=4,
+)
+
+STAGES = ("calibrate", "exact", "minmax", "quest", "finetune", "save", "integers", "pipeline")
+"""What each pipeline goes through; `NEEDS` says what each must show."""
+
+NEEDS = {
+    "calibrate": "its calls are recorded, and a replay gives what was recorded",
+    "exact": "with all quantizers off (W16A16) it gives what full precision gives (60 dB)",
+    "minmax": "min-max ranges at W8A8, without training: 6 dB or better at each step",
+    "quest": "QuEST's ranges and AdaRound at W8A8: 20 dB or better at each step",
+    "finetune": "QuEST at W4A4 goes through AdaRound, TLA and CMA: 3 dB or better at each step",
+    "save": "diffusers saves it and gives it back, bit for bit",
+    "integers": "the CPU engine runs every layer, equals the integers' definition (60 dB), and "
+    "is as near to full precision as the simulation (1 dB)",
+    "pipeline": "the pipeline itself makes images with it, simulated and in integers",
+}
+
+
+class Failure(Exception):
+    """A stage that did not show what it must."""
+
+
+def decibels(signal: torch.Tensor, found: torch.Tensor) -> float:
+    """SNR in dB of a tensor beside the right one."""
+    error = (found.double() - signal.double()).pow(2).mean()
+    ratio = signal.double().pow(2).mean() / error.clamp_min(1e-30)
+    return 10 * ratio.log10().item()
+
+
+class Trial:
+    """One pipeline on its way through the stages."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self.pipe, self.call = CASES[name].make()
+        self.full = self.pipe.unet
+        self.folder = folder
+        self.images = self._images()
+
+    def _images(self) -> torch.Tensor:
+        images = self.pipe(**self.call, generator=torch.Generator().manual_seed(0))[0]
+        first = images[0] if isinstance(images, list | tuple) else images
+        return torch.as_tensor(np.asarray(first), dtype=torch.float64)
+
+    def _worst(self, unet: Any) -> float:
+        """The least SNR of all recorded steps."""
+        found = []
+        for step in range(len(self.calib.t)):
+            batch = self.calib.batch(step, torch.arange(self.calib.width(step)))
+            found.append(decibels(batch.eps.cpu(), batch.run(unet).detach().cpu()))
+        return min(found)
+
+    def _expect(self, value: float, least: float) -> float:
+        if not value >= least:  # also where it is not a number
+            raise Failure(f"{value:.1f} dB, expected {least} dB or more")
+        return round(value, 1)
+
+    def calibrate(self) -> float:
+        """Record two calls."""
+        self.calib = calibrate(self.pipe, calls=[self.call, self.call])
+        least = 60.0 if self.full.dtype == torch.float32 else 30.0
+        return self._expect(min(self._worst(self.full), 200.0), least)
+
+    def exact(self) -> float:
+        """All quantizers off."""
+        unet = quantize(self.full, QuantConfig.preset("minmax", 16, 16), self.calib)
+        least = 60.0 if self.full.dtype == torch.float32 else 30.0
+        return self._expect(min(self._worst(unet), 200.0), least)
+
+    def minmax(self) -> float:
+        """Min-max ranges at W8A8."""
+        unet = quantize(self.full, QuantConfig.preset("minmax", 8, 8), self.calib)
+        return self._expect(self._worst(unet), 6.0)
+
+    def quest(self) -> float:
+        """QuEST at W8A8, before finetuning."""
+        unet = quantize(self.full, QuantConfig.preset("quest", 8, 8, **FAST), self.calib)
+        return self._expect(self._worst(unet), 20.0)
+
+    def finetune(self) -> float:
+        """QuEST at W4A4."""
+        config = QuantConfig.preset("quest", 4, 4, **FAST)
+        self.unet = quantize(self.full, config, self.calib)
+        finetune(self.unet, self.full, self.calib, config)
+        return self._expect(self._worst(self.unet), 3.0)
+
+    def save(self) -> str:
+        """diffusers' save and load."""
+        self.pipe.unet = self.unet
+        if hasattr(self.pipe, "save_pretrained"):
+            self.pipe.save_pretrained(self.folder)
+            loaded = diffusers.DiffusionPipeline.from_pretrained(
+                self.folder, torch_dtype=self.full.dtype
+            )
+            back = loaded.unet
+        else:
+            self.unet.save_pretrained(self.folder)
+            back = type(self.unet).from_pretrained(self.folder)
+        batch = self.calib.batch(0, torch.arange(self.calib.width(0)))
+        if not torch.equal(batch.run(back), batch.run(self.unet)):
+            raise Failure("the loaded model gives something else")
+        return "equal"
+
+    def integers(self) -> float:
+        """The CPU engine."""
+        self.converted = convert(self.unet, "cpu")
+        simulated = questlib.engine_report(self.converted).engines().get("fake", 0)
+        if simulated:
+            raise Failure(f"{simulated} layers stay simulated")
+        exact = convert(self.unet, "reference")
+        steps = range(len(self.calib.t))
+        batches = [self.calib.batch(i, torch.arange(self.calib.width(i))) for i in steps]
+        engines = [decibels(b.run(exact), b.run(self.converted)) for b in batches]
+        self._expect(min(engines), 60.0)
+        loss = self._worst(self.unet) - self._worst(self.converted)
+        if loss > 1:
+            raise Failure(f"{loss:.1f} dB behind the simulation")
+        return round(loss, 1)
+
+    def pipeline(self) -> str:
+        """The pipeline's own call."""
+        for unet in (self.unet, self.converted):
+            self.pipe.unet = unet
+            images = self._images()
+            if images.shape != self.images.shape or not torch.isfinite(images).all():
+                raise Failure("images of another size, or not finite")
+        return "images"
+
+
+def try_pipeline(name: str) -> dict[str, Any]:
+    """What came of each stage: a figure, or why it did not go on.
+
+    Returns:
+        "outcome": "works", "refused" (a typed error, before any long work) or "fails";
+        "stage" and "reason" where it did not work; the stages' figures.
+    """
+    found: dict[str, Any] = {"group": CASES[name].group, "name": CASES[name].name}
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Trial(name, Path(folder))
+        for stage in STAGES:
+            try:
+                found[stage] = getattr(trial, stage)()
+            except QuestError as error:
+                early = stage == "calibrate"
+                outcome = "refused" if early else "fails"
+                return found | dict(outcome=outcome, stage=stage, reason=str(error))
+            except Exception as error:  # noqa: BLE001  any other is what is looked for
+                reason = f"{type(error).__name__}: {error}"
+                return found | dict(outcome="fails", stage=stage, reason=reason[:300])
+    return found | {"outcome": "works"}
+
+
+def main() -> None:
+    """Try the pipelines, print what came of them, and write it where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[[], *CASES], help="default: all")
+    parser.add_argument("--write", action="store_true", help=f"write {WRITTEN.name}")
+    args = parser.parse_args()
+    if args.write and args.names:
+        parser.error("--write writes all pipelines; give no names")
+    warnings.filterwarnings("ignore")
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    rows = {}
+    for name in args.names or CASES:
+        rows[name] = try_pipeline(name)
+        about = {k: v for k, v in rows[name].items() if k not in ("group", "name")}
+        print(f"{name}: {about}", flush=True)
+    works = sum(row["outcome"] == "works" for row in rows.values())
+    refused = sum(row["outcome"] == "refused" for row in rows.values())
+    print(f"{works} of {len(rows)} work, {refused} are refused before any work")
+    if args.write:
+        WRITTEN.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
