@@ -129,8 +129,9 @@ class Trial:
         self.pipe.unet = self.unet
         if hasattr(self.pipe, "save_pretrained"):
             self.pipe.save_pretrained(self.folder)
+            empty = {k: None for k, v in self.pipe.components.items() if v is None}
             loaded = diffusers.DiffusionPipeline.from_pretrained(
-                self.folder, torch_dtype=self.full.dtype
+                self.folder, torch_dtype=self.full.dtype, **empty
             )
             back = loaded.unet
         else:
@@ -171,7 +172,7 @@ def try_pipeline(name: str) -> dict[str, Any]:
     """What came of each stage: a figure, or why it did not go on.
 
     Returns:
-        "outcome": "works", "refused" (a typed error, before any long work) or "fails";
+        "outcome": "works", "refused" (a typed error before anything long or lost) or "fails";
         "stage" and "reason" where it did not work; the stages' figures.
     """
     found: dict[str, Any] = {"group": CASES[name].group, "name": CASES[name].name}
@@ -181,8 +182,8 @@ def try_pipeline(name: str) -> dict[str, Any]:
             try:
                 found[stage] = getattr(trial, stage)()
             except QuestError as error:
-                early = stage == "calibrate"
-                outcome = "refused" if early else "fails"
+                # Nothing is lost where a typed error comes before the long work or the writing.
+                outcome = "refused" if stage in ("calibrate", "save") else "fails"
                 return found | dict(outcome=outcome, stage=stage, reason=str(error))
             except Exception as error:  # noqa: BLE001  any other is what is looked for
                 reason = f"{type(error).__name__}: {error}"
