@@ -12,11 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from questlib.calls import Batch, CallTable, as_bytes, skeleton_from_json, skeleton_to_json
+from questlib.calls import Batch, CallTable, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
 from questlib.diffusion.digests import model_digest
 from questlib.diffusion.sampling import (
@@ -24,7 +22,7 @@ from questlib.diffusion.sampling import (
 )
 from questlib.distributed import broadcast_from, broadcast_value, processes
 from questlib.errors import CheckpointError, ConfigError
-from questlib.files import atomic_path
+from questlib.integrity import as_bytes, fail_if_any, read_tensors, write_tensors
 from questlib.quantization.preparation import check_unet
 from questlib.quantization.time_path import RESIDUALS, needs_arguments
 from questlib.recording import (
@@ -195,28 +193,31 @@ class Calibration:
         about = {} if self.model is None else {"model": self.model}
         if not self._plain:
             about["tables"] = json.dumps(self._skeletons())
-        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, about or None)
+        write_tensors(path, self._tensors(), about)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file cannot be read, or is not one of calibration data.
+            CheckpointError: the file cannot be read, does not hold what was saved, or is not one
+            of calibration data.
         """
+        tensors, about = read_tensors(path)
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            model = about.get("model")
-            if "tables" not in about:
+            if "tables" in about:
+                tables = _tables(tensors, json.loads(about["tables"]))
+            else:
+                fail_if_any(path, {"unexpected": tensors.keys() - set(PLAIN)})
                 x, t, eps = (tensors[name] for name in PLAIN[:3])
-                return cls.regular(x, t, eps, tensors.get("context"), model)
-            return cls(_tables(tensors, json.loads(about["tables"])), model)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+                tables = [CallTable.regular(x, t, eps, tensors.get("context"))]
+            for table in tables:
+                table.check()
+        except CheckpointError as error:
             raise CheckpointError(f"calibration file {path}: {error}") from error
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"calibration file {path}: {error!r}") from error
+        return cls(tables, about.get("model"))
 
     def hash(self) -> str:
         """Sixteen hex digits of all values: the part of a cache's key that this data decides."""
@@ -250,6 +251,8 @@ class Calibration:
 
 def _tables(tensors: Mapping[str, torch.Tensor], skeletons: list[Any]) -> list[CallTable]:
     """The tables of a file's tensors. KeyError where one is missing."""
+    if not skeletons:
+        raise CheckpointError("it has no calls")
     found = []
     for i, skeleton in enumerate(skeletons):
         start = f"{i}."

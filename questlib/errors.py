@@ -26,6 +26,10 @@ class CheckpointError(QuestError, ValueError):
     """A checkpoint is damaged, incomplete, or belongs to another model."""
 
 
+class StorageError(QuestError):
+    """A file cannot be written: the disk is full, or the place is read-only."""
+
+
 class MetricError(QuestError, ValueError):
     """A metric cannot be computed on what it was given (too few samples, wrong size)."""
 

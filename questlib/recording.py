@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import tempfile
@@ -17,9 +16,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from tqdm import tqdm
 
-from questlib.calls import CallTable, Column, as_bytes, skeleton_to_json, take_tensors
+from questlib.calls import CallTable, Column, skeleton_to_json, take_tensors
 from questlib.diffusion.sampling import CALIBRATION_OFFSET, sample_generators
 from questlib.errors import ConfigError, QuestError
+from questlib.integrity import as_bytes, digest_of, not_finite
 
 IN_MEMORY = 2**32  # bytes of recorded tensors that are kept in memory; the rest goes to files
 
@@ -76,13 +76,6 @@ class Store:
         size = torch.Size(shape).numel()
         found = torch.from_file(str(self.file), shared=False, size=size, dtype=self.dtype)
         return found.view(shape)
-
-
-def digest_of(tensor: torch.Tensor) -> str:
-    """A digest of a tensor's type, shape and values."""
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(as_bytes(tensor))
-    return digest.hexdigest()
 
 
 class _Part:
@@ -192,11 +185,7 @@ def as_timesteps(timestep: torch.Tensor | float) -> torch.Tensor:
 
 def check_finite(t: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
     """QuestError that names the tensors which are not finite, and the timestep."""
-    damaged = [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
+    damaged = not_finite(tensors)
     if damaged:
         raise QuestError(
             f"calibrate: values of the denoiser that are not finite at timestep {t[0].item():g}: "

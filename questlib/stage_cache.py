@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from questlib.errors import CheckpointError
-from questlib.files import atomic_path
+from questlib.integrity import check_like, read_tensors, write_tensors
 from questlib.versions import STAGE_VERSIONS
+
+SECONDS = "seconds"  # a file's tensor beside those of its stage
 
 
 class Filled(NamedTuple):
@@ -133,30 +133,24 @@ def computed(compute: Callable[[], Any]) -> Filled:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: str | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)
-    with atomic_path(path) as temporary:
-        about = {"record": json.dumps(filled.record)}
-        save_file(kept, temporary, about if model is None else about | {"model": model})
+    seconds = torch.tensor(filled.seconds, dtype=torch.float64)
+    about = {"record": json.dumps(filled.record)} | ({} if model is None else {"model": model})
+    write_tensors(path, {**tensors, SECONDS: seconds}, about)
 
 
 def _read(path: Path, tensors: dict[str, torch.Tensor], model: str | None) -> Filled:
-    """Copy a file's values into `tensors`."""
+    """Copy a file's values into `tensors`, once it is clear that all of them fit."""
     try:
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("model", model)
-            if found != model:
-                raise CheckpointError(
-                    f"quantize: {path} is of another model (weights {found}); name another folder"
-                )
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
-            record = json.loads((file.metadata() or {}).get("record", "null"))
-            return Filled(float(file.get_tensor("seconds")), True, record)
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        found, about = read_tensors(path)
+        check_like(path, found, tensors | {SECONDS: torch.empty((), dtype=torch.float64)})
+        record = json.loads(about.get("record", "null"))
+    except (CheckpointError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"quantize: {error}; remove it to make it again") from error
+    if about.get("model", model) != model:
         raise CheckpointError(
-            f"quantize: {path} cannot be read ({error!r}); remove it to make it again"
-        ) from error
+            f"quantize: {path} is of another model (weights {about['model']}); name another folder"
+        )
+    seconds = float(found.pop(SECONDS))
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
+    return Filled(seconds, True, record)

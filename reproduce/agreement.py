@@ -110,9 +110,6 @@ def compare_with_published(results: TableResults) -> Agreement | None:
 
     Returns:
         None where `results` are the published ones themselves.
-
-    Raises:
-        ResultError: a published file is damaged.
     """
     plan = results.plan
     if plan.is_published:

@@ -32,7 +32,7 @@ from reproduce.plan import Plan
 from reproduce.provenance import ROOT
 from reproduce.reporting import report
 from reproduce.seed_run import load
-from reproduce.table_results import TableResults, check_other_rows
+from reproduce.table_results import TableResults
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -41,14 +41,13 @@ def preflight(plan: Plan) -> None:
     """Check what can be known before long work.
 
     The model loads, the features have weights, reference and captions can be read, the engine
-    runs here, kept seeds fit the plan, and the results of other rows can be read.
+    runs here, and kept seeds fit the plan.
 
     Raises:
         QuestError: one of these is not so.
     """
     if plan.choices.stored:
         return
-    check_other_rows(plan)
     rows = [row for row in plan.rows if plan.missing(row) is None]
     settings = [plan.setting(row) for row in rows]
     models = {s.model for s in settings if s.model is not None}

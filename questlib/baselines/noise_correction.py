@@ -17,6 +17,7 @@ r stays in the prediction as noise, and the sampler adds that much less.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -93,6 +94,21 @@ class NoiseCorrection(FixedPrecision):
         self.gain[step] = k
         self.bias[step] = mean
         self.variance[step] = ((r - mean[:, None, None]) / (1 + k)).square().mean()
+
+    def wrong_values(self, values: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of values that no estimate has, with the reason.
+
+        Args:
+            values: of the correction's own names, shapes and types, finite.
+        """
+        wrong = {
+            "timesteps (expected the calibrated ones)": not torch.equal(
+                values["timesteps"], self.timesteps
+            ),
+            "gain (expected other numbers than -1)": bool((values["gain"] == -1).any()),
+            "variance (expected numbers from 0)": bool((values["variance"] < 0).any()),
+        }
+        return [what for what, is_wrong in wrong.items() if is_wrong]
 
     def noise_factor(self, scheduler: DDIMScheduler, t: torch.Tensor, eta: float) -> float:
         """The factor sigma' / sigma of the sampler's own noise at timestep t, in 0..1.

@@ -44,8 +44,7 @@ def finish(plan: Plan) -> TableResults:
 
     Where these are not the published ones, agreement.md and agreement.json say how they compare.
 
-    Raises:
-        ResultError: a result file is damaged, or of an older layout.
+    A row whose file is damaged has failed, and its reason names the file.
     """
     results = TableResults.stored(plan)
     for name, text in (("table.md", markdown(results)), ("table.html", html(results))):
@@ -64,7 +63,7 @@ def committed(table: str, folder: Path) -> TableResults:
         ResultError: a result file is damaged, or of an older layout.
     """
     choices = Choices(scale="mini", results=folder, work=folder)
-    return TableResults.stored(make_plan(table, choices, dry=True))
+    return TableResults.stored(make_plan(table, choices, dry=True), strict=True)
 
 
 def all_committed(folder: Path) -> dict[str, TableResults]:

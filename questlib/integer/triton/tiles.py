@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from questlib.errors import StorageError
 from questlib.files import atomic_path
 from questlib.integer.triton import runtime
 
@@ -160,7 +161,7 @@ class ConfigCache:
         try:
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(self.chosen))
-        except OSError as error:
+        except StorageError as error:
             warnings.warn(
                 f"{path}: not written ({error}); the next process tunes its kernels again",
                 stacklevel=2,
