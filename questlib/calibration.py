@@ -29,6 +29,7 @@ from questlib.recording import (
     CallRecorder,
     ProcessorWatch,
     check_finite,
+    check_weights,
     evaluating,
     make_calls,
 )
@@ -173,8 +174,9 @@ class Calibration:
 
         Raises:
             ConfigError: they are of another denoiser.
-            QuestError: a value is not finite.
+            NotFiniteError: a value of the calls, or a weight, is not finite.
         """
+        check_weights(unet)
         model = model_digest(unet)
         if self.model is not None and self.model != model:
             raise ConfigError(
@@ -317,7 +319,7 @@ def calibrate(
     Raises:
         ConfigError: no UNet that can be quantized, a count below one, choices that do not fit the
             pipeline, or an argument of the UNet that cannot be recorded.
-        QuestError: a value that is not finite.
+        NotFiniteError: a weight, an argument or an output that is not finite.
 
     Example:
         >>> texts = ["a lighthouse", "a fox in the snow"]
@@ -327,6 +329,7 @@ def calibrate(
         >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
     """
     check_unet(unet_of(pipe))
+    check_weights(pipe.unet)
     chosen = {
         "num_samples and num_inference_steps": num_samples is not None,
         "calls": calls is not None,

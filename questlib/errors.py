@@ -26,6 +26,10 @@ class CheckpointError(QuestError, ValueError):
     """A checkpoint is damaged, incomplete, or belongs to another model."""
 
 
+class NotFiniteError(QuestError):
+    """A weight, an input or an output is NaN or infinite. The message names the layer or step."""
+
+
 class StorageError(QuestError):
     """A file cannot be written: the disk is full, or the place is read-only."""
 

@@ -59,15 +59,18 @@ def check_new(out: Path) -> None:
     check_writable(out.parent)
 
 
-def storage_reason(error: Exception) -> str | None:
+def storage_reason(error: BaseException | None) -> str | None:
     """Why the system could not write, where that is what an error is about; else None.
 
-    safetensors tells the system's number in its text.
+    safetensors tells the system's number in its text; torch raises an error of its own while it
+    handles the system's.
     """
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError):
         told = re.search(r"\(os error (\d+)\)", str(error))
         number = int(told[1]) if told else None
+    if isinstance(error, RuntimeError):
+        return storage_reason(error.__context__)
     return os.strerror(number) if number in STORAGE else None
 
 
@@ -89,7 +92,7 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
 
     Example:
         >>> with atomic_path("log.json") as temporary:
-        ...     temporary.write_text("{}")
+        ...     temporary.write_text("{}", encoding="utf-8")
     """
     path = Path(path)
     owner = f"{os.getpid()}-{threading.get_ident()}"
@@ -100,7 +103,7 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
         yield temporary
         _give_umask(temporary)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         reason = storage_reason(error)
         if reason is None:
             raise

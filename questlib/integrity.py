@@ -156,11 +156,13 @@ def check_finite(
 
 
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of tensors that have NaN or infinity."""
+    """The names of tensors that have NaN or infinity. Those without values here are left out."""
     return [
         name
         for name, value in tensors.items()
-        if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all())
+        if (value.is_floating_point() or value.is_complex())
+        and not value.is_meta
+        and not bool(value.isfinite().all())
     ]
 
 

@@ -14,6 +14,7 @@ from questlib.capture import hooks
 from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.sampling import (
     CALIBRATION_OFFSET,
+    check_seed,
     choose_scheduler,
     denoise,
     index_ranges,
@@ -56,6 +57,7 @@ def sample_trajectories(
             "calibrate: num_samples and num_inference_steps and batch_size must be >= 1, found "
             f"{num_samples}, {num_inference_steps}, {batch_size}"
         )
+    check_seed(seed)
     unet = pipe.unet
     scheduler = choose_scheduler(pipe, sampler, eta)
     conditioning = Conditioning(
@@ -122,12 +124,14 @@ class _Recorder:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         t = kwargs["timestep"] if "timestep" in kwargs else args[1]
         t = as_timesteps(t)[:1]
-        check_finite(t, {"x": args[0], "its output": output.sample})
+        context = kwargs.get("encoder_hidden_states")
+        received = {"x": args[0]} | ({} if context is None else {"encoder_hidden_states": context})
+        check_finite(t, received | {"its output": output.sample})
         self.x.append(args[0].cpu())
         self.t.append(t)
         self.eps.append(output.sample.cpu())
-        if "encoder_hidden_states" in kwargs:
-            self.context = kwargs["encoder_hidden_states"].cpu()
+        if context is not None:
+            self.context = context.cpu()
 
     def stacked(self, halves: int) -> dict[str, torch.Tensor]:
         """x, eps [T, H, n, C, h, w], t [T] and, if there is one, context [1, H, n, L, D]."""

@@ -138,7 +138,7 @@ def write_agreement(plan: Plan, agreement: Agreement | None) -> None:
         return
     write_json(plan.folder / "agreement.json", agreement.as_json())
     with atomic_path(plan.folder / "agreement.md") as temporary:
-        temporary.write_text(agreement.markdown())
+        temporary.write_text(agreement.markdown(), encoding="utf-8")
 
 
 def _other_conditions(own: Result, published: Result) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from questlib.errors import QuestError
+from questlib.files import atomic_path
 from reproduce.kept_seeds import kept_result
 from reproduce.plan import Plan
 from reproduce.provenance import Provenance, provenance
@@ -54,7 +55,8 @@ def _make_row(row: Row, plan: Plan) -> Result:
     kept = () if earlier is None else earlier.seeds
     seeds = sorted((*kept, *(run.run() for run in runs)), key=lambda s: s.seed)
     if seeds[0].seed == runs[0].seed:
-        shutil.copyfile(runs[0].score.folder / "preview.png", plan.folder / f"{row.id}.png")
+        with atomic_path(plan.folder / f"{row.id}.png") as temporary:
+            shutil.copyfile(runs[0].score.folder / "preview.png", temporary)
     return Result(
         table=plan.table.name,
         row=row.id,

@@ -1,20 +1,32 @@
 """What is loaded is what was saved: calibrations, caches, states and other files."""
 
+import copy
 import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from questlib import Calibration, QuantConfig, finetune, quantize
-from questlib.errors import CheckpointError, MetricError, StorageError
+from questlib import Calibration, QuantConfig, calibrate, finetune, quantize
+from questlib.diffusion.drawing import Drawing
+from questlib.diffusion.sampling import MAX_SEED, SEED_STRIDE, sample_generators
+from questlib.errors import (
+    CheckpointError,
+    ConfigError,
+    MetricError,
+    NotFiniteError,
+    StorageError,
+)
 from questlib.files import atomic_path
 from questlib.integrity import digest_of_tree, read_tensors, write_tensors
+from questlib.quantization.weight_quantizer import WeightQuantizer
 from reproduce.evaluation.reference import load_reference
 
 
@@ -219,3 +231,77 @@ def test_files_get_the_permissions_of_the_umask(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+# ---- NaN, infinity and tiny weights: found where they are first seen ----
+
+
+def changed(unet, name, change):
+    """A copy of a UNet with another parameter."""
+    unet = copy.deepcopy(unet)
+    change(unet.get_parameter(name).data)
+    return unet
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["conv_in.weight", "conv_out.bias"])
+def test_weights_that_are_not_finite_are_named(pipe, calib, config, name, value):
+    unet = changed(pipe.unet, name, lambda data: data.view(-1)[:1].fill_(value))
+    with pytest.raises(NotFiniteError, match=f"not finite: {name}"):
+        calibrate(SimpleNamespace(unet=unet, scheduler=pipe.scheduler), 2, 2)
+    with pytest.raises(NotFiniteError, match=f"not finite: {name}"):
+        quantize(unet, config, calib)
+    with pytest.raises(NotFiniteError, match="samples 0..1 .* denoiser's output at timestep 500"):
+        drawn = SimpleNamespace(unet=unet, scheduler=pipe.scheduler)
+        Drawing(drawn, num_inference_steps=2).draw(range(2))
+
+
+def test_a_sampler_that_divides_by_zero_is_named(pipe):
+    """Zero terminal SNR: nothing of the image is in x_T, and predicted noise cannot tell it."""
+    scheduler = DDIMScheduler(
+        clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+    )
+    drawn = SimpleNamespace(unet=pipe.unet, scheduler=scheduler)
+    with pytest.raises(NotFiniteError, match="the sampler's step at timestep 999"):
+        Drawing(drawn, num_inference_steps=2, eta=1.0).draw(range(1))
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_tiny_weights_are_quantized_as_well_as_others(method):
+    """One row is a billion times smaller: its scale is as much smaller, exactly."""
+    weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    small = weight.clone()
+    small[1] *= 2.0**-40
+    small[2] = 0
+    index = torch.zeros(8, dtype=torch.int64)
+    made = WeightQuantizer.from_weight(weight, 4, index, method)
+    tiny = WeightQuantizer.from_weight(small, 4, index, method)
+    assert torch.equal(tiny(small)[0], made(weight)[0])
+    assert torch.equal(tiny.scale[0], made.scale[0])
+    error = (tiny(small)[1] - small[1]).norm() / small[1].norm()
+    assert error < 1.1 * (made(weight)[1] - weight[1]).norm() / weight[1].norm()
+    assert not tiny(small)[2].any()
+
+
+def test_a_layer_that_would_be_dead_in_half_precision_is_named(pipe, calib, config):
+    unet = changed(pipe.unet, "conv_in.weight", lambda data: data[0].mul_(1e-9))
+    own = calibrate(SimpleNamespace(unet=unet, scheduler=pipe.scheduler), 2, 2)
+    made = quantize(unet, config, own)
+    with pytest.raises(ConfigError, match="conv_in: weights of .* are zero or infinite in"):
+        made.half()
+
+
+# ---- seeds ----
+
+
+def test_no_two_seeds_have_the_same_noise():
+    for seed in (-1, MAX_SEED + 1, 2**32, True):
+        with pytest.raises(ConfigError, match="seed: expected a whole number"):
+            sample_generators(seed, [0])
+    with pytest.raises(ConfigError, match="indices"):
+        sample_generators(0, [SEED_STRIDE])
+    ends = [(s, i) for s in (0, 1, MAX_SEED - 1, MAX_SEED) for i in (0, SEED_STRIDE - 1)]
+    first = {int(torch.randint(2**62, (), generator=sample_generators(s, [i])[0])) for s, i in ends}
+    assert len(first) == len(ends)
+    before = torch.randn(4, generator=torch.Generator().manual_seed(3 * SEED_STRIDE + 7))
+    assert torch.equal(torch.randn(4, generator=sample_generators(3, [7])[0]), before)

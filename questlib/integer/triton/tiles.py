@@ -118,7 +118,7 @@ class ConfigCache:
         path = root / "questlib" / f"triton-{version}-{source}-{gpu}.json"
         if path.exists():
             try:
-                values = json.loads(path.read_text())
+                values = json.loads(path.read_text(encoding="utf-8"))
                 self.chosen = {key: Config(*v) for key, v in values.items()} | self.chosen
             except (ValueError, TypeError, AttributeError) as error:
                 warnings.warn(
@@ -160,7 +160,7 @@ class ConfigCache:
         """Write all choices; a folder that cannot be written is no error."""
         try:
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(self.chosen))
+                temporary.write_text(json.dumps(self.chosen), encoding="utf-8")
         except StorageError as error:
             warnings.warn(
                 f"{path}: not written ({error}); the next process tunes its kernels again",
