@@ -67,10 +67,15 @@ def run_quantize(args: argparse.Namespace) -> None:
     use_full_float32()
     pipe = load_pipeline(args.pipeline).to(device())
     progress = state.is_main_process
-    calibration = calibrate(
-        pipe, args.samples, batch_size=args.batch_size, progress=progress, **sampling
-    )
     cache = args.out / "cache"
+    calibration = calibrate(
+        pipe,
+        args.samples,
+        batch_size=args.batch_size,
+        cache_dir=cache,
+        progress=progress,
+        **sampling,
+    )
     unet = quantize(
         pipe.unet,
         config.replace(seed=args.seed),

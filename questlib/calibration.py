@@ -16,7 +16,8 @@ from torch import nn
 
 from questlib.calls import Batch, CallTable, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
-from questlib.diffusion.digests import model_digest
+from questlib.config import digest
+from questlib.diffusion.digests import model_digest, parts_digest
 from questlib.diffusion.sampling import (
     unet_of,
 )
@@ -33,7 +34,9 @@ from questlib.recording import (
     evaluating,
     make_calls,
 )
+from questlib.stage_cache import Parts
 from questlib.trajectories import sample_trajectories
+from questlib.versions import STAGE_VERSIONS
 
 PLAIN = ("x", "t", "eps", "context")  # tensors of a file that has these alone
 
@@ -281,6 +284,7 @@ def calibrate(
     guidance_scale: float = 1.0,
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Calibration:
     """Record what the full-precision pipeline's UNet receives and returns while it samples.
@@ -314,6 +318,8 @@ def calibrate(
         labels: classes of a class-conditional model; None: all. Each occurs equally often, give or
             take one, in an order drawn from `seed`.
         prompts: of a text-conditional model, likewise.
+        cache_dir: folder where finished batches of trajectories are kept until all are there, so
+            that a stopped calibration goes on after the last one.
         progress: show a progress bar.
 
     Raises:
@@ -342,13 +348,30 @@ def calibrate(
         eta=eta, sampler=sampler, guidance_scale=guidance_scale, labels=labels, prompts=prompts
     )
     if calls is None and run is None:
+        model = model_digest(pipe.unet)
+        parts = Parts()
+        if cache_dir is not None:
+            how = [num_samples, num_inference_steps, batch_size, seed, sampling, parts_digest(pipe)]
+            key = digest(json.loads(json.dumps([*how, model], default=str)))
+            name = f"calibrate-v{STAGE_VERSIONS['calibrate']}-{key}"
+            parts = Parts(Path(cache_dir) / name, model)
         with evaluating(pipe):
             values = sample_trajectories(
-                pipe, num_samples, num_inference_steps, batch_size, seed, progress, **sampling
+                pipe,
+                num_samples,
+                num_inference_steps,
+                batch_size,
+                seed,
+                progress,
+                parts,
+                **sampling,
             )
-            return Calibration.regular(**values, model=model_digest(pipe.unet))
+        parts.remove()
+        return Calibration.regular(**values, model=model)
     defaults = inspect.signature(calibrate).parameters
     unused = [name for name, value in sampling.items() if value != defaults[name].default]
+    if cache_dir is not None:
+        unused.append("cache_dir")
     if num_inference_steps is not None:
         unused.append("num_inference_steps")
     if unused:

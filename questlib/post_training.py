@@ -23,7 +23,7 @@ from questlib.quantization.model import act_quantizers, freeze, quant_layers, se
 from questlib.quantization.precision import cast
 from questlib.quantization.preparation import check_unet, prepare
 from questlib.quantization.stored_values import wrong_act_values
-from questlib.stage_cache import Filled, Parts, StageCache, computed
+from questlib.stage_cache import Filled, Parts, StageCache
 
 
 class QuantizationLog(TypedDict):
@@ -93,7 +93,7 @@ def quantize(
             "ranges",
             config.range_key(),
             _activation_ranges(student),
-            lambda parts: init_ranges(student, calib, config, progress=progress),
+            lambda parts: init_ranges(student, calib, config, parts=parts, progress=progress),
         )
         check_ranges(student, ranges)
         log["seconds"]["ranges"] += ranges.seconds
@@ -129,7 +129,12 @@ def quantize(
     student.quest_log = log
     freeze(student)
     if config.noise_correction:
-        corrected = computed(lambda: estimate_correction(student, calib, config))
+        corrected = cache.fill(
+            "noise_correction",
+            config.hash(),
+            student.quest_correction.state_dict(),
+            lambda parts: estimate_correction(student, calib, config, parts=parts),
+        )
         log["seconds"]["correction"] = corrected.seconds
     attach(student)
     return cast(student, unet.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from questlib.diffusion.sampling import (
 from questlib.distributed import broadcast_from, processes
 from questlib.errors import ConfigError
 from questlib.recording import as_timesteps, check_finite
+from questlib.stage_cache import Parts
 
 
 def sample_trajectories(
@@ -33,6 +35,7 @@ def sample_trajectories(
     batch_size: int,
     seed: int,
     progress: bool,
+    parts: Parts,
     *,
     eta: float,
     sampler: str | None,
@@ -41,6 +44,9 @@ def sample_trajectories(
     prompts: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Sample trajectories of a pipeline's UNet; see `questlib.calibrate` for the arguments.
+
+    Args:
+        parts: keeps finished batches, and gives those of a run that was stopped.
 
     Returns:
         x, eps [T, H * N, C, h, w], t [T], context [H * N, L, D] or None, where H is 2 under
@@ -92,7 +98,7 @@ def sample_trajectories(
     starts = range(0, len(batches), state.num_processes)
     for first in tqdm(starts, desc="calibrate", disable=not progress):
         mine = batches[first + state.process_index : first + state.process_index + 1]
-        found = trajectories(mine[0]) if mine else None
+        found = parts.keep(str(mine[0].start), partial(trajectories, mine[0])) if mine else None
         for owner, indices in enumerate(batches[first : first + state.num_processes]):
             part = broadcast_from(found, owner)
             assert part is not None  # the owner of a batch has sampled it

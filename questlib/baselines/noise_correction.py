@@ -26,8 +26,10 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.config import QuantConfig
+from questlib.integrity import Tensors
 from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import nearest
+from questlib.stage_cache import Parts
 
 
 class NoiseCorrection(FixedPrecision):
@@ -150,12 +152,30 @@ def insert_correction(unet: nn.Module) -> None:
 
 
 @torch.no_grad()
-def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
-    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories."""
+def estimate_correction(
+    student: nn.Module, calib: Calibration, config: QuantConfig, *, parts: Parts | None = None
+) -> None:
+    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories.
+
+    Args:
+        student: the quantized UNet.
+        calib: calls of the full-precision UNet.
+        config: `forward_batch` of the quantization.
+        parts: keeps the estimates of finished steps, and gives those of a run that was stopped.
+    """
+    parts = Parts() if parts is None else parts
     correction = student.quest_correction
+    names = ("gain", "bias", "variance")
     for step, t in enumerate(calib.t):
-        everything = calib.batch(step, torch.arange(calib.width(step)))
-        batches = everything.split(config.forward_batch)
-        outputs = torch.cat([batch.run(student).cpu() for batch in batches])
-        correction.estimate(t, outputs, everything.eps)
+        place = int(nearest(correction.timesteps, t)[0])
+
+        def estimate(step: int = step, t: torch.Tensor = t, place: int = place) -> Tensors:
+            everything = calib.batch(step, torch.arange(calib.width(step)))
+            batches = everything.split(config.forward_batch)
+            outputs = torch.cat([batch.run(student).cpu() for batch in batches])
+            correction.estimate(t, outputs, everything.eps)
+            return {name: getattr(correction, name)[place].cpu() for name in names}
+
+        for name, value in parts.keep(str(step), estimate).items():
+            getattr(correction, name)[place] = value
     correction.calibrated.fill_(True)
