@@ -67,10 +67,15 @@ def run_quantize(args: argparse.Namespace) -> None:
     use_full_float32()
     pipe = load_pipeline(args.pipeline).to(device())
     progress = state.is_main_process
-    calibration = calibrate(
-        pipe, args.samples, batch_size=args.batch_size, progress=progress, **sampling
-    )
     cache = args.out / "cache"
+    calibration = calibrate(
+        pipe,
+        args.samples,
+        batch_size=args.batch_size,
+        cache_dir=cache,
+        progress=progress,
+        **sampling,
+    )
     unet = quantize(
         pipe.unet,
         config.replace(seed=args.seed),
@@ -87,7 +92,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     size = save_pretrained(unet, args.out)
     about = {"pipeline": _public(args.pipeline), "quantize": unet.quest_log, "finetune": log}
     with atomic_path(args.out / LOG) as temporary:
-        temporary.write_text(json.dumps(about))
+        temporary.write_text(json.dumps(about), encoding="utf-8")
 
     # What a stopped run would go on from. A later run into this folder, of another configuration,
     # would refuse the state.
@@ -170,7 +175,7 @@ def find_models(args: argparse.Namespace) -> tuple[Path | None, str]:
 def _logged_pipeline(log: Path) -> str | None:
     """The pipeline that `quantize` has noted; None if there is no log, or it says nothing."""
     try:
-        return json.loads(log.read_text()).get("pipeline")
+        return json.loads(log.read_text(encoding="utf-8")).get("pipeline")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:

@@ -12,29 +12,31 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from questlib.calls import Batch, CallTable, as_bytes, skeleton_from_json, skeleton_to_json
+from questlib.calls import Batch, CallTable, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
-from questlib.diffusion.digests import model_digest
+from questlib.config import digest
+from questlib.diffusion.digests import model_digest, parts_digest
 from questlib.diffusion.sampling import (
     unet_of,
 )
 from questlib.distributed import broadcast_from, broadcast_value, processes
 from questlib.errors import CheckpointError, ConfigError
-from questlib.files import atomic_path
+from questlib.integrity import as_bytes, fail_if_any, read_tensors, write_tensors
 from questlib.quantization.preparation import check_unet
 from questlib.quantization.time_path import RESIDUALS, needs_arguments
 from questlib.recording import (
     CallRecorder,
     ProcessorWatch,
     check_finite,
+    check_weights,
     evaluating,
     make_calls,
 )
+from questlib.stage_cache import Parts
 from questlib.trajectories import sample_trajectories
+from questlib.versions import STAGE_VERSIONS
 
 PLAIN = ("x", "t", "eps", "context")  # tensors of a file that has these alone
 
@@ -175,8 +177,9 @@ class Calibration:
 
         Raises:
             ConfigError: they are of another denoiser.
-            QuestError: a value is not finite.
+            NotFiniteError: a value of the calls, or a weight, is not finite.
         """
+        check_weights(unet)
         model = model_digest(unet)
         if self.model is not None and self.model != model:
             raise ConfigError(
@@ -195,28 +198,31 @@ class Calibration:
         about = {} if self.model is None else {"model": self.model}
         if not self._plain:
             about["tables"] = json.dumps(self._skeletons())
-        tensors = {name: value.contiguous() for name, value in self._tensors().items()}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, about or None)
+        write_tensors(path, self._tensors(), about)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
         """Read what `save` wrote.
 
         Raises:
-            CheckpointError: the file cannot be read, or is not one of calibration data.
+            CheckpointError: the file cannot be read, does not hold what was saved, or is not one
+            of calibration data.
         """
+        tensors, about = read_tensors(path)
         try:
-            with safe_open(path, "pt") as file:
-                about = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            model = about.get("model")
-            if "tables" not in about:
+            if "tables" in about:
+                tables = _tables(tensors, json.loads(about["tables"]))
+            else:
+                fail_if_any(path, {"unexpected": tensors.keys() - set(PLAIN)})
                 x, t, eps = (tensors[name] for name in PLAIN[:3])
-                return cls.regular(x, t, eps, tensors.get("context"), model)
-            return cls(_tables(tensors, json.loads(about["tables"])), model)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+                tables = [CallTable.regular(x, t, eps, tensors.get("context"))]
+            for table in tables:
+                table.check()
+        except CheckpointError as error:
             raise CheckpointError(f"calibration file {path}: {error}") from error
+        except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(f"calibration file {path}: {error!r}") from error
+        return cls(tables, about.get("model"))
 
     def hash(self) -> str:
         """Sixteen hex digits of all values: the part of a cache's key that this data decides."""
@@ -250,6 +256,8 @@ class Calibration:
 
 def _tables(tensors: Mapping[str, torch.Tensor], skeletons: list[Any]) -> list[CallTable]:
     """The tables of a file's tensors. KeyError where one is missing."""
+    if not skeletons:
+        raise CheckpointError("it has no calls")
     found = []
     for i, skeleton in enumerate(skeletons):
         start = f"{i}."
@@ -276,6 +284,7 @@ def calibrate(
     guidance_scale: float = 1.0,
     labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
+    cache_dir: str | Path | None = None,
     progress: bool = False,
 ) -> Calibration:
     """Record what the full-precision pipeline's UNet receives and returns while it samples.
@@ -309,12 +318,14 @@ def calibrate(
         labels: classes of a class-conditional model; None: all. Each occurs equally often, give or
             take one, in an order drawn from `seed`.
         prompts: of a text-conditional model, likewise.
+        cache_dir: folder where finished batches of trajectories are kept until all are there, so
+            that a stopped calibration goes on after the last one.
         progress: show a progress bar.
 
     Raises:
         ConfigError: no UNet that can be quantized, a count below one, choices that do not fit the
             pipeline, or an argument of the UNet that cannot be recorded.
-        QuestError: a value that is not finite.
+        NotFiniteError: a weight, an argument or an output that is not finite.
 
     Example:
         >>> texts = ["a lighthouse", "a fox in the snow"]
@@ -324,6 +335,7 @@ def calibrate(
         >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
     """
     check_unet(unet_of(pipe))
+    check_weights(pipe.unet)
     chosen = {
         "num_samples and num_inference_steps": num_samples is not None,
         "calls": calls is not None,
@@ -336,13 +348,30 @@ def calibrate(
         eta=eta, sampler=sampler, guidance_scale=guidance_scale, labels=labels, prompts=prompts
     )
     if calls is None and run is None:
+        model = model_digest(pipe.unet)
+        parts = Parts()
+        if cache_dir is not None:
+            how = [num_samples, num_inference_steps, batch_size, seed, sampling, parts_digest(pipe)]
+            key = digest(json.loads(json.dumps([*how, model], default=str)))
+            name = f"calibrate-v{STAGE_VERSIONS['calibrate']}-{key}"
+            parts = Parts(Path(cache_dir) / name, model)
         with evaluating(pipe):
             values = sample_trajectories(
-                pipe, num_samples, num_inference_steps, batch_size, seed, progress, **sampling
+                pipe,
+                num_samples,
+                num_inference_steps,
+                batch_size,
+                seed,
+                progress,
+                parts,
+                **sampling,
             )
-            return Calibration.regular(**values, model=model_digest(pipe.unet))
+        parts.remove()
+        return Calibration.regular(**values, model=model)
     defaults = inspect.signature(calibrate).parameters
     unused = [name for name, value in sampling.items() if value != defaults[name].default]
+    if cache_dir is not None:
+        unused.append("cache_dir")
     if num_inference_steps is not None:
         unused.append("num_inference_steps")
     if unused:

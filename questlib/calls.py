@@ -17,6 +17,7 @@ from torch import nn
 
 from questlib.diffusion.sampling import device_of
 from questlib.errors import CheckpointError, ConfigError
+from questlib.integrity import check_finite, fail_if_any
 
 # ---- trees of arguments ----
 
@@ -65,6 +66,16 @@ def take_tensors(tree: Any, name: str = "") -> tuple[Any, dict[str, torch.Tensor
             "numbers, texts, and dicts, lists and tuples of them"
         )
     return skeleton, {key: tensor for _, own in found for key, tensor in own.items()}
+
+
+def take_slots(skeleton: Any) -> list[str]:
+    """The names of all slots in a tree without tensors."""
+    if isinstance(skeleton, Slot):
+        return [skeleton.name]
+    parts = list(skeleton.values()) if isinstance(skeleton, dict) else skeleton
+    return (
+        [n for part in parts for n in take_slots(part)] if isinstance(parts, list | tuple) else []
+    )
 
 
 def put_tensors(skeleton: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -210,6 +221,12 @@ class Column(NamedTuple):
         """The rows of samples `which` int64 [B], at one step or at a step each: [B, ...]."""
         return self.values[self.rows[step, which]]
 
+    def fits(self, grid: torch.Size) -> bool:
+        """Whether there is one of the values for each call of a grid [T, N]."""
+        rows = self.rows
+        whole = rows.dtype == torch.int64 and rows.shape == grid and self.values.ndim > 0
+        return whole and bool(((rows >= 0) & (rows < len(self.values))).all())
+
     @property
     def in_order(self) -> bool:
         """Whether the values stand as the table's calls do, step by step."""
@@ -271,6 +288,31 @@ class CallTable:
         eps = self.eps.at(step, which)
         return Batch(self.t[step], eps, rows, self.constants, self.skeleton)
 
+    def check(self) -> None:
+        """Check that all parts of a table from a file fit together.
+
+        Raises:
+            CheckpointError: they do not; the message names the part.
+        """
+        grid = self.eps.rows.shape
+        slots = set(take_slots(self.skeleton))
+        wrong = {
+            "t": self.t.ndim != 1 or len(grid) != 2 or len(self.t) != grid[0] or 0 in grid,
+            "t's type": self.t.dtype not in (torch.int64, torch.float32),
+            "t's range": bool((self.t < 0).any()),
+            "its arguments": slots != self.inputs.keys() | self.constants.keys(),
+            "sample": "sample" not in self.inputs,
+            "constants": bool(self.inputs.keys() & self.constants.keys()),
+        }
+        floats = {"t": self.t, "eps": self.eps.values, **self.constants}
+        for name, column in {"eps": self.eps, **self.inputs}.items():
+            wrong[name] = wrong.get(name, False) or not column.fits(grid)
+            floats[name] = column.values
+        if not self.eps.values.is_floating_point():
+            wrong["eps"] = True
+        fail_if_any("tensors", {"do not fit": [name for name, is_so in wrong.items() if is_so]})
+        check_finite("tensors", floats)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors, by the names that a file gives them."""
         found = {"t": self.t, "eps.values": self.eps.values, "eps.rows": self.eps.rows}
@@ -312,8 +354,3 @@ def _names(tensors: Mapping[str, torch.Tensor], start: str, end: str = "") -> li
     """What stands between `start` and `end` in the names that have both."""
     named = [name for name in tensors if name.startswith(start) and name.endswith(end)]
     return sorted(name[len(start) : len(name) - len(end)] for name in named)
-
-
-def as_bytes(tensor: torch.Tensor) -> Any:
-    """The bytes of a tensor as a numpy array."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -29,34 +29,46 @@ step groups, P sets of parameters and C channels
 All else (biases, norms, layers in full precision, the calibrated steps, a noise correction) is
 stored as it is in the model. Tensors named `index` follow from the configuration and are left out.
 
-Format 1 is read, too; see `from_format_1`.
+The metadata of model.safetensors has the digests of all tensors (`questlib.integrity`), and what
+config.json holds, whose last entry is a digest of the others. So the file is complete by itself: a
+save that was stopped between the two files leaves the new weights with their own configuration.
+
+Format 1, and format 2 without digests, are read, too; see `from_format_1`.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from questlib.baselines.noise_correction import insert_correction
-from questlib.config import QuantConfig
-from questlib.diffusers_quantizer import METHOD, attach
-from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.diffusers_quantizer import (
+    CONFIG_FILE,
+    METHOD,
+    attach,
+    check_saved_config,
+    read_config,
+)
+from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.integer.conversion import convert
 from questlib.integer.engines import choose_engine
+from questlib.integrity import Tensors, digest_of_json, fail_if_any, read_tensors, with_digests
 from questlib.packing import (
     UNETS,
-    Tensors,
     check_calibrated,
     check_rebuildable,
     last_part,
     load_tensors,
+    read_quantization,
+    saved_precision,
     stored_tensors,
 )
 from questlib.quantization.carrier import split_ratio
@@ -66,8 +78,22 @@ from questlib.quantization.preparation import prepare
 
 FORMAT = 2
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # of a UNet that diffusers has saved
+DIGEST = "digest"  # the entry of config.json
+CONFIG = "config"  # what the weights' metadata say of config.json: all of it
+
+# What diffusers and torch raise at a config that they cannot build.
+BUILDING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 # ---- saving ----
@@ -86,7 +112,7 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     Raises:
         ConfigError: the UNet is not quantized, or runs in integers: its weights then lie in the
             engine's own layout.
-        QuestError: the folder cannot be written.
+        StorageError: the folder cannot be written; an older checkpoint in it is kept.
 
     Example:
         >>> size = questlib.save_pretrained(unet, "ldm4-w4a4")
@@ -104,15 +130,17 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     }
     if unet.dtype != torch.float32:
         config["dtype"] = str(unet.dtype).removeprefix("torch.")
+    config = json.loads(json.dumps(config, default=str))
+    config[DIGEST] = digest_of_json(config)
     state = stored_tensors(unet)
     out = Path(out_dir)
-    try:
-        with atomic_path(out / WEIGHTS_FILE) as temporary:
-            save_file(state, temporary)
-        with atomic_path(out / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(config, indent=1, default=str))
-    except OSError as error:
-        raise QuestError(f"save: cannot write to {out}: {error.strerror}") from error
+    # Both are written before one takes its place: a full disk leaves both old ones.
+    with (
+        atomic_path(out / CONFIG_FILE) as config_file,
+        atomic_path(out / WEIGHTS_FILE) as weights_file,
+    ):
+        config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        save_file(state, weights_file, with_digests(state, {CONFIG: config}))
     return (out / WEIGHTS_FILE).stat().st_size
 
 
@@ -161,10 +189,11 @@ def from_pretrained(
         )
     path = Path(path)
     config, state = read_files(path)
-    unet = build_unet(path, config)
+    unet = build_unet(path, config, state)
     load_tensors(path, unet, state)
     check_calibrated(path, unet)
-    dtype = saved_dtype(path, config) if dtype is None else dtype
+    saved = check_saved_dtype(path, config, state)
+    dtype = saved if dtype is None else dtype
     if engine == "fake":
         return cast(freeze(unet), dtype)
     return convert(
@@ -172,42 +201,97 @@ def from_pretrained(
     )
 
 
-def saved_dtype(path: Path, config: dict[str, Any]) -> torch.dtype:
-    """The precision of a checkpoint's UNet. CheckpointError for one that there is not."""
+def check_saved_dtype(path: Path, config: dict[str, Any], state: Tensors) -> torch.dtype:
+    """The precision of a checkpoint's UNet. CheckpointError where its files disagree."""
+    found = saved_precision(path, state)
     name = config.get("dtype", "float32")
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if name not in dtypes:
+    if name != str(found).removeprefix("torch."):
         raise CheckpointError(
-            f"checkpoint {path}: dtype: expected one of {', '.join(dtypes)}, found {name!r}"
+            f"checkpoint {path}: {CONFIG_FILE}: dtype: expected that of conv_in.bias, {found}, "
+            f"found {name!r}"
         )
-    return dtypes[name]
+    return found
 
 
 def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Both files of a checkpoint, in format 2.
 
     Raises:
-        CheckpointError: a file cannot be read, or the format is unknown.
+        CheckpointError: a file cannot be read, does not hold what was saved, or is of an unknown
+            format.
     """
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-        diffusers_own = isinstance(config, dict) and "quantization_config" in config
-        state = load_file(path / (DIFFUSERS_FILE if diffusers_own else WEIGHTS_FILE))
-    except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}"
-        )
-    if diffusers_own:
+    config = read_config(path / CONFIG_FILE)
+    if "quantization_config" in config:
+        state, about = read_tensors(path / DIFFUSERS_FILE)
+        check_saved_config(path / CONFIG_FILE, config, about)
         config = from_diffusers(path, config, state)
-    if config.get("format") == 1:
-        return config, from_format_1(path, state)
-    if config.get("format") != FORMAT:
+    else:
+        state, about = read_tensors(path / WEIGHTS_FILE)
+        config = own_config(path, config, about)
+    if type(config.get("format")) is not int or config["format"] not in (1, FORMAT):
         raise CheckpointError(
             f"checkpoint {path}: expected format 1 or {FORMAT}, found {config.get('format')!r}"
         )
-    return config, state
+    own = check_structure(path, config)
+    if CONFIG not in about:
+        # Without digests nothing tells an entry that was lost from one that was never there.
+        # diffusers would take a default for it.
+        fail_if_any(f"checkpoint {path}: {CONFIG_FILE}", {"missing": entries_of(config) - own})
+    return config, from_format_1(path, state) if config["format"] == 1 else state
+
+
+def check_structure(path: Path, config: dict[str, Any]) -> set[str]:
+    """The names of the UNet's own entries, once it is clear that the config has all its parts.
+
+    Raises:
+        CheckpointError: a part is missing, or is of another type; the class of the UNet is not
+            known, or does not have an entry.
+    """
+    name = config.get("class")
+    if not isinstance(name, str) or name not in UNETS:
+        raise CheckpointError(
+            f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {name!r}"
+        )
+    for key, kind in (("unet", dict), ("quant", dict), ("timesteps", list)):
+        if not isinstance(config.get(key), kind):
+            raise CheckpointError(
+                f"checkpoint {path}: {CONFIG_FILE} does not describe a quantized UNet: {key}: "
+                f"expected a {kind.__name__}, found {reprlib.repr(config.get(key))}"
+            )
+    own = {key for key in config["unet"] if is_own(key)}
+    fail_if_any(f"checkpoint {path}: {CONFIG_FILE}", {"unexpected": own - entries_of(config)})
+    return own
+
+
+def entries_of(config: dict[str, Any]) -> set[str]:
+    """The entries that the config of this class of UNet has."""
+    return set(inspect.signature(UNETS[config["class"]].__init__).parameters) - {"self"}
+
+
+def own_config(path: Path, config: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the weights: config.json's, or a newer one that came with them.
+
+    Raises:
+        CheckpointError: config.json is not what was saved, or is not of these weights.
+    """
+    own = about.get(CONFIG)
+    whole = config.get(DIGEST) == digest_of_json(without(config, DIGEST))
+    if own is None and DIGEST in config:
+        raise CheckpointError(
+            f"checkpoint {path}: {WEIGHTS_FILE} has no digests, {CONFIG_FILE} has one: they were "
+            "not saved together, or a tool has written the weights again"
+        )
+    # A whole one of another save: the save of these weights has stopped before it was replaced.
+    if own is not None and config != own and not whole:
+        raise CheckpointError(
+            f"checkpoint {path}: {CONFIG_FILE} is not what was saved with {WEIGHTS_FILE}"
+        )
+    return without(config if own is None else own, DIGEST)
+
+
+def without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """A configuration without one of its entries."""
+    return {k: v for k, v in config.items() if k != key}
 
 
 def from_diffusers(path: Path, config: dict[str, Any], state: Tensors) -> dict[str, Any]:
@@ -219,14 +303,14 @@ def from_diffusers(path: Path, config: dict[str, Any], state: Tensors) -> dict[s
     quant = config["quantization_config"]
     if not isinstance(quant, dict) or quant.get("quant_method") != METHOD:
         raise CheckpointError(f"checkpoint {path}: expected quant_method {METHOD!r}, found {quant}")
-    dtype = str(state["conv_in.bias"].dtype) if "conv_in.bias" in state else "torch.float32"
+    dtype = str(saved_precision(path, state)).removeprefix("torch.")
     return {
         "format": quant.get("format"),
         "class": config.get("_class_name"),
         "unet": config,
         "quant": quant.get("quant"),
         "timesteps": quant.get("timesteps"),
-        "dtype": dtype.removeprefix("torch."),
+        "dtype": dtype,
     }
 
 
@@ -256,26 +340,65 @@ def from_format_1(path: Path, state: Tensors) -> Tensors:
     return renamed
 
 
-def build_unet(path: Path, config: dict[str, Any]) -> nn.Module:
+def build_unet(path: Path, config: dict[str, Any], state: Tensors) -> nn.Module:
     """A quantized UNet of this structure, whose tensors are still to be loaded.
 
     Raises:
-        CheckpointError: `config` does not describe a quantized UNet.
+        CheckpointError: `config` does not describe a quantized UNet, or one that is larger than
+            the checkpoint.
     """
-    if config.get("class") not in UNETS:
-        raise CheckpointError(
-            f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {config.get('class')!r}"
-        )
+    quant, timesteps = read_quantization(path, config["quant"], config["timesteps"])
+    name = config["class"]
+    own = {key: value for key, value in config["unet"].items() if is_own(key)}
+    check_layers(path, own, len(state))
     try:
-        own = {k: v for k, v in config["unet"].items() if is_own(k)}
-        unet = UNETS[config["class"]].from_config(own)
-        quant = QuantConfig.from_dict(config["quant"])
-        unet = prepare(unet, quant, torch.tensor(config["timesteps"]), search_weights=False)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # First without memory: what a file describes can be larger than any machine.
+        with torch.device("meta"):
+            planned = sum(p.numel() for p in UNETS[name].from_config(own).parameters())
+        # two codes of 4 bits a byte are the smallest weights
+        if planned > 2 * sum(tensor.nbytes for tensor in state.values()):
+            raise CheckpointError(
+                f"checkpoint {path} does not fit {name}: {CONFIG_FILE} describes {planned} "
+                "weights, more than its file holds"
+            )
+        unet = UNETS[name].from_config(own)
+        unet = prepare(unet, quant, timesteps, search_weights=False)
+    except CheckpointError:
+        raise
+    except BUILDING as error:
         raise CheckpointError(
-            f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})"
+            f"checkpoint {path}: {CONFIG_FILE} does not describe a quantized UNet ({error!r})"
         ) from error
     if quant.noise_correction:
         insert_correction(unet)
     attach(unet)
     return unet
+
+
+def check_layers(path: Path, own: dict[str, Any], tensors: int) -> None:
+    """Check the numbers of layers in a UNet's config, before anything is built of it.
+
+    Args:
+        own: the config, without private entries.
+        tensors: how many the checkpoint has; no UNet has more layers.
+
+    Raises:
+        CheckpointError: one of them is not such a number.
+    """
+    wrong = [
+        f"{key} = {reprlib.repr(value)}"
+        for key, value in own.items()
+        if "layers" in key and not all(_is_count(n, tensors) for n in _numbers(value))
+    ]
+    fail_if_any(f"checkpoint {path}: {CONFIG_FILE}", {f"expected 1..{tensors} layers": wrong})
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The entries of nested lists, or the value itself; nothing for None."""
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [] if value is None else [value]
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most

@@ -21,6 +21,7 @@ from questlib.config_groups import (
     FinetuningConfig,
     Power,
     RangeConfig,
+    Seed,
     Settings,
 )
 from questlib.errors import ConfigError, did_you_mean
@@ -105,7 +106,7 @@ class QuantConfig(Settings):
     batch_size: Count = 32
     """Calls of the UNet in one iteration of finetuning, of a block in one of `act_recon`."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn at random."""
 
     forward_batch: Count = 64

@@ -17,6 +17,7 @@ Iterations = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -7,6 +7,8 @@ names. `from_pretrained` gives the quantized model back, bit for bit, once quest
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,12 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import nn
 
 from questlib.errors import CheckpointError, ConfigError
+from questlib.integrity import check_digests, digest_of_json, opened, with_digests
 
 METHOD = "quest"
 FORMAT = 2  # of the tensors, as in `questlib.checkpoint`
+CONFIG_FILE = "config.json"
+CONFIG_DIGEST = "config"  # what the weights' metadata say of config.json
 
 
 class QuestMethod(StrEnum):
@@ -72,6 +77,7 @@ class QuestQuantizer(DiffusersQuantizer):
         self.tensors: dict[str, torch.Tensor] = {}
         self.dtype: torch.dtype | None = None
         self.device: Any = "cpu"
+        self.files: list[Path] = []
 
     # ---- saving ----
 
@@ -96,7 +102,9 @@ class QuestQuantizer(DiffusersQuantizer):
         from questlib.packing import stored_tensors
 
         assert self.model is not None
-        return stored_tensors(self.model), {}
+        stored = stored_tensors(self.model)
+        config = saved_entries(json.loads(self.model.to_json_string()))
+        return stored, with_digests(stored, {CONFIG_DIGEST: digest_of_json(config)})
 
     # ---- loading ----
 
@@ -120,7 +128,8 @@ class QuestQuantizer(DiffusersQuantizer):
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
-        """None: diffusers itself loads nothing."""
+        """None: diffusers itself loads nothing. The files are remembered."""
+        self.files = [Path(file) for file in checkpoint_files or ()]
         return []
 
     def update_missing_keys(
@@ -139,22 +148,22 @@ class QuestQuantizer(DiffusersQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from questlib.baselines.noise_correction import insert_correction
-        from questlib.config import QuantConfig
-        from questlib.packing import check_calibrated, load_tensors
+        from questlib.packing import check_calibrated, load_tensors, read_quantization
         from questlib.quantization.model import freeze
         from questlib.quantization.precision import cast
         from questlib.quantization.preparation import insert
 
         config = self.quantization_config
         where = Path(str(model.config.get("_name_or_path") or type(model).__name__))
+        self.check_files(where)
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.is_meta:
                     empty = torch.empty(parameter.shape, dtype=torch.float32)
                     module._parameters[name] = nn.Parameter(empty)
         cast(model, torch.float32)
-        quant = QuantConfig.from_dict(config.quant)
-        insert(model, quant, torch.tensor(config.timesteps), search_weights=False)
+        quant, timesteps = read_quantization(where, config.quant, config.timesteps)
+        insert(model, quant, timesteps, search_weights=False)
         if quant.noise_correction:
             insert_correction(model)
         load_tensors(where, model, self.tensors)
@@ -166,6 +175,43 @@ class QuestQuantizer(DiffusersQuantizer):
         self.tensors = {}
         self.model = model
         return model
+
+    def check_files(self, where: Path) -> None:
+        """CheckpointError unless the files hold what was saved. Those of before cannot tell."""
+        if self.files:
+            with opened(self.files[0]) as (_, known):
+                pass
+            check_digests(where, self.tensors, known)
+            config = self.files[0].parent / CONFIG_FILE
+            check_saved_config(config, read_config(config), known.about)
+
+
+# ---- config.json ----
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What config.json holds. CheckpointError where it cannot be read, or is no object."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(
+            f"checkpoint {path}: expected an object, found {type(config).__name__}"
+        )
+    return config
+
+
+def saved_entries(config: dict[str, Any]) -> dict[str, Any]:
+    """The entries of diffusers' config.json that decide the model: no paths, no versions."""
+    return {k: v for k, v in config.items() if not k.startswith("_") or k == "_class_name"}
+
+
+def check_saved_config(path: Path, config: dict[str, Any], about: Mapping[str, Any]) -> None:
+    """CheckpointError unless diffusers' config.json is what was saved with the weights."""
+    digest = about.get(CONFIG_DIGEST)
+    if digest is not None and digest != digest_of_json(saved_entries(config)):
+        raise CheckpointError(f"checkpoint {path}: not what was saved with its weights")
 
 
 def attach(unet: nn.Module) -> None:

@@ -5,17 +5,26 @@
 
 from __future__ import annotations
 
+import reprlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from questlib.baselines.noise_correction import NoiseCorrection
+from questlib.config import QuantConfig
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.integrity import Tensors, check_finite, check_like, fail_if_any
+from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.seal import check_whole
+from questlib.quantization.step_groups import StepGroups
+from questlib.quantization.stored_values import wrong_act_values, wrong_weight_values
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
@@ -26,7 +35,9 @@ BYTES = ("zero_point", "ratio", "shift")
 # Factors of FreeU, attributes of the up blocks.
 FREEU = ("s1", "s2", "b1", "b2")
 
-Tensors = dict[str, torch.Tensor]
+PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # of what is not quantized
+
+LATEST = 2**31  # no timestep is as late
 
 
 # ---- codes of weights ----
@@ -45,8 +56,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return flat[0::2] | (flat[1::2] << 4)
 
 
-def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
-    """The inverse of `pack`: uint8 codes of this shape.
+def unpack(
+    packed: torch.Tensor, bits: int, shape: torch.Size, name: str = "packed weight"
+) -> torch.Tensor:
+    """The inverse of `pack`: uint8 codes of this shape. `name` is the layer's, for messages.
 
     Raises:
         CheckpointError: the number of bytes does not fit the shape, or a code exceeds `bits`.
@@ -55,12 +68,12 @@ def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
     expected = packed_size(n, bits)
     if packed.dtype != torch.uint8 or packed.numel() != expected:
         raise CheckpointError(
-            f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, "
+            f"{name}: expected {expected} bytes for shape {list(shape)} at {bits} bits, "
             f"found {packed.numel()}"
         )
     codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
     if n and int(codes.max()) >= 2**bits:
-        raise CheckpointError(f"packed weight: code {int(codes.max())} exceeds {bits} bits")
+        raise CheckpointError(f"{name}: code {int(codes.max())} exceeds {bits} bits")
     return codes.reshape(shape)
 
 
@@ -110,10 +123,7 @@ def check_rebuildable(unet: nn.Module) -> None:
                 f"save: {name} has FreeU's factors, which no config has; run unet.disable_freeu(), "
                 "save, and enable it again after loading"
             )
-    state = unet.state_dict()
-    infinite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if infinite:
-        raise QuestError(f"save: not finite: {', '.join(infinite[:5])}")
+    check_finite("save", unet.state_dict(), QuestError)
 
 
 def stored_tensors(unet: nn.Module) -> Tensors:
@@ -134,41 +144,98 @@ def stored_tensors(unet: nn.Module) -> Tensors:
 # ---- loading ----
 
 
+def read_quantization(where: Path, quant: Any, timesteps: Any) -> tuple[QuantConfig, torch.Tensor]:
+    """How a checkpoint is quantized, and its calibrated timesteps [T], from what JSON holds.
+
+    Raises:
+        CheckpointError: they are not such values.
+    """
+    numbers = isinstance(timesteps, list) and all(type(t) in (int, float) for t in timesteps)
+    if not numbers or not timesteps or not all(0 <= t < LATEST for t in timesteps):
+        raise CheckpointError(
+            f"checkpoint {where}: timesteps: expected a list of numbers from 0, "
+            f"found {reprlib.repr(timesteps)}"
+        )
+    try:
+        return QuantConfig.from_dict(quant), torch.tensor(timesteps)
+    except (TypeError, AttributeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {where}: quant: {error}") from error
+
+
 def load_tensors(path: Path, unet: nn.Module, state: Tensors) -> None:
     """Load a checkpoint's tensors into the UNet that `build_unet` made; all must fit.
 
     Raises:
-        CheckpointError: missing or unexpected tensors, wrong shapes, values that are not finite,
-            codes out of range.
+        CheckpointError: missing or unexpected tensors, wrong shapes or types, values that are not
+            finite or that no quantizer has, codes out of range. The message names them.
     """
+    where = f"checkpoint {path} does not fit {type(unet).__name__}"
     layers = coded_layers(unet)
     own = unet.state_dict()
-    expected = {name: value.shape for name, value in own.items() if last_part(name) != "index"}
-    for name in layers:
-        del expected[f"{name}.weight"]
-    codes = {f"{name}.codes" for name in layers}
+    expected = expected_tensors(unet, own, saved_precision(path, state))
+    check_like(where, state, expected)
+    check_values(path, unet, state)
 
-    missing = sorted((expected.keys() | codes) - state.keys())
-    unexpected = sorted(state.keys() - expected.keys() - codes)
-    wrong = [
-        f"{name} {list(state[name].shape)} (expected {list(shape)})"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
-    ]
-    if missing or unexpected or wrong:
-        lists = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in lists if names)
-        raise CheckpointError(f"checkpoint {path} does not fit {type(unet).__name__}: {found}")
-
-    infinite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if infinite:
-        raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(infinite[:5])}")
-
-    values = {name: state[name].to(own[name].dtype) for name in expected}
+    values = {name: state[name].to(own[name].dtype) for name in expected if name in own}
     unet.load_state_dict(values, strict=False)
     for name, (layer, quantizer) in layers.items():
-        unpacked = unpack(state[f"{name}.codes"], quantizer.bits, layer.weight.shape)
+        unpacked = unpack(state[f"{name}.codes"], quantizer.bits, layer.weight.shape, name)
         layer.weight.data.copy_(quantizer.decode(unpacked))
+
+
+def saved_precision(path: Path, state: Tensors) -> torch.dtype:
+    """The precision of what is not quantized. CheckpointError where it is none of three."""
+    bias = state.get("conv_in.bias")
+    if bias is None or bias.dtype not in PRECISIONS:
+        found = "none" if bias is None else bias.dtype
+        raise CheckpointError(
+            f"checkpoint {path}: conv_in.bias: expected float32, float16 or bfloat16, found {found}"
+        )
+    return bias.dtype
+
+
+def expected_tensors(unet: nn.Module, own: Tensors, dtype: torch.dtype) -> Tensors:
+    """Tensors of the names, shapes and types that a checkpoint of this UNet has, without values.
+
+    Args:
+        own: the UNet's state.
+        dtype: the precision of what is not quantized.
+    """
+    fixed = [name for name, m in unet.named_modules() if isinstance(m, FixedPrecision)]
+    kept = {f"{name}.{key}" for name in fixed for key in unet.get_submodule(name).state_dict()}
+    expected = {}
+    for name, value in own.items():
+        if last_part(name) == "index":
+            continue
+        stored = value.dtype if name in kept or not value.is_floating_point() else dtype
+        stored = torch.uint8 if last_part(name) in BYTES else stored
+        expected[name] = torch.empty(value.shape, dtype=stored, device="meta")
+    for name, (layer, quantizer) in coded_layers(unet).items():
+        del expected[f"{name}.weight"]
+        size = packed_size(layer.weight.numel(), quantizer.bits)
+        expected[f"{name}.codes"] = torch.empty(size, dtype=torch.uint8, device="meta")
+    return expected
+
+
+def check_values(path: Path, unet: nn.Module, state: Tensors) -> None:
+    """CheckpointError that names the values which no quantizer of this UNet has."""
+
+    def of(name: str) -> Tensors:
+        start = f"{name}."
+        return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
+
+    wrong = []
+    for name, module in unet.named_modules():
+        if isinstance(module, ActQuantizer):
+            wrong += [f"{name}.{value}" for value in wrong_act_values(module, of(name))]
+        elif isinstance(module, WeightQuantizer):
+            wrong += [f"{name}.{value}" for value in wrong_weight_values(module, of(name))]
+        elif isinstance(module, StepGroups):
+            known = module.state_dict()
+            wrong += [f"{name}.{k}" for k, v in of(name).items() if not torch.equal(v, known[k])]
+        elif isinstance(module, NoiseCorrection):
+            wrong += [f"{name}.{value}" for value in module.wrong_values(of(name))]
+    fail_if_any(f"checkpoint {path}", {"impossible values": wrong})
 
 
 def check_calibrated(path: Path, unet: nn.Module) -> None:

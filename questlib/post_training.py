@@ -17,11 +17,13 @@ from questlib.capture import execution_order
 from questlib.config import OFF, QuantConfig
 from questlib.diffusers_quantizer import attach
 from questlib.errors import ConfigError
+from questlib.integrity import fail_if_any
 from questlib.observers import init_ranges
 from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
 from questlib.quantization.precision import cast
 from questlib.quantization.preparation import check_unet, prepare
-from questlib.stage_cache import Filled, Parts, StageCache, computed
+from questlib.quantization.stored_values import wrong_act_values
+from questlib.stage_cache import Filled, Parts, StageCache
 
 
 class QuantizationLog(TypedDict):
@@ -91,8 +93,9 @@ def quantize(
             "ranges",
             config.range_key(),
             _activation_ranges(student),
-            lambda parts: init_ranges(student, calib, config, progress=progress),
+            lambda parts: init_ranges(student, calib, config, parts=parts, progress=progress),
         )
+        check_ranges(student, ranges)
         log["seconds"]["ranges"] += ranges.seconds
         log["ranges_cached"] = ranges.cached
 
@@ -120,12 +123,18 @@ def quantize(
 
     if config.act_recon.enabled and config.act_bits != OFF:
         key = config.act_recon_key()
-        reconstruct("act_recon", key, _activation_ranges(student), reconstruct_acts)
+        trained = reconstruct("act_recon", key, _activation_ranges(student), reconstruct_acts)
+        check_ranges(student, trained)
 
     student.quest_log = log
     freeze(student)
     if config.noise_correction:
-        corrected = computed(lambda: estimate_correction(student, calib, config))
+        corrected = cache.fill(
+            "noise_correction",
+            config.hash(),
+            student.quest_correction.state_dict(),
+            lambda parts: estimate_correction(student, calib, config, parts=parts),
+        )
         log["seconds"]["correction"] = corrected.seconds
     attach(student)
     return cast(student, unet.dtype)
@@ -148,6 +157,17 @@ def check_reached(student: nn.Module, calib: Calibration) -> None:
             "calibrate with calls that do, or leave them in full precision: "
             "config.replace(skip_layers=[...])"
         )
+
+
+def check_ranges(student: nn.Module, filled: Filled) -> None:
+    """CheckpointError for ranges from a file that no search gives."""
+    if filled.cached:
+        wrong = [
+            f"{quantizer.name}.{value}"
+            for quantizer in act_quantizers(student)
+            for value in wrong_act_values(quantizer, quantizer.state_dict())
+        ]
+        fail_if_any("quantize: cached ranges", {"impossible values": wrong})
 
 
 def _activation_ranges(student: nn.Module) -> dict[str, torch.Tensor]:

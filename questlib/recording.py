@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import json
 import tempfile
@@ -17,10 +16,11 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 from tqdm import tqdm
 
-from questlib.calls import CallTable, Column, as_bytes, skeleton_to_json, take_tensors
+from questlib.calls import CallTable, Column, skeleton_to_json, take_tensors
 from questlib.capture import hooks
-from questlib.diffusion.sampling import CALIBRATION_OFFSET, sample_generators
-from questlib.errors import ConfigError, QuestError
+from questlib.diffusion.sampling import CALIBRATION_OFFSET, check_seed, sample_generators
+from questlib.errors import ConfigError, NotFiniteError
+from questlib.integrity import as_bytes, digest_of, fail_if_any, not_finite
 
 IN_MEMORY = 2**32  # bytes of recorded tensors that are kept in memory; the rest goes to files
 
@@ -79,13 +79,6 @@ class Store:
         return found.view(shape)
 
 
-def digest_of(tensor: torch.Tensor) -> str:
-    """A digest of a tensor's type, shape and values."""
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    digest.update(as_bytes(tensor))
-    return digest.hexdigest()
-
-
 class _Part:
     """The calls recorded for one table."""
 
@@ -128,7 +121,7 @@ class CallRecorder:
         in_memory: bytes that are kept in memory.
 
     Raises:
-        QuestError: in a call: a value that is not finite.
+        NotFiniteError: in a call: a value that is not finite.
         ConfigError: in a call: an argument that cannot be recorded.
     """
 
@@ -205,17 +198,22 @@ def as_timesteps(timestep: torch.Tensor | float) -> torch.Tensor:
 
 
 def check_finite(t: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
-    """QuestError that names the tensors which are not finite, and the timestep."""
-    damaged = [
-        name
-        for name, value in tensors.items()
-        if value.is_floating_point() and not bool(torch.isfinite(value).all())
-    ]
+    """NotFiniteError that names the tensors which are not finite, and the timestep."""
+    damaged = not_finite(tensors)
     if damaged:
-        raise QuestError(
+        raise NotFiniteError(
             f"calibrate: values of the denoiser that are not finite at timestep {t[0].item():g}: "
             f"{', '.join(damaged)}"
         )
+
+
+def check_weights(unet: nn.Module) -> None:
+    """NotFiniteError that names the weights and buffers which are not finite.
+
+    Those that accelerate has offloaded show in the first output.
+    """
+    named = not_finite(unet.state_dict())
+    fail_if_any("the model", {"weights that are not finite": named}, NotFiniteError)
 
 
 class ProcessorWatch:
@@ -264,10 +262,12 @@ def make_calls(
     """A function that makes the calls, each with noise of its own.
 
     Raises:
-        ConfigError: no call, or an argument that the pipeline does not have.
+        ConfigError: no call, a seed out of its range, or an argument that the pipeline does not
+            have.
     """
     if not callable(pipe):
         raise ConfigError(f"calibrate: calls: a {type(pipe).__name__} cannot be called; give run")
+    check_seed(seed)
     accepted = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     if not calls:

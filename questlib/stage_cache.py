@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from questlib.errors import CheckpointError
-from questlib.files import atomic_path
+from questlib.integrity import Tensors, check_like, read_tensors, write_tensors
 from questlib.versions import STAGE_VERSIONS
+
+SECONDS = "seconds"  # a file's tensor beside those of its stage
 
 
 class Filled(NamedTuple):
@@ -59,7 +59,7 @@ class Parts:
         """
         if self.folder is None:
             return computed(compute)
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(self.folder, name)
         if path.exists():
             filled = _read(path, tensors, self.model)
             self.seconds_before += filled.seconds
@@ -67,6 +67,38 @@ class Parts:
         filled = computed(compute)
         _write(path, tensors, filled, self.model)
         return filled
+
+    def keep(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The tensors of a part: from its file, or by `compute`, and then write the file.
+
+        Args:
+            name: of the part.
+            compute: does the part's work; returns tensors whose shapes may follow from it.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        if self.folder is None:
+            return compute()
+        path = self._path(self.folder, name)
+        if path.exists():
+            tensors, seconds, _ = _open(path, self.model)
+            self.seconds_before += seconds
+            return tensors
+        start = time.perf_counter()
+        tensors = compute()
+        filled = Filled(time.perf_counter() - start, False, None)
+        _write(path, tensors, filled, self.model)
+        return tensors
+
+    def remove(self) -> None:
+        """Remove all parts: the stage is finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        return folder / f"{name}.safetensors"
 
 
 class StageCache:
@@ -121,7 +153,7 @@ class StageCache:
             filled = computed(lambda: compute(parts))
             filled = filled._replace(seconds=filled.seconds + parts.seconds_before)
             _write(path, tensors, filled, self.model)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            parts.remove()
         return filled
 
 
@@ -133,30 +165,38 @@ def computed(compute: Callable[[], Any]) -> Filled:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: str | None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)
-    with atomic_path(path) as temporary:
-        about = {"record": json.dumps(filled.record)}
-        save_file(kept, temporary, about if model is None else about | {"model": model})
+    seconds = torch.tensor(filled.seconds, dtype=torch.float64)
+    about = {"record": json.dumps(filled.record)} | ({} if model is None else {"model": model})
+    write_tensors(path, {**tensors, SECONDS: seconds}, about)
 
 
 def _read(path: Path, tensors: dict[str, torch.Tensor], model: str | None) -> Filled:
-    """Copy a file's values into `tensors`."""
+    """Copy a file's values into `tensors`, once it is clear that all of them fit."""
+    found, seconds, record = _open(path, model)
     try:
-        with safe_open(path, "pt") as file:
-            found = (file.metadata() or {}).get("model", model)
-            if found != model:
-                raise CheckpointError(
-                    f"quantize: {path} is of another model (weights {found}); name another folder"
-                )
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
-            record = json.loads((file.metadata() or {}).get("record", "null"))
-            return Filled(float(file.get_tensor("seconds")), True, record)
-    except CheckpointError:
-        raise
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        check_like(path, found, tensors)
+    except CheckpointError as error:
+        raise _damaged(error) from error
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
+    return Filled(seconds, True, record)
+
+
+def _open(path: Path, model: str | None) -> tuple[Tensors, float, Any]:
+    """A file's tensors, seconds and record. CheckpointError where it is of another model."""
+    try:
+        found, about = read_tensors(path)
+        seconds = found.pop(SECONDS, torch.tensor([]))
+        check_like(path, {SECONDS: seconds}, {SECONDS: torch.empty((), dtype=torch.float64)})
+        record = json.loads(about.get("record", "null"))
+    except (CheckpointError, ValueError, RecursionError) as error:
+        raise _damaged(error) from error
+    if about.get("model", model) != model:
         raise CheckpointError(
-            f"quantize: {path} cannot be read ({error!r}); remove it to make it again"
-        ) from error
+            f"quantize: {path} is of another model (weights {about['model']}); name another folder"
+        )
+    return found, float(seconds), record
+
+
+def _damaged(error: Exception) -> CheckpointError:
+    return CheckpointError(f"quantize: {error}; remove it to make it again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from questlib.capture import hooks
 from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.sampling import (
     CALIBRATION_OFFSET,
+    check_seed,
     choose_scheduler,
     denoise,
     index_ranges,
@@ -23,6 +25,7 @@ from questlib.diffusion.sampling import (
 from questlib.distributed import broadcast_from, processes
 from questlib.errors import ConfigError
 from questlib.recording import as_timesteps, check_finite
+from questlib.stage_cache import Parts
 
 
 def sample_trajectories(
@@ -32,6 +35,7 @@ def sample_trajectories(
     batch_size: int,
     seed: int,
     progress: bool,
+    parts: Parts,
     *,
     eta: float,
     sampler: str | None,
@@ -40,6 +44,9 @@ def sample_trajectories(
     prompts: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Sample trajectories of a pipeline's UNet; see `questlib.calibrate` for the arguments.
+
+    Args:
+        parts: keeps finished batches, and gives those of a run that was stopped.
 
     Returns:
         x, eps [T, H * N, C, h, w], t [T], context [H * N, L, D] or None, where H is 2 under
@@ -56,6 +63,7 @@ def sample_trajectories(
             "calibrate: num_samples and num_inference_steps and batch_size must be >= 1, found "
             f"{num_samples}, {num_inference_steps}, {batch_size}"
         )
+    check_seed(seed)
     unet = pipe.unet
     scheduler = choose_scheduler(pipe, sampler, eta)
     conditioning = Conditioning(
@@ -90,7 +98,7 @@ def sample_trajectories(
     starts = range(0, len(batches), state.num_processes)
     for first in tqdm(starts, desc="calibrate", disable=not progress):
         mine = batches[first + state.process_index : first + state.process_index + 1]
-        found = trajectories(mine[0]) if mine else None
+        found = parts.keep(str(mine[0].start), partial(trajectories, mine[0])) if mine else None
         for owner, indices in enumerate(batches[first : first + state.num_processes]):
             part = broadcast_from(found, owner)
             assert part is not None  # the owner of a batch has sampled it
@@ -122,12 +130,14 @@ class _Recorder:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         t = kwargs["timestep"] if "timestep" in kwargs else args[1]
         t = as_timesteps(t)[:1]
-        check_finite(t, {"x": args[0], "its output": output.sample})
+        context = kwargs.get("encoder_hidden_states")
+        received = {"x": args[0]} | ({} if context is None else {"encoder_hidden_states": context})
+        check_finite(t, received | {"its output": output.sample})
         self.x.append(args[0].cpu())
         self.t.append(t)
         self.eps.append(output.sample.cpu())
-        if "encoder_hidden_states" in kwargs:
-            self.context = kwargs["encoder_hidden_states"].cpu()
+        if context is not None:
+            self.context = context.cpu()
 
     def stacked(self, halves: int) -> dict[str, torch.Tensor]:
         """x, eps [T, H, n, C, h, w], t [T] and, if there is one, context [1, H, n, L, D]."""

@@ -110,9 +110,6 @@ def compare_with_published(results: TableResults) -> Agreement | None:
 
     Returns:
         None where `results` are the published ones themselves.
-
-    Raises:
-        ResultError: a published file is damaged.
     """
     plan = results.plan
     if plan.is_published:
@@ -141,7 +138,7 @@ def write_agreement(plan: Plan, agreement: Agreement | None) -> None:
         return
     write_json(plan.folder / "agreement.json", agreement.as_json())
     with atomic_path(plan.folder / "agreement.md") as temporary:
-        temporary.write_text(agreement.markdown())
+        temporary.write_text(agreement.markdown(), encoding="utf-8")
 
 
 def _other_conditions(own: Result, published: Result) -> str | None:

@@ -157,7 +157,12 @@ class SeedRun:
 
     def _calibrate(self, folder: Path) -> dict[str, Any]:
         calib = questlib.calibrate(
-            self.pipe, self.setting.calib_samples, seed=self.seed, progress=True, **self.how
+            self.pipe,
+            self.setting.calib_samples,
+            seed=self.seed,
+            cache_dir=folder,
+            progress=True,
+            **self.how,
         )
         calib.save(folder / "calibration.safetensors")
         return {"calibration_hash": calib.hash()}

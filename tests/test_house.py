@@ -29,6 +29,7 @@ FLOORS: dict[str, list[set[str]]] = {
     "questlib": [
         {"errors", "registration"},
         {"files"},
+        {"integrity"},
         {"config", "config_groups", "presets", "versions"},
         {"distributed", "stage_cache", "alignment", "capture"},
         {"quantization"},

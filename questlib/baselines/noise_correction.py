@@ -17,6 +17,7 @@ r stays in the prediction as noise, and the sampler adds that much less.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,10 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.config import QuantConfig
+from questlib.integrity import Tensors
 from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import nearest
+from questlib.stage_cache import Parts
 
 
 class NoiseCorrection(FixedPrecision):
@@ -94,6 +97,21 @@ class NoiseCorrection(FixedPrecision):
         self.bias[step] = mean
         self.variance[step] = ((r - mean[:, None, None]) / (1 + k)).square().mean()
 
+    def wrong_values(self, values: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of values that no estimate has, with the reason.
+
+        Args:
+            values: of the correction's own names, shapes and types, finite.
+        """
+        wrong = {
+            "timesteps (expected the calibrated ones)": not torch.equal(
+                values["timesteps"], self.timesteps
+            ),
+            "gain (expected other numbers than -1)": bool((values["gain"] == -1).any()),
+            "variance (expected numbers from 0)": bool((values["variance"] < 0).any()),
+        }
+        return [what for what, is_wrong in wrong.items() if is_wrong]
+
     def noise_factor(self, scheduler: DDIMScheduler, t: torch.Tensor, eta: float) -> float:
         """The factor sigma' / sigma of the sampler's own noise at timestep t, in 0..1.
 
@@ -134,12 +152,30 @@ def insert_correction(unet: nn.Module) -> None:
 
 
 @torch.no_grad()
-def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
-    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories."""
+def estimate_correction(
+    student: nn.Module, calib: Calibration, config: QuantConfig, *, parts: Parts | None = None
+) -> None:
+    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories.
+
+    Args:
+        student: the quantized UNet.
+        calib: calls of the full-precision UNet.
+        config: `forward_batch` of the quantization.
+        parts: keeps the estimates of finished steps, and gives those of a run that was stopped.
+    """
+    parts = Parts() if parts is None else parts
     correction = student.quest_correction
+    names = ("gain", "bias", "variance")
     for step, t in enumerate(calib.t):
-        everything = calib.batch(step, torch.arange(calib.width(step)))
-        batches = everything.split(config.forward_batch)
-        outputs = torch.cat([batch.run(student).cpu() for batch in batches])
-        correction.estimate(t, outputs, everything.eps)
+        place = int(nearest(correction.timesteps, t)[0])
+
+        def estimate(step: int = step, t: torch.Tensor = t, place: int = place) -> Tensors:
+            everything = calib.batch(step, torch.arange(calib.width(step)))
+            batches = everything.split(config.forward_batch)
+            outputs = torch.cat([batch.run(student).cpu() for batch in batches])
+            correction.estimate(t, outputs, everything.eps)
+            return {name: getattr(correction, name)[place].cpu() for name in names}
+
+        for name, value in parts.keep(str(step), estimate).items():
+            getattr(correction, name)[place] = value
     correction.calibrated.fill_(True)

@@ -92,7 +92,7 @@ def _from_folder(folder: Path, classes: Mapping[str, type[DiffusionPipeline]]) -
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         # diffusers finds its own pipeline classes only.
         pipeline = classes.get(index["_class_name"], DiffusionPipeline)
         # Components that the folder says are absent, e.g. a text encoder, have to be said again.

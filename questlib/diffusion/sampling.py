@@ -18,13 +18,13 @@ from torch import nn
 
 from questlib.diffusion.conditioning import Condition
 from questlib.diffusion.schedulers import make_scheduler
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, NotFiniteError
 
 # Seeds of two runs lie this far apart, so that their samples share no noise while i is below it.
 SEED_STRIDE = 1_000_003
 
-# torch's CPU generator keeps 32 bits of a seed.
-SEED_BITS = 32
+# torch's CPU generator keeps 32 bits: seeds beyond this one would have the noise of others.
+MAX_SEED = 2**32 // SEED_STRIDE - 1
 
 # Calibration counts its trajectories from here, so that it never sees the noise of the samples
 # that are evaluated at the same seed.
@@ -75,10 +75,22 @@ def choose_scheduler(
     return scheduler
 
 
+def check_seed(seed: int) -> None:
+    """ConfigError for a seed that would share its noise with another one."""
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed: expected a whole number 0..{MAX_SEED}, found {seed!r}")
+
+
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """One generator for each sample; distinct while seed < 2000 and index < SEED_STRIDE."""
-    seeds = [(seed * SEED_STRIDE + i) % 2**SEED_BITS for i in indices]
-    return [torch.Generator().manual_seed(s) for s in seeds]
+    """One generator for each sample; no two seeds or indices have the same noise.
+
+    Raises:
+        ConfigError: a seed or an index for which that is not so.
+    """
+    check_seed(seed)
+    if indices and not 0 <= min(indices) <= max(indices) < SEED_STRIDE:
+        raise ConfigError(f"samples: expected indices below {SEED_STRIDE}, found {max(indices)}")
+    return [torch.Generator().manual_seed(seed * SEED_STRIDE + i) for i in indices]
 
 
 def sample_shape(unet: nn.Module) -> tuple[int, int]:
@@ -120,6 +132,9 @@ def denoise(
     Returns:
         x_0 [N, C, h, w].
 
+    Raises:
+        NotFiniteError: a value became NaN or infinite; it names the first step.
+
     Example:
         >>> generators = sample_generators(seed=0, indices=range(4))
         >>> x = initial_noise(pipe.unet, generators)
@@ -135,6 +150,7 @@ def denoise(
     timesteps = scheduler.timesteps if track is None else track(scheduler.timesteps)
     x = latents * scheduler.init_noise_sigma
     correction = getattr(unet, "quest_correction", None) if eta > 0 else None
+    finite: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for t in timesteps:
         eps = condition.predict(unet, scheduler.scale_model_input(x, t), t)
         # PTQ-D's variance schedule (He et al. 2023, Sec. 4): less noise where quantization brings
@@ -144,6 +160,11 @@ def denoise(
             factor = correction.noise_factor(scheduler, t, eta)
             extra = {"eta": eta, "variance_noise": noise * factor}
         x = scheduler.step(eps, t, x, **extra).prev_sample
+        finite.append((t, eps.isfinite().all(), x.isfinite().all()))
+    if finite and not bool(finite[-1][2]):  # asked once: each question waits for the device
+        first = next(step for step in finite if not bool(step[1] & step[2]))
+        what = "the sampler's step" if bool(first[1]) else "the denoiser's output"
+        raise NotFiniteError(f"{what} at timestep {first[0].item():g}")
     return x
 
 

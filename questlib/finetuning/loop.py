@@ -23,7 +23,8 @@ from questlib.calibration import Calibration, TimeCalls
 from questlib.calls import Batch
 from questlib.capture import capture_outputs
 from questlib.config import QuantConfig
-from questlib.distributed import mean, processes, synchronize
+from questlib.diffusion.digests import model_digest
+from questlib.distributed import broadcast_value, mean, processes, synchronize
 from questlib.errors import ConfigError, QuestError
 from questlib.finetuning.losses import Outputs, stage_losses
 from questlib.finetuning.optimizer import StageAdam, constant, cosine_decay
@@ -73,8 +74,9 @@ def finetune(
     Raises:
         ConfigError: `unet` is not quantized, the batch cannot be divided among the processes, or
             the calibration is of another model than the teacher.
-        CheckpointError: the state is damaged, or of another configuration, calibration, teacher or
-            version.
+        CheckpointError: the state is damaged, or of another configuration, calibration, teacher,
+            quantized UNet or version.
+        StorageError: the state cannot be saved.
         QuestError: the loss is no longer finite.
 
     Example:
@@ -90,11 +92,15 @@ def finetune(
     if not stages:
         return job.log
     key = state_key(config, calib, model)
-    state = None if state_path is None else FinetuningState.load(state_path, key)
+    state = None
+    if state_path is not None:
+        # The last bits of the processes' UNets may differ; they go on with those of process 0.
+        own = broadcast_value(model_digest(unet), 0)
+        state = FinetuningState.load(state_path, key, own)
 
     def save(stage: int, run: StageRun | None = None) -> None:
         if state_path is not None and processes().is_main_process:
-            job.state(key, stage, run).save(state_path)
+            job.state(key, own, stage, run).save(state_path)
 
     dtype = unet.dtype
     job.prepare()
@@ -294,10 +300,11 @@ class Finetuning:
 
     # ---- resuming ----
 
-    def state(self, key: str, stage: int, run: StageRun | None) -> FinetuningState:
+    def state(self, key: str, unet: str, stage: int, run: StageRun | None) -> FinetuningState:
         """What has to be saved now; run: the running stage, None between stages."""
         return FinetuningState(
             key=key,
+            unet=unet,
             stage=stage,
             iteration=0 if run is None else run.iteration,
             log=self.log,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
@@ -81,7 +82,9 @@ class QuantLayer(nn.Module):
         if quantizer is not None and after != before:
             held = self.codes()
             with torch.no_grad():
-                self.weight.data = quantizer.decode(held)
+                middle = quantizer.decode(held)
+                check_precision(self.input_quantizer.name, middle, after)
+                self.weight.data = middle
             keeps = after == torch.bfloat16 and quantizer.bits > 6
             self.hold("held_codes", held if keeps else None)
         found = super()._apply(fn, recurse)
@@ -104,6 +107,28 @@ class QuantLayer(nn.Module):
             self.__dict__[name] = None
         else:
             self.register_buffer(name, value, persistent=False)
+
+
+def check_precision(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    """Check that no row of a quantized weight is lost in another precision.
+
+    Args:
+        name: of the layer's input quantizer.
+        weight: [O, ...].
+        dtype: the precision.
+
+    Raises:
+        ConfigError: a row of it becomes zero or infinite there.
+    """
+    rows = weight.flatten(1)
+    cast = rows.to(dtype)
+    lost = (rows != 0).any(1) & ((cast == 0).all(1) | cast.isinf().any(1))
+    if bool(lost.any()):
+        largest = rows[lost].abs().max().item()
+        raise ConfigError(
+            f"{name.removesuffix('.input_quantizer')}: weights of {largest:.1e} are zero or "
+            f"infinite in {dtype}; leave the model in float32, or try bfloat16"
+        )
 
 
 class QuantLinear(QuantLayer, nn.Linear):

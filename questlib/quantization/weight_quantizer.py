@@ -13,6 +13,8 @@ from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.primitives import LearnedQuant
 from questlib.quantization.range_search import choose_qparams
 
+TINY = 1e-20  # a row of weights with a smaller span is zero
+
 
 class WeightQuantizer(FixedPrecision):
     """Quantizes the weight of a layer, with a scale for each output channel and part of the input.
@@ -81,10 +83,22 @@ class WeightQuantizer(FixedPrecision):
         w = weight.flatten(2) if weight.ndim > 2 else weight[..., None]  # [O, I, kh * kw]
         for part in range(self.scale.shape[1]):
             rows = w[:, self.index == part].flatten(1).float()  # [O, n]
+            unit = self._units(rows)
+            rows = rows * unit[:, None] if bool((unit != 1).any()) else rows
             ends = (rows.amin(1), rows.amax(1))
             s, z = choose_qparams(rows, *ends, self.bits, method, norm=norm)
-            self.scale[:, part] = s
+            self.scale[:, part] = s / unit
             self.zero_point[:, part] = z
+
+    def _units(self, rows: torch.Tensor) -> torch.Tensor:
+        """Powers of two [O] that bring rows [O, n] of tiny weights to a span of about one.
+
+        Their scales would lie below the least one, and all their codes would mean zero. It is 1 for
+        all other rows, and for those that are zero.
+        """
+        span = rows.amax(1).clamp_min(0) - rows.amin(1).clamp_max(0)
+        tiny = (span < primitives.EPS * (2**self.bits - 1)) & (span > TINY)
+        return torch.where(tiny, 2.0 ** -span.clamp_min(TINY).log2().floor(), 1.0)
 
     def expand(self, table: torch.Tensor, ndim: int) -> torch.Tensor:
         """A table [O, P] to broadcast over a weight: [O, 1, ...] for one part, else [O, I, ...]."""

@@ -96,7 +96,7 @@ def pages(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         name = path.relative_to(root).as_posix()
         if name not in whole:
-            yield path, fill(path.read_text(), folder, os.path.dirname(name))
+            yield path, fill(path.read_text(encoding="utf-8"), folder, os.path.dirname(name))
 
 
 def update(root: Path, folder: Path, work: Path) -> list[Path]:
@@ -108,7 +108,7 @@ def update(root: Path, folder: Path, work: Path) -> list[Path]:
         The pages that changed.
     """
     if (test := work / "test-time.json").is_file():
-        took = json.loads(test.read_text())
+        took = json.loads(test.read_text(encoding="utf-8"))
         about = {"command": "make test"} | took | {"machine": machine()}
         write_json(folder / "mini" / "test.json", about)
     for results in report.all_committed(folder).values():
@@ -116,9 +116,9 @@ def update(root: Path, folder: Path, work: Path) -> list[Path]:
             report.finish(results.plan)
     changed = []
     for path, text in list(pages(root, folder)):
-        if not path.is_file() or path.read_text() != text:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
             changed.append(path)
     return changed

@@ -65,8 +65,8 @@ def page(results: TableResults) -> str:
         parts += ["## Paper and here", report.as_markdown(report.side_by_side(results)), LEGEND]
     if results.done:
         parts += ["## All numbers", report.as_markdown(report.frame(results))]
-    parts += ["## How they were made", report.conditions(results)]
-    parts += [f"- {line}" for line in report.reasons(results)]
+    parts += ["## How they were made", report.as_text(report.conditions(results))]
+    parts += [f"- {report.as_text(line)}" for line in report.reasons(results)]
     if results.done:
         parts.append("\n".join(f"- {line}" for line in report.made_by(results).splitlines()))
     return "\n\n".join(parts) + "\n"

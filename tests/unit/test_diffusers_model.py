@@ -15,6 +15,8 @@ from diffusers import (
     UNet2DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import questlib
 from questlib import QuantConfig, calibrate, from_pretrained, quantize, save_pretrained
@@ -120,8 +122,43 @@ def test_damaged_files_of_diffusers_are_refused(quantized, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["format"] = 9
     (tmp_path / "config.json").write_text(json.dumps(config))
+    for load, says in (
+        (UNet2DModel.from_pretrained, "format"),
+        (from_pretrained, "config.json: not what was saved"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_one_changed_bit_in_files_of_diffusers_is_named(quantized, tmp_path, shards):
+    quantized.save_pretrained(tmp_path, max_shard_size="50KB" if shards else "1GB")
+    for path in tmp_path.glob("*.safetensors"):
+        state = load_file(path)
+        if "conv_out.bias" in state:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            state["conv_out.bias"].view(torch.int32).bitwise_xor_(1)
+            save_file(state, path, metadata)
+    for load in (
+        (UNet2DModel.from_pretrained,)
+        if shards
+        else (
+            UNet2DModel.from_pretrained,
+            from_pretrained,
+        )
+    ):
+        with pytest.raises(CheckpointError, match="not what was saved: conv_out.bias"):
+            load(tmp_path)
+
+
+def test_a_changed_config_of_diffusers_is_refused(quantized, tmp_path):
+    quantized.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["norm_eps"] = 1e-4
+    (tmp_path / "config.json").write_text(json.dumps(config))
     for load in (UNet2DModel.from_pretrained, from_pretrained):
-        with pytest.raises(CheckpointError, match="format"):
+        with pytest.raises(CheckpointError, match="config.json: not what was saved"):
             load(tmp_path)
 
 
