@@ -18,10 +18,8 @@ from torch import nn
 
 from questlib.calls import Batch, CallTable, as_bytes, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
+from questlib.denoisers import unet_of
 from questlib.diffusion.digests import model_digest
-from questlib.diffusion.sampling import (
-    unet_of,
-)
 from questlib.distributed import broadcast_from, broadcast_value, processes
 from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
@@ -80,9 +78,15 @@ class Calibration:
         eps: torch.Tensor,
         context: torch.Tensor | None = None,
         model: str | None = None,
+        argument: str = "encoder_hidden_states",
     ) -> Calibration:
-        """N trajectories of T steps: x, eps [T, N, C, h, w], t [T], context [N, L, D] or None."""
-        return cls([CallTable.regular(x, t, eps, context)], model)
+        """N trajectories of T steps: x, eps [T, N, C, h, w], t [T], context [N, ...] or None.
+
+        Args:
+            model: the digest of the denoiser.
+            argument: its name for the context.
+        """
+        return cls([CallTable.regular(x, t, eps, context, argument)], model)
 
     # ---- all calls together ----
 
@@ -312,8 +316,8 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: no UNet that can be quantized, a count below one, choices that do not fit the
-            pipeline, or an argument of the UNet that cannot be recorded.
+        ConfigError: no denoiser that can be quantized, a count below one, choices that do not fit
+            the pipeline, or an argument of the denoiser that cannot be recorded.
         QuestError: a value that is not finite.
 
     Example:
@@ -323,7 +327,8 @@ def calibrate(
         >>> calib.save("calibration.safetensors")
         >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
     """
-    check_unet(unet_of(pipe))
+    denoiser = unet_of(pipe)
+    check_unet(denoiser)
     chosen = {
         "num_samples and num_inference_steps": num_samples is not None,
         "calls": calls is not None,
@@ -340,7 +345,7 @@ def calibrate(
             values = sample_trajectories(
                 pipe, num_samples, num_inference_steps, batch_size, seed, progress, **sampling
             )
-            return Calibration.regular(**values, model=model_digest(pipe.unet))
+            return Calibration.regular(**values, model=model_digest(denoiser))
     defaults = inspect.signature(calibrate).parameters
     unused = [name for name, value in sampling.items() if value != defaults[name].default]
     if num_inference_steps is not None:
@@ -364,20 +369,21 @@ def _record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
         QuestError: a value that is not finite.
     """
     state = processes()
+    denoiser = unet_of(pipe)
     files: tempfile.TemporaryDirectory | None = None
     tables: list[CallTable] = []
     if state.is_main_process:
         files = tempfile.TemporaryDirectory(prefix="quest-calibration-")
         recorder = CallRecorder(Path(files.name))
-        watch = ProcessorWatch(pipe.unet)
-        with hooks(pipe.unet, {"": watch}, "input"), hooks(pipe.unet, {"": recorder}):
+        watch = ProcessorWatch(denoiser)
+        with hooks(denoiser, {"": watch}, "input"), hooks(denoiser, {"": recorder}):
             run()
         tables = recorder.tables()
     own = Calibration(tables)
     found = broadcast_from(own._table_tensors(), 0)
     skeletons = broadcast_value(own._skeletons(), 0)
     if not skeletons:
-        raise ConfigError("calibrate: the pipeline has run, but its UNet was not called")
+        raise ConfigError("calibrate: the pipeline has run, but its denoiser was not called")
     if not state.is_main_process:
         tables = _tables(found, skeletons)
-    return Calibration(tables, model_digest(pipe.unet), files)
+    return Calibration(tables, model_digest(denoiser), files)

@@ -51,12 +51,13 @@ from questlib.files import atomic_path
 from questlib.integer.conversion import convert
 from questlib.integer.engines import choose_engine
 from questlib.packing import (
-    UNETS,
+    CLASSES,
     Tensors,
     check_calibrated,
     check_rebuildable,
     last_part,
     load_tensors,
+    stored_dtype,
     stored_tensors,
 )
 from questlib.quantization.carrier import split_ratio
@@ -219,14 +220,13 @@ def from_diffusers(path: Path, config: dict[str, Any], state: Tensors) -> dict[s
     quant = config["quantization_config"]
     if not isinstance(quant, dict) or quant.get("quant_method") != METHOD:
         raise CheckpointError(f"checkpoint {path}: expected quant_method {METHOD!r}, found {quant}")
-    dtype = str(state["conv_in.bias"].dtype) if "conv_in.bias" in state else "torch.float32"
     return {
         "format": quant.get("format"),
         "class": config.get("_class_name"),
         "unet": config,
         "quant": quant.get("quant"),
         "timesteps": quant.get("timesteps"),
-        "dtype": dtype.removeprefix("torch."),
+        "dtype": str(stored_dtype(state)).removeprefix("torch."),
     }
 
 
@@ -262,13 +262,14 @@ def build_unet(path: Path, config: dict[str, Any]) -> nn.Module:
     Raises:
         CheckpointError: `config` does not describe a quantized UNet.
     """
-    if config.get("class") not in UNETS:
+    found = config.get("class")
+    if found not in CLASSES:
         raise CheckpointError(
-            f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {config.get('class')!r}"
+            f"checkpoint {path}: expected one of {', '.join(CLASSES)}, found {found!r}"
         )
     try:
         own = {k: v for k, v in config["unet"].items() if is_own(k)}
-        unet = UNETS[config["class"]].from_config(own)
+        unet = CLASSES[found].from_config(own)
         quant = QuantConfig.from_dict(config["quant"])
         unet = prepare(unet, quant, torch.tensor(config["timesteps"]), search_weights=False)
     except (KeyError, TypeError, ValueError, AttributeError) as error:

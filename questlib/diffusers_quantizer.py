@@ -140,7 +140,7 @@ class QuestQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from questlib.baselines.noise_correction import insert_correction
         from questlib.config import QuantConfig
-        from questlib.packing import check_calibrated, load_tensors
+        from questlib.packing import check_calibrated, load_tensors, stored_dtype
         from questlib.quantization.model import freeze
         from questlib.quantization.precision import cast
         from questlib.quantization.preparation import insert
@@ -159,8 +159,7 @@ class QuestQuantizer(DiffusersQuantizer):
             insert_correction(model)
         load_tensors(where, model, self.tensors)
         check_calibrated(where, model)
-        saved = self.tensors["conv_in.bias"].dtype
-        cast(freeze(model), self.dtype or saved)
+        cast(freeze(model), self.dtype or stored_dtype(self.tensors))
         model.to(self.device)
         # diffusers refuses to cast what it calls quantized. These layers can be cast.
         model.is_quantized = False

@@ -8,9 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
+from questlib.denoisers import TRANSFORMERS, UNETS
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.quantization.layers import QuantLayer
@@ -18,7 +18,10 @@ from questlib.quantization.model import act_quantizers, quant_layers
 from questlib.quantization.seal import check_whole
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
-UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
+CLASSES = {c.__name__: c for c in (*UNETS, FixedHeadsUNet2DModel, *TRANSFORMERS)}
+
+# Biases of the first layer, which a quantized model has in the precision of what is not quantized.
+FIRST_BIASES = ("conv_in.bias", "pos_embed.proj.bias")
 
 # Tensors of whole numbers below 256: bytes in the file, float32 or int64 in the model.
 BYTES = ("zero_point", "ratio", "shift")
@@ -99,10 +102,10 @@ def check_rebuildable(unet: nn.Module) -> None:
             "save: expected a simulated UNet, found one that runs in integers; "
             "save it before it is converted"
         )
-    if type(unet) not in UNETS.values():
+    if type(unet) not in CLASSES.values():
         raise ConfigError(
             f"save: a {type(unet).__name__} cannot be made again from its config; expected one of "
-            f"{', '.join(UNETS)}"
+            f"{', '.join(CLASSES)}"
         )
     for name, block in unet.named_modules():
         if any(getattr(block, key, None) is not None for key in FREEU):
@@ -132,6 +135,11 @@ def stored_tensors(unet: nn.Module) -> Tensors:
 
 
 # ---- loading ----
+
+
+def stored_dtype(state: Tensors) -> torch.dtype:
+    """The precision in which a file has what is not quantized."""
+    return next((state[name].dtype for name in FIRST_BIASES if name in state), torch.float32)
 
 
 def load_tensors(path: Path, unet: nn.Module, state: Tensors) -> None:

@@ -30,7 +30,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"errors", "registration"},
         {"files"},
         {"config", "config_groups", "presets", "versions"},
-        {"distributed", "stage_cache", "alignment", "capture"},
+        {"distributed", "stage_cache", "alignment", "capture", "denoisers"},
         {"quantization"},
         {"diffusion"},
         {"calls"},
