@@ -59,6 +59,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
     # These load torch and diffusers. Wrong input was answered before.
     from questlib import calibrate, finetune, load_pipeline, quantize, save_pretrained
+    from questlib.denoisers import unet_of
     from questlib.distributed import device, processes, use_full_float32
     from questlib.finetuning.loop import check_batch_sizes
 
@@ -66,6 +67,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     check_batch_sizes(config)
     use_full_float32()
     pipe = load_pipeline(args.pipeline).to(device())
+    denoiser = unet_of(pipe)
     progress = state.is_main_process
     cache = args.out / "cache"
     calibration = calibrate(
@@ -77,7 +79,7 @@ def run_quantize(args: argparse.Namespace) -> None:
         **sampling,
     )
     unet = quantize(
-        pipe.unet,
+        denoiser,
         config.replace(seed=args.seed),
         calibration,
         cache_dir=cache,
@@ -85,7 +87,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     )
     state_path = args.out / "finetune.pt"
     log = finetune(
-        unet, pipe.unet, calibration, unet.quest_config, state_path=state_path, progress=progress
+        unet, denoiser, calibration, unet.quest_config, state_path=state_path, progress=progress
     )
     if not state.is_main_process:
         return
@@ -98,7 +100,7 @@ def run_quantize(args: argparse.Namespace) -> None:
     # would refuse the state.
     state_path.unlink(missing_ok=True)
     shutil.rmtree(cache, ignore_errors=True)
-    full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
+    full = sum(p.numel() * p.element_size() for p in denoiser.parameters())
     print(
         f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk "
         f"({size / full:.3f} of float32)"

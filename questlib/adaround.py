@@ -116,7 +116,7 @@ class BlockData:
     targets: torch.Tensor
     """Outputs of the full-precision block [N, ...]."""
     groups: torch.Tensor
-    """Step group of each sample, int64 [N]."""
+    """Step group of each of the N outputs, int64 [N]."""
 
 
 class BlockRecorder:
@@ -150,6 +150,7 @@ class BlockRecorder:
             full = capture_calls(self.teacher, name, runs)
             targets = torch.cat([call.output for call in full]).float()
             groups = torch.as_tensor(self.student.quest_steps.lookup(inputs.t)).expand(len(inputs))
+            groups = groups.repeat_interleave(len(targets) // len(inputs))
             block = self.student.get_submodule(name)
             found.append(BlockData(block, RecordedCalls(calls), targets, groups))
         return found

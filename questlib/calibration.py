@@ -17,10 +17,8 @@ from torch import nn
 from questlib.calls import Batch, CallTable, skeleton_from_json, skeleton_to_json
 from questlib.capture import hooks
 from questlib.config import digest
+from questlib.denoisers import unet_of
 from questlib.diffusion.digests import model_digest, parts_digest
-from questlib.diffusion.sampling import (
-    unet_of,
-)
 from questlib.distributed import broadcast_from, broadcast_value, processes
 from questlib.errors import CheckpointError, ConfigError
 from questlib.integrity import as_bytes, fail_if_any, read_tensors, write_tensors
@@ -82,9 +80,15 @@ class Calibration:
         eps: torch.Tensor,
         context: torch.Tensor | None = None,
         model: str | None = None,
+        argument: str = "encoder_hidden_states",
     ) -> Calibration:
-        """N trajectories of T steps: x, eps [T, N, C, h, w], t [T], context [N, L, D] or None."""
-        return cls([CallTable.regular(x, t, eps, context)], model)
+        """N trajectories of T steps: x, eps [T, N, C, h, w], t [T], context [N, ...] or None.
+
+        Args:
+            model: the digest of the denoiser.
+            argument: its name for the context.
+        """
+        return cls([CallTable.regular(x, t, eps, context, argument)], model)
 
     # ---- all calls together ----
 
@@ -323,8 +327,8 @@ def calibrate(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: no UNet that can be quantized, a count below one, choices that do not fit the
-            pipeline, or an argument of the UNet that cannot be recorded.
+        ConfigError: no denoiser that can be quantized, a count below one, choices that do not fit
+            the pipeline, or an argument of the denoiser that cannot be recorded.
         NotFiniteError: a weight, an argument or an output that is not finite.
 
     Example:
@@ -334,8 +338,9 @@ def calibrate(
         >>> calib.save("calibration.safetensors")
         >>> calib = calibrate(pipe, 256, 50, labels=[1, 7], guidance_scale=3.0)
     """
-    check_unet(unet_of(pipe))
-    check_weights(pipe.unet)
+    denoiser = unet_of(pipe)
+    check_unet(denoiser)
+    check_weights(denoiser)
     chosen = {
         "num_samples and num_inference_steps": num_samples is not None,
         "calls": calls is not None,
@@ -348,7 +353,7 @@ def calibrate(
         eta=eta, sampler=sampler, guidance_scale=guidance_scale, labels=labels, prompts=prompts
     )
     if calls is None and run is None:
-        model = model_digest(pipe.unet)
+        model = model_digest(denoiser)
         parts = Parts()
         if cache_dir is not None:
             how = [num_samples, num_inference_steps, batch_size, seed, sampling, parts_digest(pipe)]
@@ -393,20 +398,21 @@ def _record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
         QuestError: a value that is not finite.
     """
     state = processes()
+    denoiser = unet_of(pipe)
     files: tempfile.TemporaryDirectory | None = None
     tables: list[CallTable] = []
     if state.is_main_process:
         files = tempfile.TemporaryDirectory(prefix="quest-calibration-")
         recorder = CallRecorder(Path(files.name))
-        watch = ProcessorWatch(pipe.unet)
-        with hooks(pipe.unet, {"": watch}, "input"), recorder.on(pipe.unet):
+        watch = ProcessorWatch(denoiser)
+        with hooks(denoiser, {"": watch}, "input"), recorder.on(denoiser):
             run()
         tables = recorder.tables()
     own = Calibration(tables)
     found = broadcast_from(own._table_tensors(), 0)
     skeletons = broadcast_value(own._skeletons(), 0)
     if not skeletons:
-        raise ConfigError("calibrate: the pipeline has run, but its UNet was not called")
+        raise ConfigError("calibrate: the pipeline has run, but its denoiser was not called")
     if not state.is_main_process:
         tables = _tables(found, skeletons)
-    return Calibration(tables, model_digest(pipe.unet), files)
+    return Calibration(tables, model_digest(denoiser), files)

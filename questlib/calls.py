@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from questlib.denoisers import predict
 from questlib.diffusion.sampling import device_of
 from questlib.errors import CheckpointError, ConfigError
 from questlib.integrity import check_finite, fail_if_any
@@ -131,6 +132,7 @@ class Batch:
         rows: the arguments' tensors with a batch dimension [B, ...], by the names of their slots.
         constants: their tensors without one.
         skeleton: the arguments by keyword, but for the timestep, with slots in place of tensors.
+            x_t is "sample", whatever the denoiser's own name for it.
     """
 
     t: torch.Tensor
@@ -201,7 +203,7 @@ class Batch:
     def run(self, unet: nn.Module) -> torch.Tensor:
         """A UNet's output for these calls [B, C, h, w], on its own device."""
         arguments = self.arguments(unet)
-        return unet(arguments.pop("sample"), self.t.to(device_of(unet)), **arguments).sample
+        return predict(unet, arguments.pop("sample"), self.t.to(device_of(unet)), **arguments)
 
 
 # ---- a table of calls ----
@@ -338,14 +340,19 @@ class CallTable:
         t: torch.Tensor,
         eps: torch.Tensor,
         context: torch.Tensor | None = None,
+        argument: str = "encoder_hidden_states",
     ) -> CallTable:
-        """N trajectories of T steps: x, eps [T, N, ...], t [T], context [N, L, D] or None."""
+        """N trajectories of T steps: x, eps [T, N, ...], t [T], context [N, ...] or None.
+
+        Args:
+            argument: the denoiser's name for the context.
+        """
         steps, width = x.shape[:2]
         each = torch.arange(steps * width).view(steps, width)
-        inputs = {"sample": Column(x.flatten(0, 1), each)}
+        inputs = {"sample": Column(x.flatten(0, 1), each.clone())}  # files hold no tensor twice
         if context is not None:
             same = torch.arange(width).expand(steps, width)
-            inputs["encoder_hidden_states"] = Column(context, same)
+            inputs[argument] = Column(context, same)
         skeleton = {name: Slot(name) for name in inputs}
         return cls(t, Column(eps.flatten(0, 1), each), inputs, {}, skeleton)
 

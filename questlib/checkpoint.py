@@ -62,7 +62,7 @@ from questlib.integer.conversion import convert
 from questlib.integer.engines import choose_engine
 from questlib.integrity import Tensors, digest_of_json, fail_if_any, read_tensors, with_digests
 from questlib.packing import (
-    UNETS,
+    CLASSES,
     check_calibrated,
     check_rebuildable,
     last_part,
@@ -248,9 +248,9 @@ def check_structure(path: Path, config: dict[str, Any]) -> set[str]:
             known, or does not have an entry.
     """
     name = config.get("class")
-    if not isinstance(name, str) or name not in UNETS:
+    if not isinstance(name, str) or name not in CLASSES:
         raise CheckpointError(
-            f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {name!r}"
+            f"checkpoint {path}: expected one of {', '.join(CLASSES)}, found {name!r}"
         )
     for key, kind in (("unet", dict), ("quant", dict), ("timesteps", list)):
         if not isinstance(config.get(key), kind):
@@ -265,7 +265,7 @@ def check_structure(path: Path, config: dict[str, Any]) -> set[str]:
 
 def entries_of(config: dict[str, Any]) -> set[str]:
     """The entries that the config of this class of UNet has."""
-    return set(inspect.signature(UNETS[config["class"]].__init__).parameters) - {"self"}
+    return set(inspect.signature(CLASSES[config["class"]].__init__).parameters) - {"self"}
 
 
 def own_config(path: Path, config: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
@@ -354,14 +354,14 @@ def build_unet(path: Path, config: dict[str, Any], state: Tensors) -> nn.Module:
     try:
         # First without memory: what a file describes can be larger than any machine.
         with torch.device("meta"):
-            planned = sum(p.numel() for p in UNETS[name].from_config(own).parameters())
+            planned = sum(p.numel() for p in CLASSES[name].from_config(own).parameters())
         # two codes of 4 bits a byte are the smallest weights
         if planned > 2 * sum(tensor.nbytes for tensor in state.values()):
             raise CheckpointError(
                 f"checkpoint {path} does not fit {name}: {CONFIG_FILE} describes {planned} "
                 "weights, more than its file holds"
             )
-        unet = UNETS[name].from_config(own)
+        unet = CLASSES[name].from_config(own)
         unet = prepare(unet, quant, timesteps, search_weights=False)
     except CheckpointError:
         raise

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import nn
 
 from questlib.baselines.noise_correction import NoiseCorrection
 from questlib.config import QuantConfig
+from questlib.denoisers import TRANSFORMERS, UNETS
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.integrity import Tensors, check_finite, check_like, fail_if_any
@@ -27,7 +27,10 @@ from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.stored_values import wrong_act_values, wrong_weight_values
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
-UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
+CLASSES = {c.__name__: c for c in (*UNETS, FixedHeadsUNet2DModel, *TRANSFORMERS)}
+
+# Biases of the first layer, which a quantized model has in the precision of what is not quantized.
+FIRST_BIASES = ("conv_in.bias", "pos_embed.proj.bias")
 
 # Tensors of whole numbers below 256: bytes in the file, float32 or int64 in the model.
 BYTES = ("zero_point", "ratio", "shift")
@@ -112,10 +115,10 @@ def check_rebuildable(unet: nn.Module) -> None:
             "save: expected a simulated UNet, found one that runs in integers; "
             "save it before it is converted"
         )
-    if type(unet) not in UNETS.values():
+    if type(unet) not in CLASSES.values():
         raise ConfigError(
             f"save: a {type(unet).__name__} cannot be made again from its config; expected one of "
-            f"{', '.join(UNETS)}"
+            f"{', '.join(CLASSES)}"
         )
     for name, block in unet.named_modules():
         if any(getattr(block, key, None) is not None for key in FREEU):
@@ -185,11 +188,12 @@ def load_tensors(path: Path, unet: nn.Module, state: Tensors) -> None:
 
 def saved_precision(path: Path, state: Tensors) -> torch.dtype:
     """The precision of what is not quantized. CheckpointError where it is none of three."""
-    bias = state.get("conv_in.bias")
+    name = next((name for name in FIRST_BIASES if name in state), FIRST_BIASES[0])
+    bias = state.get(name)
     if bias is None or bias.dtype not in PRECISIONS:
         found = "none" if bias is None else bias.dtype
         raise CheckpointError(
-            f"checkpoint {path}: conv_in.bias: expected float32, float16 or bfloat16, found {found}"
+            f"checkpoint {path}: {name}: expected float32, float16 or bfloat16, found {found}"
         )
     return bias.dtype
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from questlib.calls import CallTable, Column, skeleton_to_json, take_tensors
 from questlib.capture import hooks
+from questlib.denoisers import input_name, unet_of
 from questlib.diffusion.sampling import CALIBRATION_OFFSET, check_seed, sample_generators
 from questlib.errors import ConfigError, NotFiniteError
 from questlib.integrity import as_bytes, digest_of, fail_if_any, not_finite
@@ -143,6 +144,7 @@ class CallRecorder:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
         received = {k: v for k, v in list(bound.items())[1:] if v is not None}
         received.pop("return_dict", None)
+        received["sample"] = received.pop(input_name(module))
         size = len(received["sample"])
         t = as_timesteps(received.pop("timestep"))
         self.arguments = (t, size, *take_tensors(received))
@@ -244,7 +246,7 @@ class ProcessorWatch:
 @contextmanager
 def evaluating(pipe: DiffusionPipeline) -> Iterator[None]:
     """All modules of a pipeline are in eval mode inside the block, and afterwards as before."""
-    parts = [pipe.unet, *getattr(pipe, "components", {}).values()]
+    parts = [unet_of(pipe), *getattr(pipe, "components", {}).values()]
     modules = [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
     before = [module.training for module in modules]
     try:
@@ -263,13 +265,15 @@ def make_calls(
 
     Raises:
         ConfigError: no call, a seed out of its range, or an argument that the pipeline does not
-            have.
+            have, or that it needs.
     """
     if not callable(pipe):
         raise ConfigError(f"calibrate: calls: a {type(pipe).__name__} cannot be called; give run")
     check_seed(seed)
     accepted = inspect.signature(type(pipe).__call__).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    named = [p for p in list(accepted.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    needed = [p.name for p in named if p.default is p.empty]
     if not calls:
         raise ConfigError("calibrate: calls: expected at least one call, found none")
     for i, call in enumerate(calls):
@@ -277,6 +281,11 @@ def make_calls(
         if wrong and not open_ended:
             raise ConfigError(
                 f"calibrate: calls[{i}]: {type(pipe).__name__} has no argument {wrong[0]!r}"
+            )
+        missing = [name for name in needed if name not in call]
+        if missing:
+            raise ConfigError(
+                f"calibrate: calls[{i}]: {type(pipe).__name__} needs an argument {missing[0]!r}"
             )
 
     def run() -> None:

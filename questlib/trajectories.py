@@ -12,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.capture import hooks
+from questlib.denoisers import timestep_of, unet_of
 from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.sampling import (
     CALIBRATION_OFFSET,
@@ -49,8 +50,8 @@ def sample_trajectories(
         parts: keeps finished batches, and gives those of a run that was stopped.
 
     Returns:
-        x, eps [T, H * N, C, h, w], t [T], context [H * N, L, D] or None, where H is 2 under
-        guidance, the unconditional half first.
+        x, eps [T, H * N, C, h, w], t [T], context [H * N, L, D], labels [H * N] or None, and the
+        denoiser's name for it. H is 2 under guidance, the unconditional half first.
 
     Raises:
         ConfigError: a count that is missing or below one, or choices that do not fit the pipeline.
@@ -64,7 +65,7 @@ def sample_trajectories(
             f"{num_samples}, {num_inference_steps}, {batch_size}"
         )
     check_seed(seed)
-    unet = pipe.unet
+    unet = unet_of(pipe)
     scheduler = choose_scheduler(pipe, sampler, eta)
     conditioning = Conditioning(
         pipe, guidance_scale=guidance_scale, labels=labels, prompts=prompts, shuffle=seed
@@ -74,12 +75,13 @@ def sample_trajectories(
         """Sample one batch.
 
         Returns:
-            x, eps [T, H, n, C, h, w], t [T], context [1, H, n, L, D], where H is 2 under guidance.
+            x, eps [T, H, n, C, h, w], t [T], context [1, H, n, L, D] or [1, H, n], where H is 2
+            under guidance.
         """
-        recorder = _Recorder()
         # calibration never sees the noise of the samples that are evaluated
         generators = sample_generators(seed, [CALIBRATION_OFFSET + i for i in indices])
         condition = conditioning.at(indices)
+        recorder = _Recorder(condition.argument)
         with hooks(unet, {"": recorder}):
             denoise(
                 unet,
@@ -113,25 +115,30 @@ def sample_trajectories(
         "x": whole["x"].flatten(1, 2),  # [T, H, N, C, h, w] -> [T, H * N, C, h, w]
         "t": whole["t"],
         "eps": whole["eps"].flatten(1, 2),
-        # [1, H, N, L, D] -> [H * N, L, D]
+        # [1, H, N, L, D] -> [H * N, L, D], or [1, H, N] -> [H * N]
         "context": None if context is None else context[0].flatten(0, 1),
+        "argument": conditioning.argument,
     }
 
 
 class _Recorder:
-    """A UNet's forward hook that keeps what each call received and returned."""
+    """A denoiser's forward hook that keeps what each call received and returned.
 
-    def __init__(self) -> None:
+    Args:
+        argument: the denoiser's name for the context.
+    """
+
+    def __init__(self, argument: str) -> None:
+        self.argument = argument
         self.x: list[torch.Tensor] = []
         self.t: list[torch.Tensor] = []
         self.eps: list[torch.Tensor] = []
         self.context: torch.Tensor | None = None  # the same at all steps
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        t = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        t = as_timesteps(t)[:1]
-        context = kwargs.get("encoder_hidden_states")
-        received = {"x": args[0]} | ({} if context is None else {"encoder_hidden_states": context})
+        t = as_timesteps(timestep_of(module, args, kwargs))[:1]
+        context = kwargs.get(self.argument)
+        received = {"x": args[0]} | ({} if context is None else {self.argument: context})
         check_finite(t, received | {"its output": output.sample})
         self.x.append(args[0].cpu())
         self.t.append(t)
@@ -140,7 +147,7 @@ class _Recorder:
             self.context = context.cpu()
 
     def stacked(self, halves: int) -> dict[str, torch.Tensor]:
-        """x, eps [T, H, n, C, h, w], t [T] and, if there is one, context [1, H, n, L, D]."""
+        """x, eps [T, H, n, C, h, w], t [T] and, if there is one, context [1, H, n, ...]."""
         found = {
             "x": torch.stack(self.x).unflatten(1, (halves, -1)),
             "t": torch.cat(self.t),

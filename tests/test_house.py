@@ -31,7 +31,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"files"},
         {"integrity"},
         {"config", "config_groups", "presets", "versions"},
-        {"distributed", "stage_cache", "alignment", "capture"},
+        {"distributed", "stage_cache", "alignment", "capture", "denoisers"},
         {"quantization"},
         {"diffusion"},
         {"calls"},

@@ -26,6 +26,7 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.config import QuantConfig
+from questlib.denoisers import output_channels, timestep_of
 from questlib.integrity import Tensors
 from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import nearest
@@ -68,7 +69,7 @@ class NoiseCorrection(FixedPrecision):
         self._ready = self._ready or bool(self.calibrated)
         if not self._ready:
             return None
-        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        t = torch.as_tensor(timestep_of(module, args, kwargs))
         step, _ = nearest(self.timesteps, t)
         eps = out[0]
         mean = self.bias[step, :, None, None].to(eps)
@@ -146,7 +147,7 @@ class NoiseCorrection(FixedPrecision):
 
 def insert_correction(unet: nn.Module) -> None:
     """Give a quantized UNet a correction, `quest_correction`, which is still to be estimated."""
-    unet.quest_correction = NoiseCorrection(unet.quest_steps.timesteps, unet.config.out_channels)
+    unet.quest_correction = NoiseCorrection(unet.quest_steps.timesteps, output_channels(unet))
     unet.quest_correction.to(unet.device)
     unet.register_forward_hook(unet.quest_correction.hook, with_kwargs=True)
 

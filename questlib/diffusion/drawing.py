@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from questlib.denoisers import unet_of
 from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.digests import model_digest, parts_digest
 from questlib.diffusion.sampling import (
@@ -19,7 +20,6 @@ from questlib.diffusion.sampling import (
     denoise,
     initial_noise,
     sample_generators,
-    unet_of,
 )
 from questlib.errors import ConfigError, NotFiniteError
 

@@ -16,6 +16,7 @@ from torch import nn
 
 # diffusers takes a folder's own classes only from modules that are imported already.
 import questlib.diffusion.unets  # noqa: F401
+from questlib.denoisers import PARTS
 from questlib.errors import CheckpointError, ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -113,8 +114,9 @@ def _from_folder(folder: Path, classes: Mapping[str, type[DiffusionPipeline]]) -
 
 
 def _only_variant(folder: Path) -> str | None:
-    """The variant of a folder whose UNet has no weights without one, such as "fp16"; else None."""
-    names = [path.name for path in (folder / "unet").glob("diffusion_pytorch_model*")]
+    """The variant of a folder whose denoiser has no weights without one, such as "fp16"."""
+    parts = [path for part in PARTS for path in (folder / part).glob("diffusion_pytorch_model*")]
+    names = [path.name for path in parts]
     plain = any(VARIANT.fullmatch(name) is None for name in names)
     found = sorted({match[1] for name in names if (match := VARIANT.fullmatch(name))})
     return None if plain or not found else found[0]

@@ -16,6 +16,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from questlib.denoisers import is_transformer, learns_variance, output_channels, unet_of
 from questlib.diffusion.conditioning import Condition
 from questlib.diffusion.schedulers import make_scheduler
 from questlib.errors import ConfigError, NotFiniteError
@@ -29,18 +30,6 @@ MAX_SEED = 2**32 // SEED_STRIDE - 1
 # Calibration counts its trajectories from here, so that it never sees the noise of the samples
 # that are evaluated at the same seed.
 CALIBRATION_OFFSET = 500_000
-
-
-def unet_of(pipe: DiffusionPipeline) -> nn.Module:
-    """The pipeline's UNet. ConfigError where it has none."""
-    unet = getattr(pipe, "unet", None)
-    if unet is None:
-        parts = ", ".join(getattr(pipe, "components", ())) or "no components"
-        raise ConfigError(
-            f"{type(pipe).__name__} has no UNet; expected a pipeline with a diffusers UNet2DModel "
-            f"or UNet2DConditionModel, found {parts}"
-        )
-    return unet
 
 
 def device_of(unet: nn.Module) -> torch.device:
@@ -62,13 +51,14 @@ def choose_scheduler(
             the variance, too, with a sampler that does not know of it.
     """
     scheduler = pipe.scheduler if sampler is None else make_scheduler(pipe, sampler)
-    config = unet_of(pipe).config
-    learned = str(scheduler.config.get("variance_type")).startswith("learned")
-    if config.out_channels == 2 * config.in_channels and not learned:
+    unet = unet_of(pipe)
+    # Transformers' pipelines take the noise alone where the sampler does not know of a variance.
+    needs = learns_variance(unet) and not is_transformer(unet)
+    if needs and not uses_variance(scheduler):
         raise ConfigError(
             f"{type(scheduler).__name__}: the UNet predicts noise and variance "
-            f"({config.out_channels} channels for {config.in_channels}); expected a scheduler with "
-            "variance_type learned or learned_range, such as DDPMScheduler"
+            f"({output_channels(unet)} channels for {unet.config.in_channels}); expected a "
+            "scheduler with variance_type learned or learned_range, such as DDPMScheduler"
         )
     if eta != 0 and "eta" not in inspect.signature(scheduler.step).parameters:
         raise ConfigError(f"eta: {type(scheduler).__name__} has none; expected 0, found {eta}")
@@ -79,6 +69,11 @@ def check_seed(seed: int) -> None:
     """ConfigError for a seed that would share its noise with another one."""
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ConfigError(f"seed: expected a whole number 0..{MAX_SEED}, found {seed!r}")
+
+
+def uses_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a sampler's step takes noise and variance."""
+    return str(scheduler.config.get("variance_type")).startswith("learned")
 
 
 def sample_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -153,6 +148,8 @@ def denoise(
     finite: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
     for t in timesteps:
         eps = condition.predict(unet, scheduler.scale_model_input(x, t), t)
+        if is_transformer(unet) and not uses_variance(scheduler):
+            eps = eps[:, : x.shape[1]]  # [N, C or 2 C, h, w] -> [N, C, h, w]
         # PTQ-D's variance schedule (He et al. 2023, Sec. 4): less noise where quantization brings
         # some of its own.
         if correction is not None:
@@ -177,7 +174,7 @@ def image_size(pipe: DiffusionPipeline) -> tuple[int, int]:
     """(height, width) of a pipeline's images: the UNet's sample, times the autoencoder's factor."""
     vae = autoencoder(pipe)
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    height, width = sample_shape(pipe.unet)
+    height, width = sample_shape(unet_of(pipe))
     return height * factor, width * factor
 
 

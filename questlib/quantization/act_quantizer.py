@@ -142,11 +142,11 @@ class ActQuantizer(FixedPrecision):
             if shift is not None:
                 self.shift.copy_(shift)
 
-    def parameters_for(self, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the selected group, to broadcast over `ndim` dimensions."""
-        group = self.steps.current
+    def parameters_for(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of the selected group, to broadcast over x."""
+        group = self.steps.current_of(len(x))
         scale = self.scale[group][..., self.index] * self.ratio[group]  # [C] or [B, C]
-        shape = self._shape(scale, ndim)
+        shape = self._shape(scale, x.ndim)
         return scale.reshape(shape), self.zero_point[group].reshape(shape)
 
     def token_grids(self, x: torch.Tensor) -> tuple[TokenGrid, torch.Tensor]:
@@ -154,7 +154,7 @@ class ActQuantizer(FixedPrecision):
 
         The grids have P entries at the dimension of channels, one for each part.
         """
-        group = self.steps.current
+        group = self.steps.current_of(len(x))
         ratio = self.ratio[group]  # [C] or [B, C]
         ratio = ratio.reshape(self._shape(ratio, x.ndim))
         clip = self.scale[group]  # [P] or [B, P]
@@ -171,7 +171,7 @@ class ActQuantizer(FixedPrecision):
     def grid_for(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Scale, zero point and (per token) 1 / scale, to broadcast over x."""
         if not self.token:
-            return *self.parameters_for(x.ndim), None
+            return *self.parameters_for(x), None
         grid, ratio = self.token_grids(x)
         if grid.scale.shape[self.dim] > 1:
             grid = TokenGrid(*(v.index_select(self.dim, self.index) for v in grid))

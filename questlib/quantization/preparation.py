@@ -1,4 +1,4 @@
-"""Insert quantizers into a diffusers UNet."""
+"""Insert quantizers into a diffusers UNet or transformer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import fnmatch
 
 import torch
 from accelerate.hooks import remove_hook_from_module
-from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from questlib.config import OFF, QuantConfig
 from questlib.config_groups import Granularity
+from questlib.denoisers import TRANSFORMERS, UNETS, unsupported
 from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor
@@ -57,13 +57,13 @@ def prepare(
     The ranges of activations are not set yet.
 
     Args:
-        unet: a diffusers UNet in full precision.
+        unet: a diffusers UNet or transformer in full precision.
         config: what is quantized, and how.
         timesteps: the sampler's timesteps [T], from which the step groups are made.
         search_weights: whether the ranges of weights are searched; not where a checkpoint has them.
 
     Raises:
-        ConfigError: the model is not a diffusers UNet, or is quantized already.
+        ConfigError: the model is of another class, or is quantized already.
     """
     check_unet(unet)
     unet = cast(plain_copy(unet), torch.float32)
@@ -106,11 +106,9 @@ def insert(
 
 
 def check_unet(unet: nn.Module) -> None:
-    """ConfigError unless this is a UNet in full precision that can be quantized."""
-    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
-        raise ConfigError(
-            f"expected a diffusers UNet2DModel or UNet2DConditionModel, found {type(unet).__name__}"
-        )
+    """ConfigError unless this is a denoiser in full precision that can be quantized."""
+    if not isinstance(unet, UNETS + TRANSFORMERS):
+        raise unsupported(unet)
     if hasattr(unet, "quest_steps"):
         raise ConfigError("this UNet is quantized already; start from the full-precision one")
     for name, module in unet.named_modules():

@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import nn
 
+from questlib.denoisers import timestep_of
 from questlib.errors import ConfigError, TimestepWarning
 from questlib.quantization.precision import FixedPrecision
 
@@ -85,6 +86,16 @@ class StepGroups(FixedPrecision):
         """The selected group: an int, or int64 [B] where the batch has several."""
         return self._current
 
+    def current_of(self, rows: int) -> int | torch.Tensor:
+        """The selected group of each row of an input: an int, or int64 [rows] or [B].
+
+        PixArt's embedders of sizes get two rows a sample, one after the other.
+        """
+        group = self._current
+        if isinstance(group, int) or rows <= len(group):
+            return group
+        return group.repeat_interleave(rows // len(group))
+
     @property
     def timestep(self) -> int | float | None:
         """The selected timestep, or None where the batch has several."""
@@ -122,9 +133,8 @@ class StepGroups(FixedPrecision):
         self._timestep = None
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Select the group of a UNet's call, from its argument `timestep`."""
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.select(torch.as_tensor(timestep))
+        """Select the group of a denoiser's call, from its argument `timestep`."""
+        self.select(torch.as_tensor(timestep_of(module, args, kwargs)))
 
     def _warn_if_far(self, t: torch.Tensor, distance: torch.Tensor) -> None:
         steps, _ = self._table

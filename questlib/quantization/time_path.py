@@ -1,7 +1,7 @@
-"""The time path of a UNet: the layers between the timestep and the ResBlocks.
+"""The time path of a denoiser: from the timestep to the ResBlocks or the adaptive norms.
 
-In most UNets they see the timestep alone (paper, Sec. 3.2, Property 1). Class labels, guidance
-embeddings and added conditions, as SDXL's sizes and pooled text, enter the same embedding.
+In most UNets these layers see the timestep alone (paper, Sec. 3.2, Property 1). Class labels,
+guidance embeddings and added conditions, as SDXL's sizes and pooled text, enter the same embedding.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.models.normalization import AdaGroupNorm
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.capture import StopForward, hooks
+from questlib.denoisers import TRANSFORMERS
 
 # What enters the embedding beside the timestep, in a UNet's configuration.
 CONDITIONS = ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim")
@@ -29,6 +32,10 @@ RESIDUALS = (
 
 def depends_on_time_alone(unet: nn.Module) -> bool:
     """Whether the timestep alone enters the embedding: no labels, no added conditions."""
+    if isinstance(unet, DiTTransformer2DModel):
+        return False
+    if isinstance(unet, PixArtTransformer2DModel):
+        return not unet.use_additional_conditions
     return all(unet.config.get(key) is None for key in CONDITIONS)
 
 
@@ -46,12 +53,15 @@ def run_time_layers(
     UNet the activation scales are those of each timestep's step group.
 
     Args:
-        unet: a diffusers UNet, quantized or not.
+        unet: a diffusers UNet or transformer, quantized or not.
         t: timesteps [R], one a row.
-        arguments: the other arguments of the call, R samples each; None: the UNet sees the
+        arguments: the other arguments of the call, R samples each; None: the denoiser sees the
             timestep alone (`needs_arguments`).
     """
     arguments = dict(arguments or {})
+    if isinstance(unet, TRANSFORMERS):
+        _run_norms(unet, t, arguments)
+        return
     if "sample" not in arguments:
         shape = (len(t), unet.config.in_channels, 1, 1)
         arguments["sample"] = torch.zeros(shape, device=unet.device, dtype=unet.dtype)
@@ -72,3 +82,24 @@ def run_time_layers(
             block.time_emb_proj(embedding if block.skip_time_act else block.nonlinearity(embedding))
         elif isinstance(block, AdaGroupNorm):
             block.linear(embedding if block.act is None else block.act(embedding))
+
+
+def _run_norms(transformer: nn.Module, t: torch.Tensor, arguments: dict[str, Any]) -> None:
+    """The embeddings and projections of a transformer's adaptive norms.
+
+    DiT has an embedding of timestep and label in each block, and that of the first one once more
+    at the end (Peebles & Xie 2023, Sec. 3.2). PixArt has one for all (Chen et al. 2023, Sec. 2.3).
+    """
+    steps = getattr(transformer, "quest_steps", None)
+    if steps is not None:
+        steps.select(t)
+    dtype = transformer.dtype
+    if isinstance(transformer, PixArtTransformer2DModel):
+        added = arguments.get("added_cond_kwargs")
+        transformer.adaln_single(t, added, batch_size=len(t), hidden_dtype=dtype)
+        return
+    embeddings = []
+    for norm in (block.norm1 for block in transformer.transformer_blocks):
+        embeddings.append(norm.emb(t, arguments["class_labels"], hidden_dtype=dtype))  # [R, width]
+        norm.linear(norm.silu(embeddings[-1]))
+    transformer.proj_out_1(F.silu(embeddings[0]))

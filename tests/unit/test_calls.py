@@ -1,5 +1,7 @@
 """Calibration by a pipeline's own calls, with pipelines of diffusers' own classes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import (
@@ -260,7 +262,9 @@ def test_bad_input_is_one_typed_error(pipe, sdxl):
         out_channels=8,
         num_embeds_ada_norm=10,
     )
-    with pytest.raises(ConfigError, match="DiTPipeline has no UNet"):
+    with pytest.raises(ConfigError, match="no UNet or transformer.*found vae"):
+        calibrate(SimpleNamespace(components={"vae": sdxl.vae}), calls=[{}])
+    with pytest.raises(ConfigError, match=r"calls\[0\]: DiTPipeline needs.*'class_labels'"):
         calibrate(DiTPipeline(dit, sdxl.vae, DDIMScheduler()), calls=[{}])
     plain = DDIMPipeline(pipe.unet, pipe.scheduler)
     with pytest.raises(ConfigError, match="cannot be called"):
