@@ -73,9 +73,9 @@ class Trial:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.pipe, self.call = CASES[name].make()
-        self.full = self.pipe.unet
+        self.part = "unet" if hasattr(self.pipe, "unet") else "transformer"
+        self.full = getattr(self.pipe, self.part)
         self.folder = folder
-        self.images = self._images()
 
     def _images(self) -> torch.Tensor:
         images = self.pipe(**self.call, generator=torch.Generator().manual_seed(0))[0]
@@ -98,6 +98,7 @@ class Trial:
     def calibrate(self) -> float:
         """Record two calls."""
         self.calib = calibrate(self.pipe, calls=[self.call, self.call])
+        self.images = self._images()
         least = 60.0 if self.full.dtype == torch.float32 else 30.0
         return self._expect(min(self._worst(self.full), 200.0), least)
 
@@ -126,14 +127,14 @@ class Trial:
 
     def save(self) -> str:
         """diffusers' save and load."""
-        self.pipe.unet = self.unet
+        setattr(self.pipe, self.part, self.unet)
         if hasattr(self.pipe, "save_pretrained"):
             self.pipe.save_pretrained(self.folder)
             empty = {k: None for k, v in self.pipe.components.items() if v is None}
             loaded = diffusers.DiffusionPipeline.from_pretrained(
                 self.folder, torch_dtype=self.full.dtype, **empty
             )
-            back = loaded.unet
+            back = getattr(loaded, self.part)
         else:
             self.unet.save_pretrained(self.folder)
             back = type(self.unet).from_pretrained(self.folder)
@@ -161,7 +162,7 @@ class Trial:
     def pipeline(self) -> str:
         """The pipeline's own call."""
         for unet in (self.unet, self.converted):
-            self.pipe.unet = unet
+            setattr(self.pipe, self.part, unet)
             images = self._images()
             if images.shape != self.images.shape or not torch.isfinite(images).all():
                 raise Failure("images of another size, or not finite")

@@ -714,3 +714,66 @@ def masks() -> Made:
         encoder_hidden_states=parts.embeddings(2, parts.TOKENS, parts.CONTEXT),
         encoder_attention_mask=mask,
     )
+
+
+# ---- transformers ----
+
+PATCHES = dict(sample_size=16, patch_size=2, num_layers=2, num_attention_heads=2, in_channels=4)
+
+
+@case("Transformers")
+def dit() -> Made:
+    """DiT, class labels, learned variance."""
+    transformer = parts.seeded(
+        diffusers.DiTTransformer2DModel,
+        **PATCHES,
+        out_channels=8,
+        attention_head_dim=8,
+        num_embeds_ada_norm=1000,
+    )
+    pipe = build("DiTPipeline", transformer=transformer, vae=parts.vae(), scheduler=ddim())
+    call = dict(class_labels=[1, 7], num_inference_steps=STEPS, output_type="np")
+    return pipe, call
+
+
+@case("Transformers")
+def pixart() -> Made:
+    """PixArt-alpha, text of two lengths."""
+    transformer = parts.seeded(
+        diffusers.PixArtTransformer2DModel,
+        **PATCHES,
+        out_channels=8,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=parts.CONTEXT,
+        use_additional_conditions=False,
+    )
+    pipe = build("PixArtAlphaPipeline", transformer=transformer, vae=parts.vae(), scheduler=ddim())
+    mask = torch.ones(1, parts.TOKENS, dtype=torch.long)
+    mask[:, 5:] = 0
+    call = dict(num_inference_steps=STEPS, output_type="np", use_resolution_binning=False)
+    for i, start in enumerate(("", "negative_")):
+        text = parts.embeddings(1, parts.TOKENS, parts.CONTEXT, seed=i)
+        call |= {f"{start}prompt_embeds": text, f"{start}prompt_attention_mask": mask}
+    return pipe, call | dict(SIZES, prompt=None, negative_prompt=None)
+
+
+@case("Transformers")
+def flux() -> Made:
+    """Flux."""
+    transformer = parts.seeded(
+        diffusers.FluxTransformer2DModel,
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=parts.CONTEXT,
+        pooled_projection_dim=parts.CONTEXT,
+        axes_dims_rope=(4, 4, 8),
+    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = build("FluxPipeline", transformer=transformer, vae=parts.vae(), scheduler=scheduler)
+    text = parts.embeddings(1, parts.TOKENS, parts.CONTEXT)
+    call = dict(prompt_embeds=text, pooled_prompt_embeds=text[:, 0], num_inference_steps=STEPS)
+    return pipe, call | SIZES | dict(output_type="np")
