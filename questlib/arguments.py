@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from questlib.diffusion.schedulers import SAMPLERS
@@ -173,3 +174,19 @@ def _run(parser: argparse.ArgumentParser, argv: list[str] | None, interrupted: s
     except KeyboardInterrupt:
         print(f"{parser.prog}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+# ---- Ctrl-C before a command runs ----
+
+
+def _answer_interrupt(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Command lines import this module first: Ctrl-C is one line while they import the others, too.
+sys.excepthook = _answer_interrupt

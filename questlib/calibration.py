@@ -322,8 +322,8 @@ def calibrate(
         labels: classes of a class-conditional model; None: all. Each occurs equally often, give or
             take one, in an order drawn from `seed`.
         prompts: of a text-conditional model, likewise.
-        cache_dir: folder where finished batches of trajectories are kept until all are there, so
-            that a stopped calibration goes on after the last one.
+        cache_dir: folder where finished batches of trajectories are kept, so that the same call
+            goes on after the last one. It can be removed when the calibration is saved.
         progress: show a progress bar.
 
     Raises:
@@ -371,7 +371,6 @@ def calibrate(
                 parts,
                 **sampling,
             )
-        parts.remove()
         return Calibration.regular(**values, model=model)
     defaults = inspect.signature(calibrate).parameters
     unused = [name for name, value in sampling.items() if value != defaults[name].default]

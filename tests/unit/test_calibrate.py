@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -133,3 +135,29 @@ def test_what_is_kept_for_channels_does_not_grow_with_the_steps(batches, kept):
     observer = Observer(act, RangeConfig(), 0, batches)
     observer.update(torch.randn(4096, 3))
     assert observer.values[0].shape == (3, kept)
+
+
+def test_a_stopped_calibration_goes_on_after_its_last_batch(pipe, tmp_path):
+    """The third batch's first call is stopped; the second try samples two batches of four."""
+    whole = calibrate(pipe, 8, 2, batch_size=2)
+    calls = []
+
+    def stop(module, args, kwargs):
+        calls.append(len(args[0]))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    handle = pipe.unet.register_forward_pre_hook(stop, with_kwargs=True)
+    named = SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler, components={})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(named, 8, 2, batch_size=2, cache_dir=tmp_path)
+        again = calibrate(named, 8, 2, batch_size=2, cache_dir=tmp_path)
+        assert len(calls) == 5 + 4
+        other = calibrate(named, 8, 2, batch_size=2, seed=1, cache_dir=tmp_path)
+        assert len(calls) == 5 + 4 + 8
+    finally:
+        handle.remove()
+    assert again.hash() == whole.hash() != other.hash()
+    with pytest.raises(ConfigError, match="cache_dir is for trajectories"):
+        calibrate(named, run=lambda: None, cache_dir=tmp_path)

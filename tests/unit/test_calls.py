@@ -1,5 +1,6 @@
 """Calibration by a pipeline's own calls, with pipelines of diffusers' own classes."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -225,8 +226,10 @@ def test_values_that_are_not_finite_are_found_before_long_work(pipe, calib, fast
     broken.set_progress_bar_config(disable=True)
     for kind in (dict(calls=[dict(num_inference_steps=2)]), dict(num_samples=2)):
         more = {} if "calls" in kind else {"num_inference_steps": 2}
-        with pytest.raises(QuestError, match="not finite at timestep"):
+        with pytest.raises(QuestError, match="weights that are not finite: conv_in.bias"):
             calibrate(broken, **kind, **more)
+    with pytest.raises(QuestError, match="not finite at timestep 5: sample, its output"):
+        calibrate(pipe, run=lambda: pipe.unet(torch.full((1, 3, 8, 8), math.nan), 5))
     damaged = Calibration.regular(calib.x.clone(), calib.t, calib.eps.clone())
     damaged.eps[2, 1] = float("inf")
     with pytest.raises(QuestError, match="not finite"):
