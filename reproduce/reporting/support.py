@@ -30,13 +30,16 @@ def counts(folder: Path) -> str:
     """How many pipelines work, are refused, and fail."""
     outcomes = [row["outcome"] for row in read(folder)]
     works, refused, fails = (outcomes.count(name) for name in SIGNS)
-    return f"{works} of {len(outcomes)} work, {refused} are refused at once, {fails} fail"
+    return (
+        f"Of {len(outcomes)} kinds of diffusers pipelines, built from small random parts, {works} "
+        f"go through every stage, {refused} are refused with a reason, and {fails} fail."
+    )
 
 
 def table(folder: Path) -> str:
     """A line for each pipeline."""
     lines = [
-        f"{counts(folder)}.",
+        counts(folder),
         "",
         "| pipeline | | min-max W8A8 | QuEST W8A8 | QuEST W4A4 | why not |",
         "| --- | --- | ---: | ---: | ---: | --- |",

@@ -211,7 +211,7 @@ def main() -> None:
         print(f"{name}: {about}", flush=True)
     works = sum(row["outcome"] == "works" for row in rows.values())
     refused = sum(row["outcome"] == "refused" for row in rows.values())
-    print(f"{works} of {len(rows)} work, {refused} are refused before any work")
+    print(f"{works} of {len(rows)} work, {refused} are refused with a reason")
     if args.write:
         WRITTEN.write_text(json.dumps(rows, indent=1) + "\n")
 
