@@ -2,7 +2,7 @@
 
 python tests/support/support_table.py            # prints the table
 python tests/support/support_table.py --write    # and writes results/support.json
-python tests/support/support_table.py sdxl sd    # these alone
+python tests/support/support_table.py sdxl sd    # these alone; with --write the others stay
 """
 
 from __future__ import annotations
@@ -198,8 +198,6 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *CASES], help="default: all")
     parser.add_argument("--write", action="store_true", help=f"write {WRITTEN.name}")
     args = parser.parse_args()
-    if args.write and args.names:
-        parser.error("--write writes all pipelines; give no names")
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
@@ -213,6 +211,8 @@ def main() -> None:
     refused = sum(row["outcome"] == "refused" for row in rows.values())
     print(f"{works} of {len(rows)} work, {refused} are refused with a reason")
     if args.write:
+        before = json.loads(WRITTEN.read_text()) if WRITTEN.is_file() else {}
+        rows = {name: (before | rows)[name] for name in CASES if name in before | rows}
         WRITTEN.write_text(json.dumps(rows, indent=1) + "\n")
 
 
