@@ -40,7 +40,7 @@ FREEU = ("s1", "s2", "b1", "b2")
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # of what is not quantized
 
-LATEST = 2**31  # no timestep is as late
+LATEST = 2**31  # no timestep is as late; those of EDM are logarithms and can be negative
 
 
 # ---- codes of weights ----
@@ -154,9 +154,9 @@ def read_quantization(where: Path, quant: Any, timesteps: Any) -> tuple[QuantCon
         CheckpointError: they are not such values.
     """
     numbers = isinstance(timesteps, list) and all(type(t) in (int, float) for t in timesteps)
-    if not numbers or not timesteps or not all(0 <= t < LATEST for t in timesteps):
+    if not numbers or not timesteps or not all(abs(t) < LATEST for t in timesteps):
         raise CheckpointError(
-            f"checkpoint {where}: timesteps: expected a list of numbers from 0, "
+            f"checkpoint {where}: timesteps: expected a list of numbers below {LATEST}, "
             f"found {reprlib.repr(timesteps)}"
         )
     try:

@@ -32,7 +32,8 @@ def counts(folder: Path) -> str:
     works, refused, fails = (outcomes.count(name) for name in SIGNS)
     return (
         f"Of {len(outcomes)} kinds of diffusers pipelines, built from small random parts, {works} "
-        f"go through every stage, {refused} are refused with a reason, and {fails} fail."
+        f"go through every stage, {refused} are refused with a reason, and "
+        f"{f'{fails} fail' if fails else 'none fails'}."
     )
 
 
