@@ -33,8 +33,12 @@ CALIBRATION_OFFSET = 500_000
 
 
 def device_of(unet: nn.Module) -> torch.device:
-    """Where a UNet takes its inputs; "cpu" where accelerate has offloaded its weights."""
-    return torch.device("cpu") if unet.device.type == "meta" else unet.device
+    """Where a UNet takes its inputs, also where accelerate has offloaded its weights."""
+    for module in unet.modules():
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return unet.device
 
 
 def choose_scheduler(
