@@ -24,7 +24,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.alignment import alignment_error
-from questlib.calibration import Calibration, TimeCalls
+from questlib.calibration import Calibration
 from questlib.calls import Batch, put_tensors, take_tensors
 from questlib.capture import Call, capture_calls, capture_outputs, execution_order
 from questlib.config import QuantConfig
@@ -342,14 +342,10 @@ def reconstruct_time(
     layers = quant_layers(student)
     projections = [name for name, layer in layers.items() if layer.role == "time_proj"]
     time_layers = [layer for layer in layers.values() if layer.role in TIME_ROLES]
-
-    def calls_for(unet: nn.Module) -> list[TimeCalls]:
-        # the same calls for both, each in its own precision
-        return calib.time_calls(unet, torch.Generator().manual_seed(config.seed))
-
-    calls = calls_for(student)
+    rows = calib.time_rows(student, torch.Generator().manual_seed(config.seed))
+    calls = [row.on(student) for row in rows]
     goals = []
-    for t, arguments in calls_for(teacher):
+    for t, arguments in (row.on(teacher) for row in rows):
         with torch.no_grad(), capture_outputs(teacher, projections) as targets:
             run_time_layers(teacher, t, arguments)
         goals.append(targets)

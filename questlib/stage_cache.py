@@ -85,11 +85,9 @@ class Parts:
             tensors, seconds, _ = _open(path, self.model)
             self.seconds_before += seconds
             return tensors
-        start = time.perf_counter()
-        tensors = compute()
-        filled = Filled(time.perf_counter() - start, False, None)
-        _write(path, tensors, filled, self.model)
-        return tensors
+        done = computed(compute)
+        _write(path, done.record, done._replace(record=None), self.model)
+        return done.record
 
     def remove(self) -> None:
         """Remove all parts: the stage is finished."""

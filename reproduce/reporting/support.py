@@ -7,11 +7,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
+from reproduce.reporting import report
 from reproduce.results import ResultError
 
 FILE = "support.json"
 SIGNS = {"works": "✅ works", "refused": "🟡 refused", "fails": "❌ fails"}
 FIGURES = ("minmax", "quest", "finetune")
+COLUMNS = ["pipeline", "", "min-max W8A8", "QuEST W8A8", "QuEST W4A4", "why not"]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -20,7 +24,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        rows = list(json.loads(path.read_text()).values())
+        rows = list(json.loads(path.read_text(encoding="utf-8")).values())
         if not all(row["outcome"] in SIGNS and row["group"] and row["name"] for row in rows):
             raise ResultError(f"{path}: expected outcome, group and name in each entry")
         return rows
@@ -43,18 +47,12 @@ def counts(folder: Path) -> str:
 
 def table(folder: Path) -> str:
     """A line for each pipeline."""
-    lines = [
-        counts(folder),
-        "",
-        "| pipeline | | min-max W8A8 | QuEST W8A8 | QuEST W4A4 | why not |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
-    ]
+    lines = []
     for group, rows in groupby(read(folder), key=lambda row: row["group"]):
-        lines.append(f"| **{group}** | | | | | |")
+        lines.append([f"**{group}**"] + [""] * (len(COLUMNS) - 1))
         for row in rows:
             figures = [f"{row[name]:.1f}" if name in row else "-" for name in FIGURES]
-            reason = str(row.get("reason", "")).replace("|", "/").replace("\n", " ")
+            reason = report.as_text(str(row.get("reason", ""))).replace("\n", " ")
             why = f"{row['stage']}: {reason}" if reason else ""
-            cells = [row["name"], SIGNS[row["outcome"]], *figures, why]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([row["name"], SIGNS[row["outcome"]], *figures, why])
+    return f"{counts(folder)}\n\n{report.as_markdown(pd.DataFrame(lines, columns=COLUMNS))}"
