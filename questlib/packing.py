@@ -17,7 +17,7 @@ from questlib.config import QuantConfig
 from questlib.denoisers import TRANSFORMERS, UNETS
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
-from questlib.integrity import Tensors, check_finite, check_like, fail_if_any
+from questlib.integrity import LATEST, Tensors, check_finite, check_like, fail_if_any
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
@@ -40,8 +40,6 @@ BYTES = ("zero_point", "ratio", "shift")
 FREEU = ("s1", "s2", "b1", "b2")
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # of what is not quantized
-
-LATEST = 2**31  # no timestep is as late; those of EDM are logarithms and can be negative
 
 
 def coded_layers(unet: nn.Module) -> dict[str, tuple[QuantLayer, WeightQuantizer]]:
