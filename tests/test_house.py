@@ -32,6 +32,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"integrity"},
         {"config", "config_groups", "presets", "versions"},
         {"distributed", "stage_cache", "alignment", "capture", "denoisers"},
+        {"kernels"},
         {"quantization"},
         {"diffusion"},
         {"calls"},

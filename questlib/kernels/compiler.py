@@ -11,16 +11,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from questlib.errors import QuestError
+from questlib.errors import QuestError, StorageError
 from questlib.files import atomic_path
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+FOLDER = Path(__file__).parent
 CACHE_VARIABLE = "QUEST_KERNELS"  # the cache folder, where it is not the user's own
 COMPILER_VARIABLE = "CXX"
+PROCESSOR_VARIABLE = "QUEST_KERNELS_ARCH"  # what to compile for, where it is not this processor
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-O3",
-    "-march=native",
     "-std=c++17",
     "-fopenmp",
     "-shared",
@@ -43,6 +43,12 @@ def cache_folder() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "questlib" / "kernels"
+
+
+def settings() -> tuple[str | None, ...]:
+    """The environment's values on which it depends which kernels there are."""
+    names = (CACHE_VARIABLE, COMPILER_VARIABLE, PROCESSOR_VARIABLE, "XDG_CACHE_HOME", "PATH")
+    return tuple(os.environ.get(name) for name in names)
 
 
 def find_compiler() -> str:
@@ -78,7 +84,11 @@ def compiled() -> Path:
         NoCompilerError: there is no compiler, it failed, or the cache folder cannot be written.
     """
     compiler = find_compiler()
-    parts = (SOURCE.read_text(), compiler, _version(compiler), *FLAGS, processor())
+    units = sorted(FOLDER.glob("*.cpp"))
+    texts = [path.read_text() for path in (*units, *sorted(FOLDER.glob("*.h")))]
+    flags = (*FLAGS, f"-march={os.environ.get(PROCESSOR_VARIABLE) or 'native'}")
+    version = _run([compiler, "--version"]).splitlines()[0]
+    parts = (*texts, compiler, version, *flags, processor())
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     library = cache_folder() / f"kernels-{key}.so"
     if library.is_file():
@@ -88,21 +98,13 @@ def compiled() -> Path:
         with FileLock(f"{library}.lock"):
             if not library.is_file():
                 with atomic_path(library) as temporary:
-                    _compile(compiler, temporary)
-    except OSError as error:
+                    _run([compiler, *flags, *map(str, units), "-o", str(temporary)])
+    except (OSError, StorageError) as error:
         raise NoCompilerError(
-            f"kernels cannot be kept in {library.parent} ({error.strerror}); "
+            f"cannot be kept in {library.parent} ({error}); "
             f"set ${CACHE_VARIABLE} to a folder that can be written"
         ) from error
     return library
-
-
-def _version(compiler: str) -> str:
-    return _run([compiler, "--version"]).splitlines()[0]
-
-
-def _compile(compiler: str, out: Path) -> None:
-    _run([compiler, *FLAGS, str(SOURCE), "-o", str(out)])
 
 
 def _run(command: list[str]) -> str:

@@ -7,7 +7,7 @@ s is the scale, z the integer zero point, b the number of bits. All functions he
 without codes, which gives the same numbers: x_hat = clamp(round(x / s), -z, 2^b - 1 - z) * s.
 
 On the CPU compiled kernels do the same in one pass (`questlib.kernels`), where there is a compiler:
-the same values bit for bit, and the gradients of scales but for the order of their sums.
+the same values, of which only zeros may differ in their sign.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from questlib.kernels import library
+from questlib.kernels import fake_quant as compiled
 
 EPS = 1e-8  # the least scale
 CACHED = 2**17  # float32 values that stay in the cache of a CPU's core
@@ -75,9 +75,9 @@ def fake_quant(
         inverse: 1 / s, where it is not computed from `scale` (grids of single tokens).
     """
     inverse = 1.0 / scale if inverse is None else inverse
-    own = library.parameters_over(x, scale, zero_point, inverse, bits)
+    own = compiled.parameters_over(x, scale, zero_point, inverse, bits)
     if own is not None:
-        return library.fake_quant(x, own)
+        return compiled.fake_quant(x, own)
     out = torch.empty_like(x, dtype=torch.result_type(x, inverse))
     for part, y, s, z, inv in pieces(x, out, scale, zero_point, inverse):
         torch.mul(part, inv, out=y).round_()
@@ -112,10 +112,10 @@ class LearnedQuant(torch.autograd.Function):
         inverse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         inverse = 1.0 / scale if inverse is None else inverse
-        ctx.own = own = library.parameters_over(x, scale, zero_point, inverse, bits)
+        ctx.own = own = compiled.parameters_over(x, scale, zero_point, inverse, bits)
         if own is not None:
             ctx.save_for_backward(x, scale)
-            return library.fake_quant(x, own)
+            return compiled.fake_quant(x, own)
         d, q, out = (torch.empty_like(x, dtype=torch.result_type(x, inverse)) for _ in range(3))
         for part, u, r, y, s, z, inv in pieces(x, d, q, out, scale, zero_point, inverse):
             torch.mul(part, inv, out=u)
@@ -130,8 +130,10 @@ class LearnedQuant(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.own is not None:
             x, scale = ctx.saved_tensors
-            grad_x, grad_s = library.fake_quant_gradient(x, grad.contiguous(), ctx.own)
-            return grad_x, _sum_to(grad_s, scale.shape), None, None, None
+            learned = ctx.needs_input_grad[1]
+            grad_x, slope = compiled.fake_quant_gradient(x, grad, ctx.own, learned)
+            grad_s = None if slope is None else _sum_to(slope, scale.shape)
+            return grad_x, grad_s, None, None, None
         d, q, scale = ctx.saved_tensors
         grad_x = torch.empty_like(grad)
         product = torch.empty_like(grad)

@@ -1,8 +1,7 @@
-"""Quantized layers on the CPU: the activation is sent as bytes, multiplied, and rescaled.
+"""Quantized layers on the CPU: the activation is sent as bytes (`quantizing`), multiplied by
+oneDNN's kernels, which undo its zero point in int32 (`products`), and rescaled.
 
-A uniform code travels as it is, with its zero point; a carried value a travels as a + 128 with zero
-point 128. Both are undone by the kernel, in int32 (`products`). Weights whose products could
-saturate on this machine are split into two nibbles, at twice the work.
+Weights whose products could saturate on this machine are split into two nibbles, at twice the work.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from questlib.errors import EngineError
 from questlib.integer.cpu.products import (
     MIDDLE,
     Geometry,
@@ -19,85 +17,12 @@ from questlib.integer.cpu.products import (
     prepack,
     saturates,
 )
+from questlib.integer.cpu.quantizing import Sender, Sent, engine_name, uses_kernels
 from questlib.integer.form import Grid, IntegerForm, WeightPart, group_in_force
 from questlib.integer.modules import IntegerLayer
 from questlib.quantization.step_groups import StepGroups
-from questlib.quantization.token_grid import token_grid
 
 INT16 = 2**15 - 1
-
-Sent = tuple[torch.Tensor, int, torch.Tensor | None]  # uint8 codes, zero point, scale of tokens
-
-
-def send(x: torch.Tensor, grid: Grid, dim: int, inplace: bool = False) -> tuple[torch.Tensor, int]:
-    """Quantize to bytes by fake quantization's own formula: round(x * inverse), clamped.
-
-    Args:
-        x: float, with the channels at `dim`.
-        grid: not a grid a token.
-        dim: of the channels.
-        inplace: whether x, in float32, may be overwritten. That saves fresh memory, the dearest
-            part of large products.
-
-    Returns:
-        uint8 like x, and its zero point.
-    """
-    if grid.uniform:
-        zero = -int(grid.low)
-        # x * tensor, not x * float: the product is float32 for any x
-        codes = x.mul_(grid.inverse) if inplace else x * grid.inverse
-        codes = codes.round_().clamp_(float(grid.low), float(grid.high)).add_(zero - MIDDLE)
-        # by way of int8: from float straight to uint8 is slow
-        return _unsigned(codes.to(torch.int8)), zero
-    codes = x * _along(grid.inverse, x, dim)
-    low = _along(grid.low, x, dim).float()
-    high = _along(grid.high, x, dim).float()
-    codes = codes.round_().clamp_(low, high).to(torch.int8)
-    return _unsigned(codes.mul_(_multiplier(grid, x, dim))), MIDDLE
-
-
-def send_tokens(x: torch.Tensor, grid: Grid, dim: int) -> tuple[torch.Tensor, int, torch.Tensor]:
-    """As `send`, each token on the grid of its own range.
-
-    Returns:
-        uint8 like x, the zero point, and the scale float32, with one entry where x has channels.
-    """
-    assert grid.token is not None
-    inverse = _along(grid.inverse, x, dim)
-    own = token_grid(x * inverse, grid.token.clip, grid.token.bits, dim)
-    high = 2**grid.token.bits - 1 - own.zero_point
-    codes = (x * (own.inverse * inverse)).round_().clamp_(-own.zero_point, high).to(torch.int8)
-    if not grid.uniform:
-        codes = codes.mul_(_multiplier(grid, x, dim))
-    return _unsigned(codes), MIDDLE, own.scale
-
-
-def _along(values: torch.Tensor, x: torch.Tensor, dim: int) -> torch.Tensor:
-    """[C] or [1] -> broadcastable over x, whose channels are at `dim`."""
-    shape = [1] * x.ndim
-    shape[dim] = -1
-    return values.reshape(shape)
-
-
-def _multiplier(grid: Grid, x: torch.Tensor, dim: int) -> torch.Tensor:
-    assert grid.multiplier is not None
-    return _along(grid.multiplier, x, dim).to(torch.int8)
-
-
-def _unsigned(a: torch.Tensor) -> torch.Tensor:
-    """int8 a -> uint8 a + 128, in place."""
-    return a.view(torch.uint8).bitwise_xor_(MIDDLE)
-
-
-def check_finite(x: torch.Tensor, name: str) -> None:
-    """Check that every value has an integer code.
-
-    Raises:
-        EngineError: x has NaN or infinite values.
-    """
-    # The sum is one cheap pass, but it can overflow where all values are finite.
-    if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
-        raise EngineError(f"{name}: the input has NaN or infinite values")
 
 
 class CpuLayer(IntegerLayer):
@@ -109,10 +34,16 @@ class CpuLayer(IntegerLayer):
         exact: whether for the reference engine.
         split: whether weights are split into nibbles where products could saturate; None: where
             this machine needs it.
+        kernels: whether the compiled kernels quantize; None: where there are any.
     """
 
     def __init__(
-        self, form: IntegerForm, steps: StepGroups, exact: bool = False, split: bool | None = None
+        self,
+        form: IntegerForm,
+        steps: StepGroups,
+        exact: bool = False,
+        split: bool | None = None,
+        kernels: bool | None = None,
     ) -> None:
         super().__init__(form, steps)
         self.bias = form.bias
@@ -128,18 +59,21 @@ class CpuLayer(IntegerLayer):
             )
             self.dim = 1
             self.shape = (-1, 1, 1)
-        self.engine = "reference" if exact else "cpu-int8"
+        compiled = uses_kernels(exact, kernels)
+        self.senders = [
+            [Sender(grid, self.dim, self.name, compiled) for grid in group] for group in self.grids
+        ]
         parts: list[tuple[WeightPart, int]] = []
         for i, part in enumerate(form.parts):
             risk = 2 * _largest_byte(form, i) * int(part.weight.int().abs().max()) > INT16
             if risk and not exact and (saturates() if split is None else split):
                 parts += [(nibble, i) for nibble in nibbles(part)]
-                self.engine = "cpu-int8-split"
             else:
                 parts.append((part, i))
         self.parts = [
             (p.start, p.stop, i, prepack(p, self.geometry, exact=exact)) for p, i in parts
         ]
+        self.engine = engine_name(exact, compiled, split=len(parts) > len(form.parts))
         self._resident_bytes = sum(p.weight.numel() for p, _ in parts)
 
     @property
@@ -147,8 +81,8 @@ class CpuLayer(IntegerLayer):
         return self._resident_bytes
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        group = self.grids[group_in_force(self.steps, self.name)]
-        check_finite(x, self.name)
+        g = group_in_force(self.steps, self.name)
+        grids = self.grids[g]
         # The kernels write bfloat16 themselves where nothing is added to their output.
         native = x.dtype in (torch.float32, torch.bfloat16)
         dtype = x.dtype if native and len(self.parts) == 1 and not self.token else torch.float32
@@ -156,11 +90,12 @@ class CpuLayer(IntegerLayer):
         sent: dict[int, Sent] = {}
         for start, stop, i, packed in self.parts:
             if i not in sent:
-                sent[i] = self._sent(self._own(x, start, stop), group[i])
-            codes, zero, scale = sent[i]
+                sent[i] = self.senders[g][i](self._own(x, start, stop))
+            codes, scale = sent[i]
+            zero = self.senders[g][i].offset
             bias = self.bias if out is None else None
             fused = None if self.token else bias
-            y = multiply(codes, zero, group[i].base, packed, self.geometry, fused, dtype)
+            y = multiply(codes, zero, grids[i].base, packed, self.geometry, fused, dtype)
             if scale is not None:
                 y = y * scale if bias is None else torch.addcmul(bias.reshape(self.shape), y, scale)
             out = y if out is None else out.add_(y)
@@ -173,12 +108,12 @@ class CpuLayer(IntegerLayer):
 
         The kernels hand them over in float32: exact below 2^24.
         """
-        group = self.grids[group_in_force(self.steps, self.name)]
+        senders = self.senders[group_in_force(self.steps, self.name)]
         found: dict[int, torch.Tensor] = {}
         for start, stop, i, packed in self.parts:
-            codes, zero, _ = self._sent(self._own(x, start, stop), group[i])
+            codes, _ = senders[i](self._own(x, start, stop))
             plain = packed._replace(scale=torch.ones_like(packed.scale), compensation=None)
-            y = multiply(codes, zero, 1.0, plain, self.geometry, None, torch.float32)
+            y = multiply(codes, senders[i].offset, 1.0, plain, self.geometry, None, torch.float32)
             y = y.movedim(self.dim, -1).long()
             if packed.compensation is not None:
                 compensation = packed.compensation.flatten() / packed.scale[:-1]
@@ -191,16 +126,6 @@ class CpuLayer(IntegerLayer):
         """The channels of a part."""
         whole = len(self.grids[0]) == 1
         return x if whole else x.narrow(self.dim, start, stop - start)
-
-    def _sent(self, x: torch.Tensor, grid: Grid) -> Sent:
-        if self.token:
-            codes, zero, scale = send_tokens(x, grid, self.dim)
-        else:
-            codes, zero = send(x, grid, self.dim)
-            scale = None
-        linear = self.geometry is None
-        layout = torch.contiguous_format if linear else torch.channels_last
-        return codes.contiguous(memory_format=layout), zero, scale
 
 
 def _largest_byte(form: IntegerForm, part: int) -> int:

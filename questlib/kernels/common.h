@@ -1,0 +1,44 @@
+// What the kernels share.
+//
+// They are compiled on the user's machine for its own processor (compiler.py) and called through
+// ctypes (library.py). Plain loops are left to the compiler. Its flags forbid what changes a result:
+// no operation is contracted, no sum is taken in another order than the one that is written.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <numeric>
+
+constexpr int64_t PARALLEL = 1 << 15;  // values from which threads pay
+constexpr int64_t BLOCK = 1 << 14;     // values that one thread takes at a time
+constexpr uint32_t INFINITE = 0x7f800000;  // the bits of infinity; those of NaN are larger
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float value_of(float x) { return x; }
+inline float value_of(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
+
+// Memory on a cache line's boundary, of no value yet.
+struct Free {
+  void operator()(void* p) const { ::operator delete[](p, std::align_val_t(64)); }
+};
+template <class T>
+std::unique_ptr<T[], Free> aligned(int64_t n) {
+  return std::unique_ptr<T[], Free>(
+      static_cast<T*>(::operator new[](std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t(64))));
+}

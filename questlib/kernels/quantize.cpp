@@ -1,0 +1,204 @@
+// Activations as bytes: round(x * inverse), clamped, times the channel's multiplier, plus an offset.
+//
+// One pass, which also finds out whether every value is finite.
+
+#include "common.h"
+
+namespace {
+
+// An activation [batch, pixels, channels]; neighbours lie along pixels or along channels.
+struct View {
+  int64_t batch;
+  int64_t pixels;
+  int64_t channels;
+  int64_t batch_stride;
+  int64_t pixel_stride;
+  int64_t channel_stride;
+};
+
+// A grid of each channel, or one for all.
+struct Table {
+  const float* inverse;
+  const float* low;
+  const float* high;
+  const float* multiplier;
+};
+
+constexpr int64_t TILE = 64;
+
+inline uint8_t byte_of(float x, float inverse, float low, float high, float multiplier,
+                       int32_t offset) {
+  const float q = std::min(std::max(low, std::rint(x * inverse)), high) * multiplier;
+  return uint8_t(int32_t(q) + offset);
+}
+
+inline uint32_t size_bits(float x) { return bits_of(x) & 0x7fffffff; }
+
+// n neighbours of one grid. Returns the bits of the largest |x|.
+template <class T>
+uint32_t one_grid(const T* __restrict x, uint8_t* __restrict out, int64_t n, Table grid,
+                  int32_t offset) {
+  const float inverse = *grid.inverse, low = *grid.low, high = *grid.high, m = *grid.multiplier;
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = value_of(x[i]);
+    out[i] = byte_of(v, inverse, low, high, m, offset);
+    largest = std::max(largest, size_bits(v));
+  }
+  return largest;
+}
+
+// n neighbours, each with a grid of its own.
+template <class T>
+uint32_t own_grids(const T* __restrict x, uint8_t* __restrict out, int64_t n, Table grid,
+                   int32_t offset) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = value_of(x[i]);
+    out[i] = byte_of(v, grid.inverse[i], grid.low[i], grid.high[i], grid.multiplier[i], offset);
+    largest = std::max(largest, size_bits(v));
+  }
+  return largest;
+}
+
+// Channels are neighbours already.
+template <class T>
+uint32_t in_rows(const T* x, uint8_t* out, View at, Table grid, bool uniform, int32_t offset,
+                 int threads) {
+  const int64_t all = at.batch * at.pixels * at.channels;
+  const bool dense = at.pixel_stride == at.channels &&
+                     (at.batch == 1 || at.batch_stride == at.pixels * at.channels);
+  if (uniform && dense) at = {1, (all + BLOCK - 1) / BLOCK, BLOCK, 0, BLOCK, 1};
+  const int64_t rows = at.batch * at.pixels;
+  uint32_t largest = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) if (all >= PARALLEL) \
+    reduction(max : largest)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = x + row / at.pixels * at.batch_stride + row % at.pixels * at.pixel_stride;
+    uint8_t* to = out + row * at.channels;
+    const int64_t n = std::min(at.channels, all - row * at.channels);
+    largest = std::max(largest, uniform ? one_grid(from, to, n, grid, offset)
+                                        : own_grids(from, to, n, grid, offset));
+  }
+  return largest;
+}
+
+// Pixels are neighbours: they change places with channels, tile by tile.
+template <class T>
+uint32_t in_planes(const T* x, uint8_t* out, View at, Table grid, bool uniform, int32_t offset,
+                   int threads) {
+  const int64_t blocks = (at.pixels + TILE - 1) / TILE;
+  const bool parallel = at.batch * at.pixels * at.channels >= PARALLEL;
+  uint32_t largest = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) if (parallel) \
+    reduction(max : largest)
+  for (int64_t i = 0; i < at.batch * blocks; ++i) {
+    const int64_t image = i / blocks, start = i % blocks * TILE;
+    const int64_t n = std::min(TILE, at.pixels - start);
+    uint8_t tile[TILE][TILE];
+    for (int64_t c0 = 0; c0 < at.channels; c0 += TILE) {
+      const int64_t width = std::min(TILE, at.channels - c0);
+      for (int64_t c = 0; c < width; ++c) {
+        const int64_t p = uniform ? 0 : c0 + c;
+        const Table own = {grid.inverse + p, grid.low + p, grid.high + p, grid.multiplier + p};
+        const T* from = x + image * at.batch_stride + start + (c0 + c) * at.channel_stride;
+        largest = std::max(largest, one_grid(from, tile[c], n, own, offset));
+      }
+      uint8_t* to = out + (image * at.pixels + start) * at.channels + c0;
+      for (int64_t j = 0; j < n; ++j)
+        for (int64_t c = 0; c < width; ++c) to[j * at.channels + c] = tile[c][j];
+    }
+  }
+  return largest;
+}
+
+template <class T>
+int bytes(const void* data, uint8_t* out, View at, Table grid, bool uniform, int32_t offset,
+          int threads) {
+  const T* x = static_cast<const T*>(data);
+  const uint32_t largest = at.channel_stride == 1
+                               ? in_rows(x, out, at, grid, uniform, offset, threads)
+                               : in_planes(x, out, at, grid, uniform, offset, threads);
+  return largest < INFINITE;
+}
+
+// The grid of one token (questlib/quantization/token_grid.py, operation by operation).
+struct Token {
+  float inverse;
+  float zero;
+  float scale;
+};
+
+template <class T>
+Token token_of(const T* x, int64_t n, Table grid, bool uniform, float inverse_clip, float unit_clip,
+               float levels, float least, uint32_t* largest) {
+  // Sixteen side by side: the compiler does not reorder one maximum by itself.
+  constexpr int64_t LANES = 16;
+  float lows[LANES] = {0}, highs[LANES] = {0};
+  uint32_t sizes[LANES] = {0};
+  const auto take = [&](int64_t i, int64_t lane) {
+    const float v = value_of(x[i]);
+    const float u = v * grid.inverse[uniform ? 0 : i];
+    lows[lane] = u < lows[lane] ? u : lows[lane];
+    highs[lane] = u > highs[lane] ? u : highs[lane];
+    sizes[lane] = std::max(sizes[lane], size_bits(v));
+  };
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    for (int64_t lane = 0; lane < LANES; ++lane) take(i + lane, lane);
+  for (; i < n; ++i) take(i, 0);
+  const float low = *std::min_element(lows, lows + LANES);
+  const float high = *std::max_element(highs, highs + LANES);
+  *largest = std::max(*largest, *std::max_element(sizes, sizes + LANES));
+  const bool middle = levels == 255.0f;
+  const float span = std::max(middle ? 2.0f * std::max(-low, high) : high - low, least);
+  const float unit = (1.0f / span) * levels;
+  const float zero = std::rint(std::min(std::max(-low * unit, 0.0f), levels));
+  return {unit * inverse_clip, middle ? 128.0f : zero, span * unit_clip};
+}
+
+template <class T>
+int token_bytes(const void* data, uint8_t* out, float* scales, View at, Table grid, bool uniform,
+                float inverse_clip, float unit_clip, float levels, float least, int32_t offset,
+                int threads) {
+  const T* x = static_cast<const T*>(data);
+  const int64_t rows = at.batch * at.pixels;
+  uint32_t largest = 0;
+#pragma omp parallel for schedule(static) num_threads(threads) \
+    if (rows * at.channels >= PARALLEL) reduction(max : largest)
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* from = x + row / at.pixels * at.batch_stride + row % at.pixels * at.pixel_stride;
+    uint8_t* __restrict to = out + row * at.channels;
+    const Token own = token_of(from, at.channels, grid, uniform, inverse_clip, unit_clip, levels,
+                               least, &largest);
+    const float low = -own.zero, high = levels - own.zero;
+    for (int64_t i = 0; i < at.channels; ++i) {
+      const int64_t p = uniform ? 0 : i;
+      to[i] = byte_of(value_of(from[i]), own.inverse * grid.inverse[p], low, high,
+                      grid.multiplier[p], offset);
+    }
+    scales[row] = own.scale;
+  }
+  return largest < INFINITE;
+}
+
+}  // namespace
+
+extern "C" {
+
+// out [batch, pixels, channels]. Returns whether every value is finite.
+int quantize(const void* x, int half, uint8_t* out, View at, Table grid, int uniform, int offset,
+             int threads) {
+  return (half ? bytes<uint16_t> : bytes<float>)(x, out, at, grid, uniform, offset, threads);
+}
+
+// Likewise, each token on the grid of its own range, whose scale is written to `scales`. Channels
+// are neighbours.
+int quantize_tokens(const void* x, int half, uint8_t* out, float* scales, View at, Table grid,
+                    int uniform, float inverse_clip, float unit_clip, float levels, float least,
+                    int offset, int threads) {
+  return (half ? token_bytes<uint16_t> : token_bytes<float>)(
+      x, out, scales, at, grid, uniform, inverse_clip, unit_clip, levels, least, offset, threads);
+}
+
+}  // extern "C"
