@@ -13,6 +13,7 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <type_traits>
 
 constexpr int64_t PARALLEL = 1 << 15;  // values from which threads pay
 constexpr int64_t BLOCK = 1 << 14;     // values that one thread takes at a time

@@ -45,12 +45,6 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "questlib" / "kernels"
 
 
-def settings() -> tuple[str | None, ...]:
-    """The environment's values on which it depends which kernels there are."""
-    names = (CACHE_VARIABLE, COMPILER_VARIABLE, PROCESSOR_VARIABLE, "XDG_CACHE_HOME", "PATH")
-    return tuple(os.environ.get(name) for name in names)
-
-
 def find_compiler() -> str:
     """The C++ compiler: $CXX, or the first of c++, g++ and clang++ that is installed.
 

@@ -9,7 +9,7 @@ import torch
 
 from questlib.kernels.library import call, kernels
 
-LEAST = 2**13  # values below which a call costs more than torch's operations
+LEAST = 2**16  # values below which a call costs more than torch's operations
 
 
 class Layout(ctypes.Structure):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from questlib.kernels.compiler import NoCompilerError, compiled, settings
+from questlib.kernels.compiler import NoCompilerError, compiled
 
 SWITCH = "QUEST_NO_KERNELS"  # any value: torch's operations are used everywhere
 
@@ -30,7 +30,7 @@ class Kernels(NamedTuple):
 def kernels() -> Kernels:
     """The kernels of this machine; they are compiled when they are first asked for.
 
-    The environment decides at each call: with $QUEST_NO_KERNELS there are none.
+    With $QUEST_NO_KERNELS there are none; that may be set and unset at any time.
 
     Example:
         >>> from questlib.kernels.library import kernels
@@ -38,12 +38,12 @@ def kernels() -> Kernels:
     """
     if os.environ.get(SWITCH):
         return Kernels(None, f"${SWITCH} is set")
-    return _load(settings())
+    return load()
 
 
 @cache
-def _load(settings: tuple[str | None, ...]) -> Kernels:
-    """What the settings of the environment lead to; a failure is told once."""
+def load() -> Kernels:
+    """Compile and load the kernels, once in a process; a failure is told once."""
     path: Path | None = None
     try:
         path = compiled()
