@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from diffusers import UNet2DConditionModel
 import questlib
 from questlib.config import QuantConfig
 from questlib.integer.synthetic import random_grids
+from questlib.kernels.library import SWITCH
 from questlib.quantization.preparation import prepare
 from reproduce.models.loading import load_pipeline
 from reproduce.provenance import PeakMemory, provenance
@@ -45,8 +47,15 @@ FLOAT = {
     "fp32-compiled": torch.float32,
     "bf16-compiled": torch.bfloat16,
 }
-# bits; -bf16: norms and residuals in bf16
-INTEGER = {"w8a8": (8, 8), "w4a8": (4, 8), "w4a4": (4, 4), "w4a4-bf16": (4, 4)}
+# bits; -bf16: norms and residuals in bf16; -torch: without the compiled kernels
+INTEGER = {
+    "w8a8": (8, 8),
+    "w8a8-torch": (8, 8),
+    "w4a8": (4, 8),
+    "w4a4": (4, 4),
+    "w4a4-torch": (4, 4),
+    "w4a4-bf16": (4, 4),
+}
 TIMESTEPS = torch.arange(1, 1000, 50)
 
 
@@ -111,7 +120,10 @@ def run_worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str
     print(f"{model} {variant} ...", end=" ", file=sys.stderr, flush=True)
     arguments = [model, variant, str(folder), str(repeats)]
     command = [sys.executable, __file__, "--worker", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {k: v for k, v in os.environ.items() if k != SWITCH}
+    if variant.endswith("-torch"):
+        environment[SWITCH] = "1"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{model} {variant} failed:\n{done.stderr[-2000:]}")
     row = json.loads(done.stdout.splitlines()[-1])
@@ -147,6 +159,13 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
         }
     for row in result.values():
         row |= {f"times_{v}": result[v]["step_s"] / row["step_s"] for v in FLOAT if v in result}
+    for variant in [v for v in result if f"{v}-torch" in result]:
+        step, without = (result[v]["step_s"] for v in (variant, f"{variant}-torch"))
+        print(
+            f"{model} {variant}: {step:.3f} s with kernels, {without:.3f} s without, "
+            f"{without / step:.2f} times as fast",
+            file=sys.stderr,
+        )
     return {"batch": MODELS[model], "parameters": parameters, "variants": result}
 
 

@@ -21,15 +21,20 @@ from questlib.errors import ConfigError, EngineError
 from questlib.integer.cpu import attention
 from questlib.integer.cpu.layers import CpuLayer
 from questlib.integer.cpu.products import saturates
+from questlib.integer.cpu.quantizing import engine_name
 from questlib.integer.engines import ENGINES, choose_engine, register
 from questlib.integer.explain import one_output
 from questlib.integer.form import integer_form
 from questlib.integer.oracle import layer_forward
 from questlib.integer.synthetic import random_layer
+from questlib.kernels.library import kernels
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
 from questlib.quantization.preparation import prepare
+
+# What runs a layer here: compiled kernels, or torch's operations where there is no compiler.
+CPU_INT8 = engine_name(exact=False, compiled=kernels().library is not None)
 
 
 def relative(a, b):
@@ -105,7 +110,7 @@ def test_random_layers(case, bits, split, seed):
         for engine in engines:
             assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
     if bits == (8, 8):
-        assert engines[2].engine == "cpu-int8-split" and engines[1].engine == "reference"
+        assert "-split" in engines[2].engine and engines[1].engine == "reference"
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (4, 8), (8, 8), (8, 4), (5, 7), (3, 2)], ids=str)
@@ -221,7 +226,7 @@ def test_report(models):
     report = engine_report(models.cpu)
     attentions = sum(isinstance(m, QuantAttnProcessor) for m in models.fake.modules())
     count = len(quant_layers(models.fake)) + attentions
-    assert report.engines() == {"cpu-int8": count}
+    assert report.engines() == {CPU_INT8: count}
     assert engine_report(models.fake).engines() == {"fake": count}
     assert len(report) == len(list(report)) == sum(report.formats().values()) == count
     assert all(row.checkpoint_bytes <= row.resident_bytes for row in report)
@@ -294,22 +299,21 @@ def test_from_pretrained(models, tmp_path):
 @pytest.mark.parametrize("n", [8, 64])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_attention_by_bytes_equals_attention_in_float(pipe, calib, fast, n, bits, monkeypatch):
-    """Both ways multiply the same integers; also the reference's."""
+    """Without kernels both ways multiply the same integers, as with them; also the reference's."""
     q = convert(quantize(pipe.unet, fast("quest", 4, bits), calib), "cpu")
     q.quest_steps.select_group(0)
-    processors = [m for m in q.modules() if isinstance(m, attention.CpuAttnProcessor)]
+    processor = next(m for m in q.modules() if isinstance(m, attention.CpuAttnProcessor))
     attn = SimpleNamespace(heads=4, scale=0.3)
     x = [torch.randn(2, n, 32) for _ in range(3)]
     for mask in (None, torch.randn(8, 1, n), torch.randn(8, n, n)):
-        small = processors[0].attend(attn, *x, mask)
+        expected = processor.attend(attn, *x, mask)
+        monkeypatch.setattr(processor, "compiled", False)
+        assert torch.equal(processor.attend(attn, *x, mask), expected)
         monkeypatch.setattr(attention, "SMALL", 0)
-        large = processors[0].attend(attn, *x, mask)
-        monkeypatch.setattr(processors[0], "exact", True)
-        assert torch.equal(processors[0].attend(attn, *x, mask), large)
+        assert torch.equal(processor.attend(attn, *x, mask), expected)
+        monkeypatch.setattr(processor, "exact", True)
+        assert torch.equal(processor.attend(attn, *x, mask), expected)
         monkeypatch.undo()
-        # a softmax code may flip between the two: one step of the grid at most
-        step = processors[0].grids[0][3].base * x[2].abs().max()
-        assert (small - large).abs().max() <= 2 * step + 1e-4
 
 
 def test_conditional_unet(fast):
@@ -471,7 +475,7 @@ def test_older_instruction_sets_are_exact(isa):
     )
     assert done.returncode == 0, done.stderr
     saturated, engine = done.stdout.split()
-    assert engine == ("cpu-int8-split" if saturated == "True" else "cpu-int8")
+    assert ("-split" in engine) == (saturated == "True")
 
 
 @pytest.mark.parametrize("case", [0, 3])

@@ -229,6 +229,23 @@ def test_attention_equals_the_reference(batch, heads, dim, n, m, bits):
     assert torch.equal(half, plain.attend(attn, q.bfloat16(), k.bfloat16(), v.bfloat16()))
 
 
+def test_threads_change_nothing():
+    """Neither their number, nor how heads are divided among them."""
+    kernel = processor(48, 4, True)
+    send = Sender(grid(37, "carrier"), -1, "layer", True)
+    attn = SimpleNamespace(heads=2, scale=0.3)
+    x = [torch.randn(1, 301, 48) for _ in range(3)]
+    wide = torch.randn(3000, 37)
+    before = torch.get_num_threads()
+    outs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        outs.append((kernel.attend(attn, *x), send(wide).bytes))
+    torch.set_num_threads(before)
+    for out in outs[1:]:
+        assert torch.equal(out[0], outs[0][0]) and torch.equal(out[1], outs[0][1])
+
+
 @pytest.mark.parametrize("kernels", [True, False])
 def test_attention_refuses_what_is_not_finite(kernels):
     attend = processor(8, 4, kernels).attend
