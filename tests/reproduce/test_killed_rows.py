@@ -1,10 +1,15 @@
-"""A row whose process is killed again and again comes to its end, with the same numbers."""
+"""A row that is stopped again and again comes to its end, with the same numbers.
+
+Its process is killed, or its disk is full.
+"""
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +18,7 @@ import pytest
 import torch
 from tiny_bedrooms import tiny_bedrooms
 
+from questlib.errors import StorageError
 from reproduce import datasets
 from reproduce.choices import Choices
 from reproduce.evaluation import features
@@ -54,6 +60,18 @@ def killed(tiny: Path, folder: Path, moment: int) -> None:
     row_of(tiny, folder)
 
 
+def crowded(tiny: Path, folder: Path, limit: int, said) -> None:
+    """`row_of` where no file can be longer than `limit` bytes; puts what it says into a queue."""
+    sys.stderr = io.StringIO()  # which may be such a file
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    try:
+        done = row_of(tiny, folder).done
+    except StorageError as error:
+        done = False
+        print(error, file=sys.stderr)
+    said.put((done, sys.stderr.getvalue()))
+
+
 def whole(tiny: Path, folder: Path, answers) -> None:
     """Put what the row came to into a queue."""
     found = row_of(tiny, folder)
@@ -90,3 +108,19 @@ def test_a_row_that_is_killed_again_and_again_has_the_same_numbers(tiny, tmp_pat
     assert numbers(tiny, folder) == expected
     left = [p for p in folder.rglob("*.tmp*")]
     assert not left, left
+
+
+def test_a_row_on_a_full_disk_says_so_and_goes_on_when_there_is_space(tiny, tmp_path):
+    expected = numbers(tiny, tmp_path / "whole")
+    folder = tmp_path / "crowded"
+    said = SERVER.Queue()
+    for limit in (0, 100, 1_000, 5_000, 20_000, 60_000):
+        process = SERVER.Process(target=crowded, args=(tiny, folder, limit, said))
+        process.start()
+        done, text = said.get(timeout=300)
+        process.join()
+        assert not done, limit
+        assert f"cannot write {folder}" in text
+        assert "File too large" in text
+        assert not [p for p in folder.rglob("*.tmp*")]
+    assert numbers(tiny, folder) == expected
