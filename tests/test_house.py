@@ -35,7 +35,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"kernels"},
         {"quantization"},
         {"diffusion"},
-        {"calls"},
+        {"calls", "minimization"},
         {"recording"},
         {"trajectories"},
         {"calibration"},
