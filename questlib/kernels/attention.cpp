@@ -56,7 +56,7 @@ inline float largest(const float* x, int64_t n) {
 
 // The sum of e [n], by halves. `half` has room for them.
 inline float sum_by_halves(const float* __restrict e, int64_t n, float* __restrict half) {
-  if (n == 1) return e[0];
+  if (n <= 1) return n ? e[0] : 0.0f;
   int64_t width = 1;
   while (2 * width < n) width *= 2;
   for (int64_t i = 0; i < n - width; ++i) half[i] = e[i] + e[width + i];
