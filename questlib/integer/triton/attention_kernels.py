@@ -25,7 +25,7 @@ def scores(
     keys,
     stride,
     channel,
-    dim,
+    dim: tl.constexpr,
     q_constant,
     factor,
     HAS_Q: tl.constexpr,
@@ -61,7 +61,7 @@ def attention(
     keys,
     keys_padded,
     heads,
-    dim,
+    dim: tl.constexpr,
     stride,
     q_constant,
     v_constant,
@@ -81,6 +81,8 @@ def attention(
 
     Two passes over the keys: codes need the final sums.
 
+    dim         channels of a head. A constant, so that the compiler knows how the heads are aligned
+                in memory: with 40 channels it loads 8 bytes at once, and otherwise single bytes
     Q, K        q', k' int8 [B, queries or keys, stride], head h at channels h dim..
     VT          v'^T int8 [B, heads dim, keys_padded], zero beyond the keys
     KEY_SUM     int32 [B, heads, keys]: sums of k' over a head's channels

@@ -154,14 +154,17 @@ def integer_gemm(
     if runtime.INTERPRET:
         return run(next(c for c in tiles.INTERPRETED if span % c.bk == 0))
     with runtime.on_device(a):
-        processors = torch.cuda.get_device_properties(a.device).multi_processor_count
+        gpu = torch.cuda.get_device_properties(a.device)
+        processors, shared = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
         taps = window[0] * window[1]
         longest = 64 if ends else 128
         shape_class = (w.dtype, bool(ends), dtype, window, stride, o, span)
         key = "-".join(map(str, (*shape_class, 1 << (m - 1).bit_length())))
         return run(
             tiles.CACHE.choose(
-                key, lambda: tiles.fitting(m, o, span, taps, packed, processors, longest), run
+                key,
+                lambda: tiles.fitting(m, o, span, taps, packed, processors, shared, longest),
+                run,
             )
         )
 
@@ -234,7 +237,8 @@ def integer_attention(
         by_head = k[..., :width].unflatten(-1, (heads, dim))
         key_sum = by_head.sum(-1, dtype=torch.int32).transpose(1, 2).contiguous()
     v_sum = transposed.sum(-1, dtype=torch.int32) if p_constant else transposed
-    small = runtime.INTERPRET or queries < 128 or dim > 128
+    # What spills nothing. Heads that are not aligned to 8 bytes take more registers.
+    small = runtime.INTERPRET or queries < 128 or dim > 128 or dim % 8
     bq = 64 if small else 128
     bk = 64
     with runtime.on_device(q):
@@ -266,7 +270,7 @@ def integer_attention(
             BQ=bq,
             BK=bk,
             BD=max(32, triton.next_power_of_2(dim)),
-            num_warps=4 if bq == 64 else 8,
+            num_warps=4 if bq == 64 and dim <= 128 else 8,
             num_stages=3,
         )
     return out

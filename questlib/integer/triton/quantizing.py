@@ -53,9 +53,10 @@ def quantize(
     _, height, width, channels = x.shape
     padded = a.shape[-1]
     rows = a.numel() // padded
-    # Sums and ranges need whole rows: one warp a row, all its channels.
+    # Sums and ranges need whole rows: one warp a row, all its channels. With two rows a warp, the
+    # form with an order, a norm and a SiLU spills on sm_80.
     whole = sums or clip is not None
-    block, columns = (8, 256) if whole else (32, CHANNEL_BLOCK)
+    block, columns = (4, 256) if whole else (32, CHANNEL_BLOCK)
     if runtime.INTERPRET:
         block = 128  # interpreted programs cost by their number, not by their size
     grid = (runtime.triton.cdiv(rows, block), 1 if whole else padded // columns)

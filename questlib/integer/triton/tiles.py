@@ -62,8 +62,35 @@ TRIALS = 6  # the candidates of least estimated time are timed
 INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
 
 
+def serves(c: Config, o: int, packed: bool, shared: int) -> bool:
+    """Whether a tile fits a multiprocessor: its shared memory, and the registers of its threads.
+
+    Found by compiling them all (tests/gpu_emulation). Atomic additions, and outputs whose rows are
+    not aligned to 16 elements, take more registers a value.
+
+    Args:
+        c: the tile.
+        o: output channels.
+        packed: whether a byte of w holds two codes.
+        shared: bytes of shared memory that a block can have.
+    """
+    aligned = o % 16 == 0
+    most = (64 if aligned else 32) if c.split > 1 else (128 if aligned else 64)
+    planes = 2 if packed else 1
+    # Packed weights go through registers, and wait in one buffer less.
+    buffers = c.stages * c.bm * planes + (c.stages - packed) * c.bn
+    return c.bm * c.bn <= most * 32 * c.warps and buffers * c.bk <= shared
+
+
 def fitting(
-    m: int, o: int, span: int, taps: int, packed: bool, processors: int, longest: int = 128
+    m: int,
+    o: int,
+    span: int,
+    taps: int,
+    packed: bool,
+    processors: int,
+    shared: int,
+    longest: int = 128,
 ) -> list[Config]:
     """Candidates for a product, those of least estimated time first.
 
@@ -74,6 +101,7 @@ def fitting(
         taps: of the window.
         packed: whether a byte of w holds two codes.
         processors: the GPU's multiprocessors.
+        shared: bytes of shared memory that a block can have.
         longest: the largest `bk`.
     """
     planes = 2 if packed else 1  # bytes of a for one byte of w
@@ -94,7 +122,8 @@ def fitting(
 
     whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= longest]
     split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
-    return sorted(whole + split, key=cycles)[:TRIALS]
+    served = [c for c in whole + split if serves(c, o, packed, shared)]
+    return sorted(served, key=cycles)[:TRIALS]
 
 
 class ConfigCache:
