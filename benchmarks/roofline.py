@@ -255,7 +255,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Print the table."""
     print(f"assumed: {GPU}")
     gpu = SimpleNamespace(
-        multi_processor_count=GPU.processors, shared_memory_per_block_optin=GPU.shared
+        multi_processor_count=GPU.processors, shared_memory_per_block_optin=GPU.shared, major=9
     )
     kinds = ("gemm", "quantize", "attention", "norm", "other")
     for name in arguments.models:

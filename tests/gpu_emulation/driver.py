@@ -184,6 +184,7 @@ def engine_on(arch: int) -> tuple[Driver, SimpleNamespace]:
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
         multi_processor_count=driver.device.processors,
         shared_memory_per_block_optin=driver.device.shared,
+        major=arch // 10,
     )
 
     def use(tile: Any) -> None:
@@ -198,6 +199,6 @@ def engine_on(arch: int) -> tuple[Driver, SimpleNamespace]:
         group_norm_affine=quantizing.group_norm_affine,
         integer_form=integer_form,
         layer_forward=layer_forward,
-        tiles=tiles,
+        gpu=tiles.Gpu.of(torch.device("cpu")),
         use=use,
     )

@@ -11,7 +11,7 @@ import torch
 from checks import TOLERANCE, AttentionJob, BrokenJob, Job, LayerJob, Make, NormJob
 from torch import nn
 
-from questlib.integer.triton.tiles import CANDIDATES, SPLITS, Config, serves
+from questlib.integer.triton.tiles import CANDIDATES, SPLITS, Config, Gpu, serves
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_check  # noqa: E402
@@ -60,7 +60,7 @@ def quick_jobs() -> list[Job]:
     ]
 
 
-def tile_jobs(kind: str, shared: int) -> Iterator[Job]:
+def tile_jobs(kind: str, gpu: Gpu) -> Iterator[Job]:
     """Each tile that can be chosen in a format: for a linear, split or not, and a convolution."""
     w_bits, a_bits, weights, shift = FORMATS[kind]
     extra = dict(shift=True) if shift else {}
@@ -71,20 +71,20 @@ def tile_jobs(kind: str, shared: int) -> Iterator[Job]:
     for c in CANDIDATES:
         if shift and c.bk > 64:
             continue
-        for tile in (c, c._replace(split=SPLITS[0])):
-            if serves(tile, 144, weights == "packed", shared):
-                yield job(linear(512, 144), (140, 512), tile)
-        if serves(c, 144, weights == "packed", shared):
+        for tile, m in ((c, 140), (c._replace(split=SPLITS[0]), 144)):
+            if serves(tile, m, 144, weights == "packed", gpu):
+                yield job(linear(512, 144), (m, 512), tile)
+        if serves(c, 81, 144, weights == "packed", gpu):
             yield job(conv(512, 144, padding=1), (1, 512, 9, 9), c)
 
 
-def shape_jobs(shared: int) -> Iterator[Job]:
+def shape_jobs(gpu: Gpu) -> Iterator[Job]:
     """Shapes that are no multiples of anything, in every format; all attentions and norms."""
     for i, job in enumerate(gpu_check.jobs(small=True)):
         packed = job.kind == "packed"
         # 64 channels are 32 bytes when packed.
         longest = 32 if packed else 64
-        fit = [c for c in CANDIDATES if c.bk <= longest and serves(c, 70, packed, shared)]
+        fit = [c for c in CANDIDATES if c.bk <= longest and serves(c, 77, 70, packed, gpu)]
         tile = fit[i % len(fit)]
         dtype = list(TOLERANCE)[i % 3]
         yield LayerJob(
@@ -107,8 +107,8 @@ FORMATS = {
 CHOICES = ("quick", "shapes", *FORMATS)
 
 
-def jobs_of(choice: str, shared: int) -> list[Job]:
-    """One of CHOICES, for a GPU with `shared` bytes of shared memory a block."""
+def jobs_of(choice: str, gpu: Gpu) -> list[Job]:
+    """One of CHOICES, for one GPU."""
     if choice == "quick":
         return quick_jobs()
-    return list(shape_jobs(shared) if choice == "shapes" else tile_jobs(choice, shared))
+    return list(shape_jobs(gpu) if choice == "shapes" else tile_jobs(choice, gpu))

@@ -32,6 +32,9 @@ pytestmark = pytest.mark.skipif(
     not runtime.INTERPRET, reason="needs triton, imported with TRITON_INTERPRET=1"
 )
 
+H100 = tiles.Gpu(132, 227 << 10, True)
+A100 = tiles.Gpu(108, 163 << 10, False)
+
 
 def relative(a, b):
     return ((a.float() - b).abs().max() / b.abs().max().clamp_min(1e-12)).item()
@@ -283,25 +286,26 @@ def test_candidate_tiles_serve_every_shape():
         for o in (4, 320, 10240):
             for span in (32, 64, 96, 160, 320, 1280):
                 for taps in (1, 9):
-                    found = tiles.fitting(m, o, span, taps, True, 132, 227 << 10)
+                    found = tiles.fitting(m, o, span, taps, True, H100)
                     assert found and all(span % c.bk == 0 for c in found), (m, o, span)
-    assert (
-        tiles.fitting(64, 1280, 1280, 9, False, 132, 227 << 10)[0].split > 1
-    )  # few tiles, a long reduction
-    assert all(c.split == 1 for c in tiles.fitting(65536, 1280, 1280, 1, False, 132, 227 << 10))
+    assert tiles.fitting(64, 1280, 1280, 9, False, H100)[0].split > 1  # few tiles, a long reduction
+    assert all(c.split == 1 for c in tiles.fitting(65536, 1280, 1280, 1, False, H100))
 
 
-@pytest.mark.parametrize(("o", "most"), [(320, 128), (150, 64)])
-def test_tiles_fit_the_shared_memory_and_the_registers(o, most):
-    for shared in (99 << 10, 227 << 10):
+@pytest.mark.parametrize(
+    ("m", "o", "most", "most_split"), [(512, 320, 128, 64), (77, 320, 128, 32), (512, 150, 64, 32)]
+)
+def test_tiles_fit_the_shared_memory_and_the_registers(m, o, most, most_split):
+    for gpu in (H100, A100):
         for packed in (True, False):
-            found = [c for c in tiles.CANDIDATES if tiles.serves(c, o, packed, shared)]
-            assert found and all(c.bm * c.bn <= most * 32 * c.warps for c in found)
-            split = [c for c in found if tiles.serves(c._replace(split=2), o, packed, shared)]
-            assert split and all(c.bm * c.bn <= most * 16 * c.warps for c in split)
+            found = [c for c in tiles.CANDIDATES if tiles.serves(c, m, o, packed, gpu)]
+            halves = (c._replace(split=2) for c in found)
+            split = [c for c in halves if tiles.serves(c, m, o, packed, gpu)]
+            assert max(c.bm * c.bn // (32 * c.warps) for c in found) <= most
+            assert max(c.bm * c.bn // (32 * c.warps) for c in split) <= most_split
     large = tiles.Config(256, 128, 128, 8, 3)
-    assert tiles.serves(large, 320, True, 227 << 10)
-    assert not tiles.serves(large, 320, True, 163 << 10)
+    assert tiles.serves(large, 512, 320, True, H100)
+    assert not tiles.serves(large, 512, 320, True, A100)
 
 
 def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):

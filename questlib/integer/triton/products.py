@@ -154,17 +154,14 @@ def integer_gemm(
     if runtime.INTERPRET:
         return run(next(c for c in tiles.INTERPRETED if span % c.bk == 0))
     with runtime.on_device(a):
-        gpu = torch.cuda.get_device_properties(a.device)
-        processors, shared = gpu.multi_processor_count, gpu.shared_memory_per_block_optin
+        gpu = tiles.Gpu.of(a.device)
         taps = window[0] * window[1]
         longest = 64 if ends else 128
         shape_class = (w.dtype, bool(ends), dtype, window, stride, o, span)
-        key = "-".join(map(str, (*shape_class, 1 << (m - 1).bit_length())))
+        key = "-".join(map(str, (*shape_class, 1 << (m - 1).bit_length(), m % 16 == 0)))
         return run(
             tiles.CACHE.choose(
-                key,
-                lambda: tiles.fitting(m, o, span, taps, packed, processors, shared, longest),
-                run,
+                key, lambda: tiles.fitting(m, o, span, taps, packed, gpu, longest), run
             )
         )
 

@@ -62,24 +62,43 @@ TRIALS = 6  # the candidates of least estimated time are timed
 INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
 
 
-def serves(c: Config, o: int, packed: bool, shared: int) -> bool:
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    processors: int  # multiprocessors
+    shared: int  # bytes of shared memory that a block can have
+    wgmma: bool  # sm_90's products, whose operands take fewer registers
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """The GPU of a device."""
+        has = torch.cuda.get_device_properties(device)
+        return cls(has.multi_processor_count, has.shared_memory_per_block_optin, has.major == 9)
+
+
+def serves(c: Config, m: int, o: int, packed: bool, gpu: Gpu) -> bool:
     """Whether a tile fits a multiprocessor: its shared memory, and the registers of its threads.
 
-    Found by compiling them all (tests/gpu_emulation). Atomic additions, and outputs whose rows are
-    not aligned to 16 elements, take more registers a value.
+    Found by compiling them all (tests/gpu_emulation): more would spill. Atomic additions take more
+    registers a value, and so do outputs whose numbers are no multiples of 16.
 
     Args:
         c: the tile.
+        m: output pixels.
         o: output channels.
         packed: whether a byte of w holds two codes.
-        shared: bytes of shared memory that a block can have.
+        gpu: where it is to run.
     """
-    aligned = o % 16 == 0
-    most = (64 if aligned else 32) if c.split > 1 else (128 if aligned else 64)
+    most = 64 if o % 16 else 128  # accumulators a thread
+    if c.split > 1:
+        most = 32 if o % 16 or m % 16 else 64
     planes = 2 if packed else 1
     # Packed weights go through registers, and wait in one buffer less.
     buffers = c.stages * c.bm * planes + (c.stages - packed) * c.bn
-    return c.bm * c.bn <= most * 32 * c.warps and buffers * c.bk <= shared
+    # In the end the int32 or float32 outputs are there instead.
+    needed = max(buffers * c.bk, 4 * c.bm * c.bn)
+    fits = c.bm * c.bn <= most * 32 * c.warps and needed <= gpu.shared
+    return fits and (gpu.wgmma or c.bm < 256)
 
 
 def fitting(
@@ -88,8 +107,7 @@ def fitting(
     span: int,
     taps: int,
     packed: bool,
-    processors: int,
-    shared: int,
+    gpu: Gpu,
     longest: int = 128,
 ) -> list[Config]:
     """Candidates for a product, those of least estimated time first.
@@ -100,8 +118,7 @@ def fitting(
         span: bytes of w a tap.
         taps: of the window.
         packed: whether a byte of w holds two codes.
-        processors: the GPU's multiprocessors.
-        shared: bytes of shared memory that a block can have.
+        gpu: where it is to run.
         longest: the largest `bk`.
     """
     planes = 2 if packed else 1  # bytes of a for one byte of w
@@ -115,14 +132,14 @@ def fitting(
         arithmetic = c.bm * c.bn * planes * c.bk / 4096
         cache = (c.bm * planes + c.bn) * c.bk / 28
         step = 60 + max(arithmetic, cache, 150)
-        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // processors)
+        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // gpu.processors)
         store = 1500 + (c.bm * c.bn / 4 if c.split > 1 else 0)
         finish = 3000 + m * o / 300 if c.split > 1 else 0
         return waves * (taps * span / c.bk / c.split * step + store) + finish
 
     whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= longest]
     split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
-    served = [c for c in whole + split if serves(c, o, packed, shared)]
+    served = [c for c in whole + split if serves(c, m, o, packed, gpu)]
     return sorted(served, key=cycles)[:TRIALS]
 
 
