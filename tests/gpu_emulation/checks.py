@@ -46,13 +46,7 @@ class LayerJob(NamedTuple):
     def run(self, parts: Parts) -> list[str]:
         """What is wrong with the results."""
         torch.manual_seed(len(self.size) + self.size[-1])
-        seed = self.tile.bm + self.size[-1]
-        extra = {k: v for k, v in self.extra.items() if k != "shift" or self.a_bits <= 4}
-        layer, steps = random_layer(
-            self.make(), self.w_bits, self.a_bits, carrier=self.a_bits <= 4, seed=seed, **extra
-        )
-        steps.select_group(seed % 2)
-        mine = parts.TritonLayer(parts.integer_form(layer, "layer"), steps, self.kind)
+        layer, mine = self.subject(parts)
         x = (torch.randn(self.size) * 2).to(self.dtype)
         if x.ndim == 4:
             x = x.to(memory_format=torch.channels_last)
@@ -78,6 +72,25 @@ class LayerJob(NamedTuple):
         if not int(mine.flag):
             wrong.append("NaN was not flagged")
         return wrong
+
+    def subject(self, parts: Parts) -> tuple[Any, Any]:
+        """(the quantized layer, the engine's layer)
+
+        How many columns a layer with shifts has depends on its random shifts; they are drawn anew
+        until the tile serves them.
+        """
+        extra = {k: v for k, v in self.extra.items() if k != "shift" or self.a_bits <= 4}
+        for seed in range(self.tile.bm + self.size[-1], 10_000):
+            layer, steps = random_layer(
+                self.make(), self.w_bits, self.a_bits, carrier=self.a_bits <= 4, seed=seed, **extra
+            )
+            mine = parts.TritonLayer(parts.integer_form(layer, "layer"), steps, self.kind)
+            if all(part.weight.shape[2] % self.tile.bk == 0 for part in mine.parts):
+                steps.select_group(seed % 2)
+                return layer, mine
+            if "shift" not in extra:
+                break
+        raise ValueError(f"{self.name}: the tile does not serve this layer")
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
