@@ -293,7 +293,7 @@ def test_candidate_tiles_serve_every_shape():
 
 
 @pytest.mark.parametrize(
-    ("m", "o", "most", "most_split"), [(512, 320, 128, 64), (77, 320, 128, 32), (512, 150, 64, 32)]
+    ("m", "o", "most", "most_split"), [(512, 320, 128, 64), (77, 320, 128, 32), (512, 150, 32, 32)]
 )
 def test_tiles_fit_the_shared_memory_and_the_registers(m, o, most, most_split):
     for gpu in (H100, A100):

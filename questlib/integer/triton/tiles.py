@@ -89,7 +89,7 @@ def serves(c: Config, m: int, o: int, packed: bool, gpu: Gpu) -> bool:
         packed: whether a byte of w holds two codes.
         gpu: where it is to run.
     """
-    most = 64 if o % 16 else 128  # accumulators a thread
+    most = 32 if o % 16 else 128  # accumulators a thread
     if c.split > 1:
         most = 32 if o % 16 or m % 16 else 64
     planes = 2 if packed else 1
