@@ -98,7 +98,7 @@ def serves(c: Config, m: int, o: int, packed: bool, gpu: Gpu) -> bool:
     # In the end the int32 or float32 outputs are there instead.
     needed = max(buffers * c.bk, 4 * c.bm * c.bn)
     fits = c.bm * c.bn <= most * 32 * c.warps and needed <= gpu.shared
-    return fits and (gpu.wgmma or c.bm < 256)
+    return fits and (gpu.wgmma or max(c.bm, c.bn) < 256)
 
 
 def fitting(
