@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import common
+import held_out
 import torch
 from torch import nn
 
@@ -26,13 +27,6 @@ from reproduce.datasets import DATASETS
 from reproduce.models.loading import load_pipeline
 from reproduce.provenance import provenance
 from reproduce.scales import MINI_LAYERS
-
-HELD_OUT_SEED = 1000
-
-
-def decibel(output: torch.Tensor, target: torch.Tensor) -> float:
-    """The power of an error beside that of what was aimed at; less is better."""
-    return 10 * ((output - target).pow(2).mean() / target.pow(2).mean()).log10().item()
 
 
 def prepared(unet: nn.Module, config: questlib.QuantConfig, t: torch.Tensor) -> nn.Module:
@@ -54,47 +48,39 @@ def block_errors(
     recorder = BlockRecorder(student, teacher, calib, config)
     found = {}
     for name in recorder.names:
-        data = recorder.record(name)
+        (data,) = recorder.record(name)
         every = torch.arange(len(data.targets))
         args, kwargs = data.calls.rows(every)
         student.quest_steps.select_group(data.groups)
-        learned = decibel(data.block(*args, **kwargs), data.targets)
+        learned = held_out.decibel(data.block(*args, **kwargs), data.targets)
         layers = [x for x in data.block.modules() if isinstance(x, QuantLayer)]
         kept = [layer.w_hat for layer in layers]
         for layer in layers:
             layer.w_hat = original[names[id(layer)]].w_hat
-        nearest = decibel(data.block(*args, **kwargs), data.targets)
+        nearest = held_out.decibel(data.block(*args, **kwargs), data.targets)
         for layer, w_hat in zip(layers, kept, strict=True):
             layer.w_hat = w_hat
         found[name] = (nearest, learned)
     return found
 
 
-@torch.no_grad()
-def model_error(student: nn.Module, calib: Calibration) -> float:
-    """The error of the predicted noise at every step of the held-out trajectories."""
-    every = torch.arange(calib.x.shape[1])
-    outputs = [calib.batch(step, every).run(student) for step in range(len(calib.t))]
-    return decibel(torch.stack(outputs), calib.eps)
-
-
 def run(
     teacher: nn.Module,
     config: questlib.QuantConfig,
     calib: Calibration,
-    held_out: Calibration,
+    others: Calibration,
 ) -> dict[str, Any]:
     """AdaRound of one configuration, and what it gave."""
     student = prepared(teacher, config, calib.t)
-    nearest = model_error(student, held_out)
+    nearest = held_out.error_db(student, others)
     record = reconstruct_weights(student, teacher, calib, config, progress=True)
     set_mode(student, weights=True, acts=False)
-    errors = block_errors(student, teacher, held_out, config)
+    errors = block_errors(student, teacher, others, config)
     return {
         **config.adaround.model_dump(),
         "decided": decided_share(record),
         "model_nearest_db": nearest,
-        "model_db": model_error(student, held_out),
+        "model_db": held_out.error_db(student, others),
         "blocks": {
             name: {"nearest_db": before, "db": after, "decided": record[name][0] / record[name][1]}
             for name, (before, after) in errors.items()
@@ -114,8 +100,7 @@ def main() -> None:
 
     pipe = load_pipeline(options.model)
     how = vars(DATASETS["bedrooms"].setting("mini").sampling)
-    calib = questlib.calibrate(pipe, 64, seed=0, **how)
-    held_out = questlib.calibrate(pipe, 16, seed=HELD_OUT_SEED, **how)
+    calib, others = held_out.calibrations(pipe, 64, **how)
     result: dict[str, Any] = {"model": options.model, "bits": options.bits, "runs": []}
     for budget in options.budgets:
         iters, lr = budget.split(":")
@@ -132,7 +117,7 @@ def main() -> None:
                     recon_samples=128,
                     **MINI_LAYERS,
                 )
-                found = run(pipe.unet, config, calib, held_out)
+                found = run(pipe.unet, config, calib, others)
                 result["runs"].append(found)
                 blocks = found["blocks"].values()
                 mean = sum(b["db"] for b in blocks) / len(blocks)

@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from questlib.calibration import Batch
+from questlib.calls import Batch
 from questlib.config import QuantConfig
 from questlib.finetuning.loop import release_full_weights
 from questlib.finetuning.losses import stage_losses
@@ -113,8 +113,8 @@ def count(model: str, batch_size: int, save_memory: bool) -> int:
         x = torch.empty(batch_size, settings.get("in_channels", 4), size, size)
         context = torch.empty(batch_size, *MODELS[model].context)
         t = torch.zeros(batch_size, dtype=torch.int64)
-        batch = Batch(x, t, x, context)
-        local, total = stage_losses(student, teacher, stage, config, batch, t, {})
+        batch = Batch.plain(x, t, x, context)
+        local, total = stage_losses(student, teacher, stage, config, batch, None, {})
         (local + config.finetuning.global_weight * total).backward()
     return living.peak + moments
 

@@ -23,7 +23,8 @@ from torch import nn
 import questlib
 from questlib.__main__ import parse_bits
 from questlib.capture import hooks
-from questlib.config import Granularity, QuantConfig
+from questlib.config import QuantConfig
+from questlib.config_groups import Granularity
 from questlib.errors import ConfigError
 from questlib.quantization.model import quant_layers, set_mode
 from reproduce.models.loading import load_pipeline

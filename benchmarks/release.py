@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import common
-import torch
+import held_out
 from torch import nn
 
 import questlib
@@ -24,31 +24,22 @@ from reproduce.models.loading import load_pipeline
 from reproduce.plan import make_plan
 from reproduce.provenance import provenance
 
-HELD_OUT_SEED = 1000
 THEIRS = {"before_db": 9.9, "after_db": 10.9, "tla_iters": 240, "cma_iters": 320}
 
 
-@torch.no_grad()
-def held_out_db(unet: nn.Module, calib: Calibration) -> float:
-    """The signal-to-noise ratio of the predicted noise, over all steps."""
-    every = torch.arange(calib.x.shape[1])
-    outputs = torch.stack([calib.batch(i, every).run(unet) for i in range(len(calib.t))])
-    return 10 * (calib.eps.pow(2).mean() / (outputs - calib.eps).pow(2).mean()).log10().item()
-
-
 def measure(
-    teacher: nn.Module, config: questlib.QuantConfig, calib: Calibration, held_out: Calibration
+    teacher: nn.Module, config: questlib.QuantConfig, calib: Calibration, others: Calibration
 ) -> dict[str, Any]:
     """One preset: quantized, then finetuned."""
     unet = questlib.quantize(teacher, config, calib, progress=True)
-    before = held_out_db(unet, held_out)
+    before = -held_out.error_db(unet, others)
     log = questlib.finetune(unet, teacher, calib, config, progress=True)
     return {
         "preset": config.preset_name,
         "tla_iters": config.finetuning.tla_iters,
         "cma_iters": config.finetuning.cma_iters,
         "before_db": before,
-        "after_db": held_out_db(unet, held_out),
+        "after_db": -held_out.error_db(unet, others),
         "decided": unet.quest_log["decided"],
         "finetune_seconds": log["seconds"],
     }
@@ -63,12 +54,11 @@ def main() -> None:
     setting = DATASETS["bedrooms"].setting("mini")
     pipe = load_pipeline(setting.model)
     how = vars(setting.sampling)
-    calib = questlib.calibrate(pipe, setting.calib_samples, seed=0, **how)
-    held_out = questlib.calibrate(pipe, 16, seed=HELD_OUT_SEED, **how)
+    calib, others = held_out.calibrations(pipe, setting.calib_samples, **how)
     runs = []
     for preset in options.presets:
         row = next(r for r in plan.rows if r.preset == preset and r.bits == "W4A4")
-        found = measure(pipe.unet, plan.config(row, 0), calib, held_out)
+        found = measure(pipe.unet, plan.config(row, 0), calib, others)
         runs.append(found)
         print(f"{preset}: {found['before_db']:.1f} -> {found['after_db']:.1f} dB", flush=True)
         result = {"model": setting.model, "theirs": THEIRS, "runs": runs}

@@ -9,12 +9,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from questlib.registration import register
+
 if TYPE_CHECKING:
     from questlib.calibration import Calibration, calibrate
     from questlib.checkpoint import from_pretrained, save_pretrained
     from questlib.config import QuantConfig
     from questlib.diffusion.loading import load_pipeline
     from questlib.finetuning.loop import finetune
+    from questlib.hub import model_card
     from questlib.integer.conversion import convert
     from questlib.integer.report import engine_report
     from questlib.post_training import quantize
@@ -28,6 +31,7 @@ _HOMES = {
     "finetune": "questlib.finetuning.loop",
     "from_pretrained": "questlib.checkpoint",
     "load_pipeline": "questlib.diffusion.loading",
+    "model_card": "questlib.hub",
     "quantize": "questlib.post_training",
     "save_pretrained": "questlib.checkpoint",
 }
@@ -41,9 +45,12 @@ __all__ = [
     "finetune",
     "from_pretrained",
     "load_pipeline",
+    "model_card",
     "quantize",
     "save_pretrained",
 ]
+
+register()
 
 
 def __getattr__(name: str) -> Any:

@@ -59,6 +59,7 @@ def run_quantize(args: argparse.Namespace) -> None:
 
     # These load torch and diffusers. Wrong input was answered before.
     from questlib import calibrate, finetune, load_pipeline, quantize, save_pretrained
+    from questlib.denoisers import unet_of
     from questlib.distributed import device, processes, use_full_float32
     from questlib.finetuning.loop import check_batch_sizes
 
@@ -66,13 +67,19 @@ def run_quantize(args: argparse.Namespace) -> None:
     check_batch_sizes(config)
     use_full_float32()
     pipe = load_pipeline(args.pipeline).to(device())
+    denoiser = unet_of(pipe)
     progress = state.is_main_process
-    calibration = calibrate(
-        pipe, args.samples, batch_size=args.batch_size, progress=progress, **sampling
-    )
     cache = args.out / "cache"
+    calibration = calibrate(
+        pipe,
+        args.samples,
+        batch_size=args.batch_size,
+        cache_dir=cache,
+        progress=progress,
+        **sampling,
+    )
     unet = quantize(
-        pipe.unet,
+        denoiser,
         config.replace(seed=args.seed),
         calibration,
         cache_dir=cache,
@@ -80,20 +87,20 @@ def run_quantize(args: argparse.Namespace) -> None:
     )
     state_path = args.out / "finetune.pt"
     log = finetune(
-        unet, pipe.unet, calibration, unet.quest_config, state_path=state_path, progress=progress
+        unet, denoiser, calibration, unet.quest_config, state_path=state_path, progress=progress
     )
     if not state.is_main_process:
         return
     size = save_pretrained(unet, args.out)
     about = {"pipeline": _public(args.pipeline), "quantize": unet.quest_log, "finetune": log}
     with atomic_path(args.out / LOG) as temporary:
-        temporary.write_text(json.dumps(about))
+        temporary.write_text(json.dumps(about), encoding="utf-8")
 
     # What a stopped run would go on from. A later run into this folder, of another configuration,
     # would refuse the state.
     state_path.unlink(missing_ok=True)
     shutil.rmtree(cache, ignore_errors=True)
-    full = sum(p.numel() * p.element_size() for p in pipe.unet.parameters())
+    full = sum(p.numel() * p.element_size() for p in denoiser.parameters())
     print(
         f"{args.out}: {args.preset} {args.bits}, {size / 1e6:.2f} MB on disk "
         f"({size / full:.3f} of float32)"
@@ -170,7 +177,7 @@ def find_models(args: argparse.Namespace) -> tuple[Path | None, str]:
 def _logged_pipeline(log: Path) -> str | None:
     """The pipeline that `quantize` has noted; None if there is no log, or it says nothing."""
     try:
-        return json.loads(log.read_text()).get("pipeline")
+        return json.loads(log.read_text(encoding="utf-8")).get("pipeline")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, AttributeError) as error:

@@ -24,7 +24,8 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.alignment import alignment_error
-from questlib.calibration import Batch, Calibration
+from questlib.calibration import Calibration
+from questlib.calls import Batch, put_tensors, take_tensors
 from questlib.capture import Call, capture_calls, capture_outputs, execution_order
 from questlib.config import QuantConfig
 from questlib.quantization.layers import QuantLayer
@@ -68,42 +69,46 @@ def blocks(unet: nn.Module, inputs: Batch) -> list[str]:
     return execution_order(unet, found, inputs[:1].run)
 
 
-def pick_samples(calib: Calibration, count: int, seed: int) -> Batch:
-    """Draw `count` pairs (x_t, t): all steps in turn, trajectories at random."""
-    steps, n = calib.x.shape[:2]
+def pick_samples(calib: Calibration, count: int, seed: int) -> list[Batch]:
+    """Draw `count` calls (x_t, t), a batch a table: all steps in turn, samples at random.
+
+    Each table gives as many as it has steps among all, rounded up.
+    """
     generator = torch.Generator().manual_seed(seed)
-    step = torch.arange(count) % steps
-    which = torch.randint(n, (count,), generator=generator)
-    return calib.batch(step, which)
+    batches = []
+    for table in calib.tables:
+        share = -(-count * len(table.t) // len(calib.t))
+        step = torch.arange(share) % len(table.t)
+        which = torch.randint(table.width, (share,), generator=generator)
+        batches.append(table.batch(step, which))
+    return batches
 
 
 class RecordedCalls:
-    """The arguments of a block's recorded calls, joined along the batch."""
+    """The arguments of a block's recorded calls, joined along the batch.
+
+    What has no batch dimension is the same in all calls.
+    """
 
     def __init__(self, calls: list[Call]) -> None:
-        first = calls[0]
-        self.args = [_joined([call.args[i] for call in calls]) for i in range(len(first.args))]
-        self.kwargs = {k: _joined([call.kwargs[k] for call in calls]) for k in first.kwargs}
+        found = [take_tensors([list(call.args), call.kwargs]) for call in calls]
+        self.skeleton, self.constants = found[0]
+        self.batched = {
+            name: torch.cat([tensors[name] for _, tensors in found])
+            for name, value in self.constants.items()
+            if value.ndim and len(value) == len(calls[0].output)
+        }
 
     def rows(self, index: torch.Tensor) -> tuple[list[Any], dict[str, Any]]:
         """Arguments and keywords of the samples `index` int64 [B]."""
-        args = [value[index] if _is_batched(value) else value for value in self.args]
-        kwargs = {k: v[index] if _is_batched(v) else v for k, v in self.kwargs.items()}
+        rows = {name: value[index] for name, value in self.batched.items()}
+        args, kwargs = put_tensors(self.skeleton, self.constants | rows)
         return args, kwargs
-
-
-def _is_batched(value: Any) -> bool:
-    return torch.is_tensor(value) and value.ndim > 0
-
-
-def _joined(values: list[Any]) -> Any:
-    """Tensors along the batch; of anything else, which is the same in all calls, the first."""
-    return torch.cat(values) if _is_batched(values[0]) else values[0]
 
 
 @dataclass
 class BlockData:
-    """A block of the quantized model, and what it is fitted to."""
+    """Calls of a block of the quantized model, and what it is fitted to."""
 
     block: nn.Module
     calls: RecordedCalls
@@ -111,7 +116,7 @@ class BlockData:
     targets: torch.Tensor
     """Outputs of the full-precision block [N, ...]."""
     groups: torch.Tensor
-    """Step group of each sample, int64 [N]."""
+    """Step group of each of the N outputs, int64 [N]."""
 
 
 class BlockRecorder:
@@ -129,17 +134,26 @@ class BlockRecorder:
     ) -> None:
         self.student = student
         self.teacher = teacher
-        inputs = pick_samples(calib, config.adaround.samples, config.seed)
-        self.groups = torch.as_tensor(student.quest_steps.lookup(inputs.t)).expand(len(inputs))
-        self.runs = [part.run for part in inputs.split(config.forward_batch)]
-        self.names = blocks(student, inputs)
+        self.size = config.forward_batch
+        self.inputs = pick_samples(calib, config.adaround.samples, config.seed)
+        found = [blocks(student, inputs) for inputs in self.inputs]
+        self.names = list(dict.fromkeys(name for names in found for name in names))
 
-    def record(self, name: str) -> BlockData:
-        """The data of a block by its name."""
-        calls = RecordedCalls(capture_calls(self.student, name, self.runs))
-        full = capture_calls(self.teacher, name, self.runs)
-        targets = torch.cat([call.output for call in full])
-        return BlockData(self.student.get_submodule(name), calls, targets, self.groups)
+    def record(self, name: str) -> list[BlockData]:
+        """The data of a block by its name, for each table of the calibration that calls it."""
+        found = []
+        for inputs in self.inputs:
+            runs = [part.run for part in inputs.split(self.size)]
+            calls = capture_calls(self.student, name, runs)
+            if not calls:
+                continue
+            full = capture_calls(self.teacher, name, runs)
+            targets = torch.cat([call.output for call in full]).float()
+            groups = torch.as_tensor(self.student.quest_steps.lookup(inputs.t)).expand(len(inputs))
+            groups = groups.repeat_interleave(len(targets) // len(inputs))
+            block = self.student.get_submodule(name)
+            found.append(BlockData(block, RecordedCalls(calls), targets, groups))
+        return found
 
 
 # ---- one minimization for all ----
@@ -160,7 +174,9 @@ def minimize(
         regularize: called with the number of each iteration after the backward pass; may add to
             the gradients.
     """
-    optimizer = torch.optim.Adam(groups, fused=True)
+    # one fused step for all tensors, where PyTorch has a kernel for it
+    devices = {tensor.device.type for group in groups for tensor in group["params"]}
+    optimizer = torch.optim.Adam(groups, fused=devices <= {"cpu", "cuda"})
     for i in range(iters):
         value = loss(i)
         optimizer.zero_grad(set_to_none=True)
@@ -170,17 +186,19 @@ def minimize(
         optimizer.step()
 
 
-def block_loss(student: nn.Module, data: BlockData, batch_size: int, seed: int) -> Loss:
+def block_loss(student: nn.Module, tables: list[BlockData], batch_size: int, seed: int) -> Loss:
     """The mean squared error of the block's output on random batches of `batch_size` calls.
 
     It is divided by the mean square of the targets, so that one weight of the regularizer serves
-    every block.
+    every block. The tables take turns.
     """
     generator = torch.Generator().manual_seed(seed)
-    scale = 1.0 / data.targets.pow(2).mean().clamp_min(1e-8)
-    size = min(batch_size, len(data.targets))
+    scales = [1.0 / data.targets.pow(2).mean().clamp_min(1e-8) for data in tables]
 
     def loss(i: int) -> torch.Tensor:
+        data = tables[i % len(tables)]
+        scale = scales[i % len(tables)]
+        size = min(batch_size, len(data.targets))
         index = torch.randint(len(data.targets), (size,), generator=generator)
         # The block runs alone, without the UNet's hook that selects the step groups.
         student.quest_steps.select_group(data.groups[index])
@@ -288,7 +306,7 @@ def reconstruct_weights(
         tensors = {str(i): layer.weight.data for i, layer in enumerate(layers)}
         filled = parts.fill(name, tensors, lambda: list(compute()))
         record[name] = filled.record
-        for layer in layers:
+        for layer in layers if filled.cached else ():
             layer.freeze()
 
     done: tuple[str, ...] = ()
@@ -324,14 +342,19 @@ def reconstruct_time(
     layers = quant_layers(student)
     projections = [name for name, layer in layers.items() if layer.role == "time_proj"]
     time_layers = [layer for layer in layers.values() if layer.role in TIME_ROLES]
-    t = calib.t.to(student.device)
-    with torch.no_grad(), capture_outputs(teacher, projections) as targets:
-        run_time_layers(teacher, t)
+    rows = calib.time_rows(student, torch.Generator().manual_seed(config.seed))
+    calls = [row.on(student) for row in rows]
+    goals = []
+    for t, arguments in (row.on(teacher) for row in rows):
+        with torch.no_grad(), capture_outputs(teacher, projections) as targets:
+            run_time_layers(teacher, t, arguments)
+        goals.append(targets)
 
     def loss(i: int) -> torch.Tensor:
+        t, arguments = calls[i % len(calls)]
         with capture_outputs(student, projections) as outputs:
-            run_time_layers(student, t)
-        return alignment_error(outputs, targets, relative=True)
+            run_time_layers(student, t, arguments)
+        return alignment_error(outputs, goals[i % len(calls)], relative=True)
 
     return learn_rounding(time_layers, loss, config)
 

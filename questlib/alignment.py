@@ -25,6 +25,8 @@ def alignment_error(
         A scalar with a gradient. Under several processes the mean squares are those of the whole
         batch, so that the mean gradient of the processes is the gradient of one process's batch.
     """
+    # Half precision has no squares of small outputs, and no SMALLEST_POWER.
+    targets = {name: target.float() for name, target in targets.items()}
     errors = [
         (quantized[name] - target.to(quantized[name].device)).pow(2).mean()
         for name, target in targets.items()

@@ -10,15 +10,20 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from questlib.diffusion.schedulers import SAMPLERS
 from questlib.errors import ConfigError, QuestError, did_you_mean
+from questlib.files import storage_reason
 
 # argparse's message about a command that there is not; whether names are in quotes depends on
 # Python's version.
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '(?P<found>[^']*)' \(choose from (?P<known>.*)\)")
+
+KEPT = "what was finished is kept, and the same command goes on from it"
 
 # Exit codes, as shells have them for a process that a signal has ended.
 INTERRUPTED = 130
@@ -129,17 +134,34 @@ def run(
     """Parse `argv` and call the function that the command has set as its default for `run`.
 
     Returns:
-        The exit code: that of the function (0 for None), 2 and one line for a QuestError, 130 and
-        the line `interrupted` for Ctrl-C, 141 and nothing where the reader of a pipe has left.
+        The exit code: that of the function (0 for None), 2 and one line for a QuestError or a
+        place that cannot be written, 130 and the line `interrupted` for Ctrl-C, 141 and nothing
+        where the reader of a pipe has left.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without "±" gets "?"
     try:
         try:
             return _run(parser, argv, interrupted)
         finally:
             sys.stdout.flush()  # a closed pipe shows here, not when Python ends
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return PIPE_CLOSED
+    except OSError as error:
+        reason = storage_reason(error)
+        if reason is None:
+            raise
+        place = error.filename or "the output"
+        print(f"{parser.prog}: cannot write {place}: {reason}; {KEPT}", file=sys.stderr)
+        _drop_output()
+        return 2
+
+
+def _drop_output() -> None:
+    """What is still to be printed goes nowhere, so that Python ends without a word about it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(parser: argparse.ArgumentParser, argv: list[str] | None, interrupted: str) -> int:
@@ -152,3 +174,19 @@ def _run(parser: argparse.ArgumentParser, argv: list[str] | None, interrupted: s
     except KeyboardInterrupt:
         print(f"{parser.prog}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+
+
+# ---- Ctrl-C before a command runs ----
+
+
+def _answer_interrupt(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Command lines import this module first: Ctrl-C is one line while they import the others, too.
+sys.excepthook = _answer_interrupt

@@ -8,6 +8,7 @@ config.json
   unet        its configuration
   quant       the quantization's: `QuantConfig.to_dict()`, groups as nested objects
   timesteps   the calibrated timesteps, in the sampler's order
+  dtype       of what is not quantized, "float16" or "bfloat16"; float32 where it is missing
 
 model.safetensors, for a quantized layer NAME with weight [O, I, kh, kw] or [O, I]
   NAME.codes                         uint8 [ceil(n / 2)] for up to 4 bits: two consecutive codes a
@@ -28,95 +29,71 @@ step groups, P sets of parameters and C channels
 All else (biases, norms, layers in full precision, the calibrated steps, a noise correction) is
 stored as it is in the model. Tensors named `index` follow from the configuration and are left out.
 
-Format 1 is read, too; see `from_format_1`.
+The metadata of model.safetensors has the digests of all tensors (`questlib.integrity`), and what
+config.json holds, whose last entry is a digest of the others. So the file is complete by itself: a
+save that was stopped between the two files leaves the new weights with their own configuration.
+
+Format 1, and format 2 without digests, are read, too; see `from_format_1`.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from questlib.baselines.noise_correction import insert_correction
-from questlib.config import QuantConfig
-from questlib.diffusion.unets import FixedHeadsUNet2DModel
-from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib.diffusers_quantizer import (
+    CONFIG_FILE,
+    METHOD,
+    attach,
+    check_saved_config,
+    read_config,
+)
+from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.integer.conversion import convert
 from questlib.integer.engines import choose_engine
-from questlib.integer.form import packed_size
-from questlib.integer.modules import IntegerAttention, IntegerLayer
+from questlib.integrity import Tensors, digest_of_json, fail_if_any, read_tensors, with_digests
+from questlib.packing import (
+    CLASSES,
+    check_calibrated,
+    check_rebuildable,
+    last_part,
+    load_tensors,
+    read_quantization,
+    saved_precision,
+    stored_tensors,
+)
 from questlib.quantization.carrier import split_ratio
-from questlib.quantization.layers import QuantLayer
-from questlib.quantization.model import act_quantizers, freeze, quant_layers, step_groups
+from questlib.quantization.model import freeze, step_groups
+from questlib.quantization.precision import cast
 from questlib.quantization.preparation import prepare
-from questlib.quantization.weight_quantizer import WeightQuantizer
 
 FORMAT = 2
-UNETS = {c.__name__: c for c in (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)}
-
 WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"  # of a UNet that diffusers has saved
+DIGEST = "digest"  # the entry of config.json
+CONFIG = "config"  # what the weights' metadata say of config.json: all of it
 
-# Tensors of whole numbers below 256: bytes in the file, float32 or int64 in the model.
-BYTES = ("zero_point", "ratio", "shift")
-
-Tensors = dict[str, torch.Tensor]
-
-
-# ---- codes of weights ----
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape -> uint8 [n] bytes.
-
-    Up to 4 bits two consecutive codes share a byte, the first in the low nibble.
-    """
-    flat = codes.flatten()
-    if bits > 4:
-        return flat.contiguous()
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return flat[0::2] | (flat[1::2] << 4)
-
-
-def unpack(packed: torch.Tensor, bits: int, shape: torch.Size) -> torch.Tensor:
-    """The inverse of `pack`: uint8 codes of this shape.
-
-    Raises:
-        CheckpointError: the number of bytes does not fit the shape, or a code exceeds `bits`.
-    """
-    n = shape.numel()
-    expected = packed_size(n, bits)
-    if packed.dtype != torch.uint8 or packed.numel() != expected:
-        raise CheckpointError(
-            f"packed weight: expected {expected} bytes for shape {list(shape)} at {bits} bits, "
-            f"found {packed.numel()}"
-        )
-    codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
-    if n and int(codes.max()) >= 2**bits:
-        raise CheckpointError(f"packed weight: code {int(codes.max())} exceeds {bits} bits")
-    return codes.reshape(shape)
-
-
-def coded_layers(unet: nn.Module) -> dict[str, tuple[QuantLayer, WeightQuantizer]]:
-    """The layers whose weights are stored as codes, each with its quantizer, by name."""
-    return {
-        name: (layer, layer.weight_quantizer)
-        for name, layer in quant_layers(unet).items()
-        if layer.weight_quantizer is not None
-    }
-
-
-def last_part(name: str) -> str:
-    """The last part of a tensor's dotted name."""
-    return name.rpartition(".")[2]
+# What diffusers and torch raise at a config that they cannot build.
+BUILDING = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 # ---- saving ----
@@ -135,51 +112,41 @@ def save_pretrained(unet: nn.Module, out_dir: str | Path) -> int:
     Raises:
         ConfigError: the UNet is not quantized, or runs in integers: its weights then lie in the
             engine's own layout.
-        QuestError: the folder cannot be written.
+        StorageError: the folder cannot be written; an older checkpoint in it is kept.
 
     Example:
         >>> size = questlib.save_pretrained(unet, "ldm4-w4a4")
         >>> unet = questlib.from_pretrained("ldm4-w4a4")
     """
     steps = step_groups(unet)
-    if any(isinstance(module, IntegerLayer | IntegerAttention) for module in unet.modules()):
-        raise ConfigError(
-            "save: expected a simulated UNet, found one that runs in integers; "
-            "save it before it is converted"
-        )
+    check_rebuildable(unet)
     config = {
         "format": FORMAT,
         "class": type(unet).__name__,
         # Without private entries, among them the folder that the model was loaded from.
-        "unet": {key: value for key, value in unet.config.items() if not key.startswith("_")},
+        "unet": {key: value for key, value in unet.config.items() if is_own(key)},
         "quant": unet.quest_config.to_dict(),
         "timesteps": steps.timesteps.flip(0).tolist(),
     }
+    if unet.dtype != torch.float32:
+        config["dtype"] = str(unet.dtype).removeprefix("torch.")
+    config = json.loads(json.dumps(config, default=str))
+    config[DIGEST] = digest_of_json(config)
     state = stored_tensors(unet)
     out = Path(out_dir)
-    try:
-        with atomic_path(out / WEIGHTS_FILE) as temporary:
-            save_file(state, temporary)
-        with atomic_path(out / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(config, indent=1, default=str))
-    except OSError as error:
-        raise QuestError(f"save: cannot write to {out}: {error.strerror}") from error
+    # Both are written before one takes its place: a full disk leaves both old ones.
+    with (
+        atomic_path(out / CONFIG_FILE) as config_file,
+        atomic_path(out / WEIGHTS_FILE) as weights_file,
+    ):
+        config_file.write_text(json.dumps(config, indent=1), encoding="utf-8")
+        save_file(state, weights_file, with_digests(state, {CONFIG: config}))
     return (out / WEIGHTS_FILE).stat().st_size
 
 
-def stored_tensors(unet: nn.Module) -> Tensors:
-    """What model.safetensors holds of a quantized UNet."""
-    state: Tensors = dict(unet.state_dict())
-    for name, (_, quantizer) in coded_layers(unet).items():
-        codes = quantizer.codes(state.pop(f"{name}.weight"))
-        state[f"{name}.codes"] = pack(codes, quantizer.bits)
-    stored = {}
-    for name, value in state.items():
-        if last_part(name) == "index":
-            continue
-        value = value.to(torch.uint8) if last_part(name) in BYTES else value
-        stored[name] = value.detach().contiguous()
-    return stored
+def is_own(key: str) -> bool:
+    """Whether an entry of a UNet's config says how it is built: not a path, a version, or this."""
+    return not key.startswith("_") and key != "quantization_config"
 
 
 # ---- loading ----
@@ -189,7 +156,7 @@ def from_pretrained(
     path: str | Path,
     engine: str = "fake",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     weights: str = "packed",
     fuse: bool = False,
     fallback: bool = False,
@@ -201,7 +168,7 @@ def from_pretrained(
         engine: "fake" is simulated quantization, with the outputs of the saved model bit for bit.
             Others run in integers: "cpu", "triton", "reference", or "auto"; see
             `questlib.convert`, also for the other arguments.
-        dtype: for an integer engine: of what is not quantized.
+        dtype: of what is not quantized; None: as it was saved.
         weights: for an integer engine: how weights are kept in memory.
         fuse: for an integer engine: whether layers that follow each other are fused.
         fallback: for an integer engine: whether layers without an integer form are simulated.
@@ -216,45 +183,135 @@ def from_pretrained(
     """
     if engine != "fake":
         choose_engine(engine)  # an engine that cannot run is refused before any long work
-    elif dtype != torch.float32 or weights != "packed" or fuse or fallback:
+    elif weights != "packed" or fuse or fallback:
         raise ConfigError(
-            "dtype, weights, fuse and fallback are choices of the integer engines, "
-            "not of engine 'fake'"
+            "weights, fuse and fallback are choices of the integer engines, not of engine 'fake'"
         )
     path = Path(path)
     config, state = read_files(path)
-    unet = build_unet(path, config)
+    unet = build_unet(path, config, state)
     load_tensors(path, unet, state)
     check_calibrated(path, unet)
+    saved = check_saved_dtype(path, config, state)
+    dtype = saved if dtype is None else dtype
     if engine == "fake":
-        return freeze(unet)
+        return cast(freeze(unet), dtype)
     return convert(
         unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
     )
+
+
+def check_saved_dtype(path: Path, config: dict[str, Any], state: Tensors) -> torch.dtype:
+    """The precision of a checkpoint's UNet. CheckpointError where its files disagree."""
+    found = saved_precision(path, state)
+    name = config.get("dtype", "float32")
+    if name != str(found).removeprefix("torch."):
+        raise CheckpointError(
+            f"checkpoint {path}: {CONFIG_FILE}: dtype: expected that of conv_in.bias, {found}, "
+            f"found {name!r}"
+        )
+    return found
 
 
 def read_files(path: Path) -> tuple[dict[str, Any], Tensors]:
     """Both files of a checkpoint, in format 2.
 
     Raises:
-        CheckpointError: a file cannot be read, or the format is unknown.
+        CheckpointError: a file cannot be read, does not hold what was saved, or is of an unknown
+            format.
     """
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-        state = load_file(path / WEIGHTS_FILE)
-    except (OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"checkpoint {path}: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(
-            f"checkpoint {path}: config.json: expected an object, found {type(config).__name__}"
-        )
-    if config.get("format") == 1:
-        return config, from_format_1(path, state)
-    if config.get("format") != FORMAT:
+    config = read_config(path / CONFIG_FILE)
+    if "quantization_config" in config:
+        state, about = read_tensors(path / DIFFUSERS_FILE)
+        check_saved_config(path / CONFIG_FILE, config, about)
+        config = from_diffusers(path, config, state)
+    else:
+        state, about = read_tensors(path / WEIGHTS_FILE)
+        config = own_config(path, config, about)
+    if type(config.get("format")) is not int or config["format"] not in (1, FORMAT):
         raise CheckpointError(
             f"checkpoint {path}: expected format 1 or {FORMAT}, found {config.get('format')!r}"
         )
-    return config, state
+    own = check_structure(path, config)
+    if CONFIG not in about:
+        # Without digests nothing tells an entry that was lost from one that was never there.
+        # diffusers would take a default for it.
+        fail_if_any(f"checkpoint {path}: {CONFIG_FILE}", {"missing": entries_of(config) - own})
+    return config, from_format_1(path, state) if config["format"] == 1 else state
+
+
+def check_structure(path: Path, config: dict[str, Any]) -> set[str]:
+    """The names of the UNet's own entries, once it is clear that the config has all its parts.
+
+    Raises:
+        CheckpointError: a part is missing, or is of another type; the class of the UNet is not
+            known, or does not have an entry.
+    """
+    name = config.get("class")
+    if not isinstance(name, str) or name not in CLASSES:
+        raise CheckpointError(
+            f"checkpoint {path}: expected one of {', '.join(CLASSES)}, found {name!r}"
+        )
+    for key, kind in (("unet", dict), ("quant", dict), ("timesteps", list)):
+        if not isinstance(config.get(key), kind):
+            raise CheckpointError(
+                f"checkpoint {path}: {CONFIG_FILE} does not describe a quantized UNet: {key}: "
+                f"expected a {kind.__name__}, found {reprlib.repr(config.get(key))}"
+            )
+    own = {key for key in config["unet"] if is_own(key)}
+    fail_if_any(f"checkpoint {path}: {CONFIG_FILE}", {"unexpected": own - entries_of(config)})
+    return own
+
+
+def entries_of(config: dict[str, Any]) -> set[str]:
+    """The entries that the config of this class of UNet has."""
+    return set(inspect.signature(CLASSES[config["class"]].__init__).parameters) - {"self"}
+
+
+def own_config(path: Path, config: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the weights: config.json's, or a newer one that came with them.
+
+    Raises:
+        CheckpointError: config.json is not what was saved, or is not of these weights.
+    """
+    own = about.get(CONFIG)
+    whole = config.get(DIGEST) == digest_of_json(without(config, DIGEST))
+    if own is None and DIGEST in config:
+        raise CheckpointError(
+            f"checkpoint {path}: {WEIGHTS_FILE} has no digests, {CONFIG_FILE} has one: they were "
+            "not saved together, or a tool has written the weights again"
+        )
+    # A whole one of another save: the save of these weights has stopped before it was replaced.
+    if own is not None and config != own and not whole:
+        raise CheckpointError(
+            f"checkpoint {path}: {CONFIG_FILE} is not what was saved with {WEIGHTS_FILE}"
+        )
+    return without(config if own is None else own, DIGEST)
+
+
+def without(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """A configuration without one of its entries."""
+    return {k: v for k, v in config.items() if k != key}
+
+
+def from_diffusers(path: Path, config: dict[str, Any], state: Tensors) -> dict[str, Any]:
+    """The config of a folder that diffusers' `save_pretrained` wrote, as `save_pretrained` has it.
+
+    Raises:
+        CheckpointError: it is of another quantizer.
+    """
+    quant = config["quantization_config"]
+    if not isinstance(quant, dict) or quant.get("quant_method") != METHOD:
+        raise CheckpointError(f"checkpoint {path}: expected quant_method {METHOD!r}, found {quant}")
+    dtype = str(saved_precision(path, state)).removeprefix("torch.")
+    return {
+        "format": quant.get("format"),
+        "class": config.get("_class_name"),
+        "unet": config,
+        "quant": quant.get("quant"),
+        "timesteps": quant.get("timesteps"),
+        "dtype": dtype,
+    }
 
 
 def from_format_1(path: Path, state: Tensors) -> Tensors:
@@ -283,73 +340,65 @@ def from_format_1(path: Path, state: Tensors) -> Tensors:
     return renamed
 
 
-def build_unet(path: Path, config: dict[str, Any]) -> nn.Module:
+def build_unet(path: Path, config: dict[str, Any], state: Tensors) -> nn.Module:
     """A quantized UNet of this structure, whose tensors are still to be loaded.
 
     Raises:
-        CheckpointError: `config` does not describe a quantized UNet.
+        CheckpointError: `config` does not describe a quantized UNet, or one that is larger than
+            the checkpoint.
     """
-    if config.get("class") not in UNETS:
-        raise CheckpointError(
-            f"checkpoint {path}: expected one of {', '.join(UNETS)}, found {config.get('class')!r}"
-        )
+    quant, timesteps = read_quantization(path, config["quant"], config["timesteps"])
+    name = config["class"]
+    own = {key: value for key, value in config["unet"].items() if is_own(key)}
+    check_layers(path, own, len(state))
     try:
-        own = {k: v for k, v in config["unet"].items() if not k.startswith("_")}
-        unet = UNETS[config["class"]].from_config(own)
-        quant = QuantConfig.from_dict(config["quant"])
-        unet = prepare(unet, quant, torch.tensor(config["timesteps"]), search_weights=False)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        # First without memory: what a file describes can be larger than any machine.
+        with torch.device("meta"):
+            planned = sum(p.numel() for p in CLASSES[name].from_config(own).parameters())
+        # two codes of 4 bits a byte are the smallest weights
+        if planned > 2 * sum(tensor.nbytes for tensor in state.values()):
+            raise CheckpointError(
+                f"checkpoint {path} does not fit {name}: {CONFIG_FILE} describes {planned} "
+                "weights, more than its file holds"
+            )
+        unet = CLASSES[name].from_config(own)
+        unet = prepare(unet, quant, timesteps, search_weights=False)
+    except CheckpointError:
+        raise
+    except BUILDING as error:
         raise CheckpointError(
-            f"checkpoint {path}: config.json does not describe a quantized UNet ({error!r})"
+            f"checkpoint {path}: {CONFIG_FILE} does not describe a quantized UNet ({error!r})"
         ) from error
     if quant.noise_correction:
         insert_correction(unet)
+    attach(unet)
     return unet
 
 
-def load_tensors(path: Path, unet: nn.Module, state: Tensors) -> None:
-    """Load a checkpoint's tensors into the UNet that `build_unet` made; all must fit.
+def check_layers(path: Path, own: dict[str, Any], tensors: int) -> None:
+    """Check the numbers of layers in a UNet's config, before anything is built of it.
+
+    Args:
+        own: the config, without private entries.
+        tensors: how many the checkpoint has; no UNet has more layers.
 
     Raises:
-        CheckpointError: missing or unexpected tensors, wrong shapes, values that are not finite,
-            codes out of range.
+        CheckpointError: one of them is not such a number.
     """
-    layers = coded_layers(unet)
-    own = unet.state_dict()
-    expected = {name: value.shape for name, value in own.items() if last_part(name) != "index"}
-    for name in layers:
-        del expected[f"{name}.weight"]
-    codes = {f"{name}.codes" for name in layers}
-
-    missing = sorted((expected.keys() | codes) - state.keys())
-    unexpected = sorted(state.keys() - expected.keys() - codes)
     wrong = [
-        f"{name} {list(state[name].shape)} (expected {list(shape)})"
-        for name, shape in expected.items()
-        if name in state and state[name].shape != shape
+        f"{key} = {reprlib.repr(value)}"
+        for key, value in own.items()
+        if "layers" in key and not all(_is_count(n, tensors) for n in _numbers(value))
     ]
-    if missing or unexpected or wrong:
-        lists = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        found = "; ".join(f"{what}: {', '.join(names[:5])}" for what, names in lists if names)
-        raise CheckpointError(f"checkpoint {path} does not fit {type(unet).__name__}: {found}")
-
-    infinite = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
-    if infinite:
-        raise CheckpointError(f"checkpoint {path}: not finite: {', '.join(infinite[:5])}")
-
-    values = {name: state[name].to(own[name].dtype) for name in expected}
-    unet.load_state_dict(values, strict=False)
-    for name, (layer, quantizer) in layers.items():
-        unpacked = unpack(state[f"{name}.codes"], quantizer.bits, layer.weight.shape)
-        layer.weight.data.copy_(quantizer.decode(unpacked))
+    fail_if_any(f"checkpoint {path}: {CONFIG_FILE}", {f"expected 1..{tensors} layers": wrong})
 
 
-def check_calibrated(path: Path, unet: nn.Module) -> None:
-    """Raise CheckpointError when a quantizer or the noise correction was never calibrated."""
-    found = [q.name for q in act_quantizers(unet) if q.enabled and not bool(q.calibrated)]
-    if unet.quest_config.noise_correction and not bool(unet.quest_correction.calibrated):
-        found.append("quest_correction")
-    if found:
-        raise CheckpointError(
-            f"checkpoint {path}: activation scales were never calibrated: {', '.join(found[:5])}"
-        )
+def _numbers(value: Any) -> list[Any]:
+    """The entries of nested lists, or the value itself; nothing for None."""
+    if isinstance(value, list | tuple):
+        return [number for part in value for number in _numbers(part)]
+    return [] if value is None else [value]
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 1 <= value <= most

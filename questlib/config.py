@@ -1,6 +1,7 @@
-"""Every choice that decides how a model is quantized and finetuned, in groups.
+"""Every choice that decides how a model is quantized and finetuned, by name.
 
-Section numbers are those of the paper (arXiv 2402.03666v6).
+The groups of choices are in `questlib.config_groups`. Section numbers are those of the paper (arXiv
+2402.03666v6).
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
+from questlib.config_groups import (
+    GROUPS,
+    ActReconConfig,
+    AdaRoundConfig,
+    Count,
+    FinetuningConfig,
+    Power,
+    RangeConfig,
+    Seed,
+    Settings,
+)
 from questlib.errors import ConfigError, did_you_mean
 from questlib.presets import preset_values
 
 OFF = 16  # a bit-width of 16 switches a quantizer off
-Granularity = Literal["tensor", "channel", "carrier", "token"]
-Search = Literal["minmax", "mse", "percentile"]
 
 
 def _check_bits(bits: int) -> int:
@@ -27,187 +37,11 @@ def _check_bits(bits: int) -> int:
 
 
 Bits = Annotated[int, AfterValidator(_check_bits)]
-Count = Annotated[int, Field(ge=1)]
-Iterations = Annotated[int, Field(ge=0)]
-Rank = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Power = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 
 def digest(values: Any) -> str:
     """Sixteen hex digits of values: sha256 of their JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-class Settings(BaseModel):
-    """A frozen group of choices, which refuses unknown names and values of another type."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
-
-
-class RangeConfig(Settings):
-    """How the range of each activation is found, and how many scales there are (Sec. 3.1)."""
-
-    act_granularity: Granularity = "tensor"
-    """What has a scale of its own. tensor: a layer's input. channel: each of its channels; these
-    scales cannot run in integers. carrier: each channel, by scales base * m_k * 2^e that do run in
-    integers; only up to 4 bits, wider codes are per tensor. token: each token of linear layers and
-    1x1 convolutions, from the range of the token at hand, times static ratios m_k * 2^e; all other
-    inputs as with carrier."""
-
-    act_range: Search = "mse"
-    """The search for an activation's range: its extremes, the least error, or a percentile."""
-
-    range_norm: Power = 2.0
-    """The "mse" search minimizes |x_hat - x|^range_norm. Above 2 it clips less (paper: 2)."""
-
-    act_symmetric: bool = False
-    """Whether activation ranges are symmetric around zero."""
-
-    act_ema: Momentum | None = None
-    """Weight of the past in a running min-max over calibration batches (release: 0.95); None: the
-    true extremes."""
-
-    step_groups: Count = 1
-    """Sets of activation scales over the sampler's steps, at most one a step (paper: one)."""
-
-    calib_batch: Count = 64
-    """Samples of each step group that ranges are searched on."""
-
-    calib_steps: Literal["uniform", "normal", "first"] = "uniform"
-    """Steps of these samples. normal: more of the late, less noisy ones (PTQ4DM). first: the first
-    step of each group alone, on which finetuning in sequential order then goes, too (release)."""
-
-    calib_model: Literal["full", "quantized"] = "full"
-    """The model whose activations are seen. quantized: weights are quantized, and so are the
-    activations of the layers that ran before, each when its own range is set (release)."""
-
-    te_token: bool = False
-    """Whether inputs of the time-embedding layers, which depend on t alone, have a range for each
-    t (TFMQ-DM)."""
-
-
-class AdaRoundConfig(Settings):
-    """AdaRound: learned rounding of weights, block by block (Q-Diffusion, BRECQ)."""
-
-    enabled: bool = False
-    """Whether rounding is learned; otherwise weights are rounded to nearest."""
-
-    iters: Iterations = 20000
-    """Iterations of each block."""
-
-    lr: Rate = 1e-3
-    """Learning rate of Adam."""
-
-    batch_size: Count = 16
-    """Calls of a block in one iteration (release: 16)."""
-
-    round_weight: Rate = 10.0
-    """Weight of the rounding regularizer, a mean over each layer's weights, beside the block's
-    relative error. Ten decides over 95% of the roundings at every scale's budget
-    (`benchmarks/adaround.py`); an undecided one loses what it learned when it is hardened."""
-
-    samples: Count = 256
-    """Calibration inputs that are kept for a block, also for the activation scales' blocks."""
-
-    temporal_block: bool = False
-    """Whether all time-embedding layers are one block, over all steps (TFMQ-DM)."""
-
-
-class ActReconConfig(Settings):
-    """Q-Diffusion's second stage: activation scales are trained block by block."""
-
-    enabled: bool = False
-    """Whether the stage runs."""
-
-    iters: Iterations = 5000
-    """Iterations of each block."""
-
-    lr: Rate = 4e-4
-    """Learning rate of Adam, as a fraction of each scale."""
-
-
-class FinetuningConfig(Settings):
-    """QuEST's selective finetuning in two stages, TLA and CMA (Sec. 3.3)."""
-
-    tla_iters: Iterations = 0
-    """Iterations of stage TLA, which trains the time-embedding layers; 0: no such stage."""
-
-    cma_iters: Iterations = 0
-    """Iterations of stage CMA, which trains the attention-related layers; 0: no such stage."""
-
-    te_layers: Literal["all", "projections"] = "all"
-    """Layers of TLA. projections: those inside the ResBlocks alone (release)."""
-
-    cma_layers: Literal["attention", "qkv", "no_context", "feed_forward", "all", "none"] = (
-        "attention"
-    )
-    """Layers of CMA. attention: all attention-related layers (paper). all: every layer of the
-    model, full finetuning. For the others see `questlib.finetuning.stages.CMA_ROLES`."""
-
-    lora_rank: Rank = 0
-    """Rank of low-rank updates that CMA trains in place of the weights (EfficientDM); 0: none."""
-
-    local_loss: bool = True
-    """Whether the stages have their local losses L_TLA and L_CMA beside the global loss L_G."""
-
-    cma_local_loss: bool = True
-    """Whether stage CMA has its local loss (release: not on LSUN and ImageNet)."""
-
-    normalize_local: bool = False
-    """Whether each layer's local error is divided by its power in full precision."""
-
-    global_weight: Rate = 2.0
-    """Weight of L_G in the total loss L_TLA + L_CMA + 2 L_G."""
-
-    global_per_layer: bool = False
-    """Whether L_G counts once for each layer of the stage's local loss (release)."""
-
-    tla_order: Literal["joint", "sequential"] = "joint"
-    """Order of the steps in TLA. joint: all steps in one expectation (paper). sequential: one step
-    after another (release)."""
-
-    cma_order: Literal["joint", "rounds"] = "joint"
-    """Order of the steps in CMA. joint: all steps in one expectation (paper). rounds: some
-    iterations on each step group, round after round, with a new Adam for the scales at each visit
-    (release)."""
-
-    tla_batch_size: Count | None = None
-    """Calls of the UNet in one iteration of TLA (release: 2); None: `batch_size`."""
-
-    cma_batch_size: Count | None = None
-    """Calls of the UNet in one iteration of CMA (release: 4); None: `batch_size`."""
-
-    tla_samples: Count | None = None
-    """Trajectories that TLA draws from (release: 8); None: all that are calibrated."""
-
-    cma_samples: Count | None = None
-    """Trajectories that CMA draws from (release: 64); None: all that are calibrated."""
-
-    train_biases: bool = False
-    """Whether the biases of the stages' layers are trained with their weights (release)."""
-
-    scale_layers: Literal["all", "own"] = "all"
-    """Activation scales that the stages train. all: both train all of them (paper). own: TLA those
-    of its own layers, CMA those outside of the time path (release)."""
-
-    lr_weight: Rate = 1e-5
-    """Learning rate of the weights."""
-
-    lr_scale: Rate = 1e-4
-    """Learning rate of the activation scales."""
-
-    lr_scale_tla: Rate | None = None
-    """Learning rate of the activation scales in stage TLA (release: 1e-5); None: `lr_scale`."""
-
-    lr_relative: bool = False
-    """Whether learning rates are fractions of each scale, and of each weight's step."""
-
-    lr_decay: bool = False
-    """Whether learning rates fall along a cosine to zero over each stage (paper: constant)."""
 
 
 class QuantConfig(Settings):
@@ -263,13 +97,16 @@ class QuantConfig(Settings):
     split_skip: bool = True
     """Whether the two halves of a UNet's concatenations have scales of their own (Q-Diffusion)."""
 
+    skip_layers: list[str] = []
+    """Layers that stay in full precision: their names, or patterns such as "*.fuser.*"."""
+
     noise_correction: bool = False
     """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
 
     batch_size: Count = 32
     """Calls of the UNet in one iteration of finetuning, of a block in one of `act_recon`."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything that is drawn at random."""
 
     forward_batch: Count = 64
@@ -384,6 +221,7 @@ class QuantConfig(Settings):
         if self.ranges.act_granularity in ("carrier", "token") or self.ranges.te_token:
             # 4-bit weights make room for the ratios' 2^e
             names += ["weight_bits", "first_last_weight_bits"]
+        names += ["skip_layers"] if self.skip_layers else []
         return digest(values | {name: getattr(self, name) for name in names})
 
     def adaround_key(self) -> str:
@@ -391,6 +229,7 @@ class QuantConfig(Settings):
         values = {"adaround": _chosen(self.adaround), "te": self.te == "fp"}
         names = ["weight_bits", "first_last_weight_bits", "weight_range", "weight_range_norm"]
         names += ["split_skip", "seed"]
+        names += ["skip_layers"] if self.skip_layers else []
         return digest(values | {name: getattr(self, name) for name in names})
 
     def act_recon_key(self) -> str:
@@ -415,12 +254,6 @@ class QuantConfig(Settings):
 
 # ---- names of fields ----
 
-GROUPS: dict[str, type[Settings]] = {
-    "ranges": RangeConfig,
-    "adaround": AdaRoundConfig,
-    "act_recon": ActReconConfig,
-    "finetuning": FinetuningConfig,
-}
 # keywords that are not the field's own name; format 1 of checkpoints has them
 KEYWORDS = {
     "adaround_iters": "adaround.iters",

@@ -6,6 +6,7 @@ With a single process every function here returns what it was given.
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -74,6 +75,13 @@ def broadcast_from(tensors: dict[str, torch.Tensor] | None, owner: int) -> dict[
         value = own[name].contiguous() if is_owner else torch.empty(shape, dtype=dtype)
         shared[name] = broadcast(value.to(device()), owner).cpu()
     return shared
+
+
+def broadcast_value(value: Any, owner: int) -> Any:
+    """Give every process a value of one process, as pickle carries it."""
+    values = [value]
+    broadcast_object_list(values, from_process=owner)
+    return values[0]
 
 
 def mean(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,14 @@ class CheckpointError(QuestError, ValueError):
     """A checkpoint is damaged, incomplete, or belongs to another model."""
 
 
+class NotFiniteError(QuestError):
+    """A weight, an input or an output is NaN or infinite. The message names the layer or step."""
+
+
+class StorageError(QuestError):
+    """A file cannot be written: the disk is full, or the place is read-only."""
+
+
 class MetricError(QuestError, ValueError):
     """A metric cannot be computed on what it was given (too few samples, wrong size)."""
 

@@ -2,16 +2,36 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import shutil
 import stat
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from questlib.errors import ConfigError
+from safetensors import SafetensorError
+
+from questlib.errors import ConfigError, StorageError
+
+# What a place that cannot be written answers.
+STORAGE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+}
+KEPT = "what was there before is kept"
 
 
 def check_writable(folder: Path) -> None:
@@ -39,32 +59,66 @@ def check_new(out: Path) -> None:
     check_writable(out.parent)
 
 
+def storage_reason(error: BaseException | None) -> str | None:
+    """Why the system could not write, where that is what an error is about; else None.
+
+    safetensors tells the system's number in its text; torch raises an error of its own while it
+    handles the system's.
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError):
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(told[1]) if told else None
+    if isinstance(error, RuntimeError):
+        return storage_reason(error.__context__)
+    return os.strerror(number) if number in STORAGE else None
+
+
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place when the block ends.
 
     A reader of `path` sees the old file (or folder) or the new one, never half of it. When the
     block raises, `path` stays as it was and what was written is removed. The new file has the
     permissions that the umask gives, also where a library has written it for its owner alone, as
-    safetensors does.
+    safetensors does. A symbolic link at `path` is replaced; what it points to stays as it is.
+
+    Args:
+        path: the file or folder.
+        kept: what a message says of a place that cannot be written.
+
+    Raises:
+        StorageError: the place cannot be written.
 
     Example:
         >>> with atomic_path("log.json") as temporary:
-        ...     temporary.write_text("{}")
+        ...     temporary.write_text("{}", encoding="utf-8")
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     owner = f"{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f"{path.name}.{owner}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # a link that stands there is not written through
         yield temporary
         _give_umask(temporary)
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = storage_reason(error)
+        if reason is None:
+            raise
+        raise StorageError(f"cannot write {path}: {reason}; {kept}") from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there and can be removed."""
+    with suppress(OSError):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
         else:
-            temporary.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
 
 
 def _give_umask(path: Path) -> None:

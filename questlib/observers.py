@@ -9,10 +9,13 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.calibration import Calibration
-from questlib.config import OFF, QuantConfig, RangeConfig
+from questlib.config import OFF, QuantConfig
+from questlib.config_groups import RangeConfig
+from questlib.integrity import Tensors
 from questlib.quantization import carrier, range_search
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.model import act_quantizers, freeze, set_mode
+from questlib.stage_cache import Parts
 
 # How many values of a quantizer's inputs are kept for the range search:
 VALUES_PER_CHANNEL = 2048  # of a batch, where channels have scales of their own
@@ -213,9 +216,19 @@ def samples_of_steps(t: torch.Tensor, ranges: RangeConfig, generator: torch.Gene
     return counts.tolist()
 
 
+def is_snapped(quantizer: ActQuantizer) -> bool:
+    """Whether the quantizer's ranges follow from those of all step groups (`snap_ranges`)."""
+    return quantizer.granularity in ("carrier", "token")
+
+
 @torch.no_grad()
 def init_ranges(
-    unet: nn.Module, calib: Calibration, config: QuantConfig, *, progress: bool = False
+    unet: nn.Module,
+    calib: Calibration,
+    config: QuantConfig,
+    *,
+    parts: Parts | None = None,
+    progress: bool = False,
 ) -> None:
     """Set every activation quantizer of a prepared UNet from the activations of its layers.
 
@@ -227,8 +240,10 @@ def init_ranges(
         unet: made by `questlib.quantization.preparation.prepare`.
         calib: inputs of the full-precision UNet.
         config: `ranges`, `forward_batch` and `seed` of the quantization.
+        parts: keeps finished step groups, and gives those of a search that was stopped.
         progress: show a progress bar.
     """
+    parts = Parts() if parts is None else parts
     ranges = config.ranges
     live = ranges.calib_model == "quantized"
     set_mode(unet, weights=live)
@@ -248,24 +263,40 @@ def init_ranges(
     # of the quantizers with ratios, which are snapped once all groups are known
     free: list[list[FreeRange]] = [[] for _ in quantizers]
     for group in tqdm(range(groups), desc="ranges", disable=not progress):
-        observers = [
-            (LiveObserver if live else Observer)(q, ranges, 1000 * group + i, batches)
-            for i, q in enumerate(quantizers)
-        ]
-        for q, observer in zip(quantizers, observers, strict=True):
-            q.observer = observer
-        generator = generators[group]
-        for step, count in zip(steps[group], counts[group], strict=True):
-            pick = torch.randperm(calib.x.shape[1], generator=generator)[:count]
-            for batch in calib.batch(step, pick).split(config.forward_batch):
-                batch.run(unet)
-        for q, observer, own_free in zip(quantizers, observers, free, strict=True):
-            q.observer = None
-            if q.granularity in ("carrier", "token"):
-                found = observer.channel_ranges()
-                own_free.append(found._replace(values=found.values.cpu()))
-            elif not live:
-                set_range(observer, group)
+
+        def search(group: int = group) -> Tensors:
+            kind = LiveObserver if live else Observer
+            observers = [
+                kind(q, ranges, 1000 * group + i, batches) for i, q in enumerate(quantizers)
+            ]
+            for q, observer in zip(quantizers, observers, strict=True):
+                q.observer = observer
+            generator = generators[group]
+            for step, count in zip(steps[group], counts[group], strict=True):
+                pick = torch.randperm(calib.width(step), generator=generator)[:count]
+                for batch in calib.batch(step, pick).split(config.forward_batch):
+                    batch.run(unet)
+            found = {}
+            for i, (q, observer) in enumerate(zip(quantizers, observers, strict=True)):
+                q.observer = None
+                if is_snapped(q):
+                    one = observer.channel_ranges()
+                    found[f"{i}.values"] = one.values.cpu()
+                    found |= {f"{i}.scale": one.scale, f"{i}.zero_point": one.zero_point}
+                    continue
+                if not live:
+                    set_range(observer, group)
+                found |= {f"{i}.{key}": getattr(q, key)[group] for key in ("scale", "zero_point")}
+            return {name: value.detach().cpu() for name, value in found.items()}
+
+        found = parts.keep(str(group), search)
+        for i, q in enumerate(quantizers):
+            scale = found[f"{i}.scale"].to(q.scale.device)
+            zero_point = found[f"{i}.zero_point"].to(q.scale.device)
+            if is_snapped(q):
+                free[i].append(FreeRange(found[f"{i}.values"], scale, zero_point))
+            else:
+                q.set_group(group, scale, zero_point)
 
     for q, own_free in zip(quantizers, free, strict=True):
         if own_free:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import nn
@@ -12,11 +13,17 @@ from torch import nn
 from questlib.adaround import decided_share, reconstruct_acts, reconstruct_weights
 from questlib.baselines.noise_correction import estimate_correction, insert_correction
 from questlib.calibration import Calibration
+from questlib.capture import execution_order
 from questlib.config import OFF, QuantConfig
+from questlib.diffusers_quantizer import attach
+from questlib.errors import ConfigError
+from questlib.integrity import fail_if_any
 from questlib.observers import init_ranges
-from questlib.quantization.model import act_quantizers, freeze, quant_layers
-from questlib.quantization.preparation import prepare
-from questlib.stage_cache import StageCache, seconds_of
+from questlib.quantization.model import act_quantizers, freeze, quant_layers, set_mode
+from questlib.quantization.precision import cast
+from questlib.quantization.preparation import check_unet, prepare
+from questlib.quantization.stored_values import wrong_act_values
+from questlib.stage_cache import Filled, Parts, StageCache
 
 
 class QuantizationLog(TypedDict):
@@ -52,19 +59,25 @@ def quantize(
 
     Returns:
         A UNet of the same diffusers class with simulated quantization, ready to sample or to be
-        finetuned. Its attribute `quest_log` is a `QuantizationLog`.
+        finetuned, in the precision of `unet`. Ranges and AdaRound are computed in float32. Its
+        attribute `quest_log` is a `QuantizationLog`.
 
     Raises:
-        ConfigError: `unet` is not a diffusers UNet, or is quantized already.
-        CheckpointError: a cached file is damaged.
+        ConfigError: `unet` is not a diffusers UNet, is quantized already, is another one than the
+            calibration's, or has layers that no call reaches.
+        QuestError: a value of the calibration is not finite.
+        CheckpointError: a cached file is damaged, or of another model.
 
     Example:
         >>> calib = questlib.calibrate(pipe, num_samples=64, num_inference_steps=20)
         >>> config = questlib.QuantConfig.preset("quest", 4, 4)
         >>> unet = questlib.quantize(pipe.unet, config, calib)
     """
+    check_unet(unet)
+    model = calib.check(unet)
     start = time.perf_counter()
     student = prepare(unet, config, calib.t)
+    check_reached(student, calib)
     if config.noise_correction:
         insert_correction(student)
     log: QuantizationLog = {
@@ -73,56 +86,88 @@ def quantize(
         "reconstruct_cached": False,
         "decided": None,
     }
-    cache = StageCache(cache_dir, calib.hash())
+    cache = StageCache(cache_dir, calib.hash(), model)
 
     def find_ranges() -> None:
         ranges = cache.fill(
             "ranges",
             config.range_key(),
             _activation_ranges(student),
-            lambda parts: init_ranges(student, calib, config, progress=progress),
+            lambda parts: init_ranges(student, calib, config, parts=parts, progress=progress),
         )
+        check_ranges(student, ranges)
         log["seconds"]["ranges"] += ranges.seconds
         log["ranges_cached"] = ranges.cached
+
+    def reconstruct(
+        stage: str, key: str, tensors: dict[str, torch.Tensor], run: Callable[..., Any]
+    ) -> Filled:
+        def compute(parts: Parts) -> Any:
+            return run(student, unet, calib, config, parts=parts, progress=progress)
+
+        filled = cache.fill(stage, key, tensors, compute)
+        log["seconds"]["reconstruct"] += filled.seconds
+        log["reconstruct_cached"] |= filled.cached
+        return filled
 
     if config.ranges.calib_model == "full":
         find_ranges()
 
     if config.adaround.enabled and config.weight_bits != OFF:
-        rounded = cache.fill(
-            "adaround",
-            config.adaround_key(),
-            _quantized_weights(student),
-            lambda parts: reconstruct_weights(
-                student, unet, calib, config, parts=parts, progress=progress
-            ),
-        )
-        log["seconds"]["reconstruct"] = rounded.seconds
-        log["reconstruct_cached"] = rounded.cached
+        key = config.adaround_key()
+        rounded = reconstruct("adaround", key, _quantized_weights(student), reconstruct_weights)
         log["decided"] = decided_share(rounded.record)
 
     if config.ranges.calib_model == "quantized":
         find_ranges()
 
     if config.act_recon.enabled and config.act_bits != OFF:
-        trained = cache.fill(
-            "act_recon",
-            config.act_recon_key(),
-            _activation_ranges(student),
-            lambda parts: reconstruct_acts(
-                student, unet, calib, config, parts=parts, progress=progress
-            ),
-        )
-        log["seconds"]["reconstruct"] += trained.seconds
-        log["reconstruct_cached"] |= trained.cached
+        key = config.act_recon_key()
+        trained = reconstruct("act_recon", key, _activation_ranges(student), reconstruct_acts)
+        check_ranges(student, trained)
 
     student.quest_log = log
     freeze(student)
     if config.noise_correction:
-        log["seconds"]["correction"] = seconds_of(
-            lambda: estimate_correction(student, calib, config)
+        corrected = cache.fill(
+            "noise_correction",
+            config.hash(),
+            student.quest_correction.state_dict(),
+            lambda parts: estimate_correction(student, calib, config, parts=parts),
         )
-    return student
+        log["seconds"]["correction"] = corrected.seconds
+    attach(student)
+    return cast(student, unet.dtype)
+
+
+@torch.no_grad()
+def check_reached(student: nn.Module, calib: Calibration) -> None:
+    """ConfigError that names the layers which no call of the calibration reaches."""
+    set_mode(student, weights=False, acts=False)
+    names = list(quant_layers(student))
+    reached: set[str] = set()
+    for table in calib.tables:
+        reached.update(execution_order(student, names, table.batch(0, torch.arange(1)).run))
+    set_mode(student, weights=True, acts=True)
+    missing = [name for name in names if name not in reached]
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ConfigError(
+            f"quantize: no call of the calibration reaches {', '.join(missing[:5])}{more}; "
+            "calibrate with calls that do, or leave them in full precision: "
+            "config.replace(skip_layers=[...])"
+        )
+
+
+def check_ranges(student: nn.Module, filled: Filled) -> None:
+    """CheckpointError for ranges from a file that no search gives."""
+    if filled.cached:
+        wrong = [
+            f"{quantizer.name}.{value}"
+            for quantizer in act_quantizers(student)
+            for value in wrong_act_values(quantizer, quantizer.state_dict())
+        ]
+        fail_if_any("quantize: cached ranges", {"impossible values": wrong})
 
 
 def _activation_ranges(student: nn.Module) -> dict[str, torch.Tensor]:

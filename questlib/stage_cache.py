@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from questlib.errors import CheckpointError
-from questlib.files import atomic_path
+from questlib.integrity import Tensors, check_like, read_tensors, write_tensors
 from questlib.versions import STAGE_VERSIONS
+
+SECONDS = "seconds"  # a file's tensor beside those of its stage
 
 
 class Filled(NamedTuple):
@@ -35,10 +35,12 @@ class Parts:
 
     Args:
         folder: where the files are; None: nothing is kept.
+        model: digest of the full-precision model; see `StageCache`.
     """
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, model: str | None = None) -> None:
         self.folder = folder
+        self.model = model
         self.seconds_before = 0.0
         """Time that the parts took which were read from files."""
 
@@ -56,15 +58,45 @@ class Parts:
             CheckpointError: the file cannot be read, or does not fit.
         """
         if self.folder is None:
-            return _computed(compute)
-        path = self.folder / f"{name}.safetensors"
+            return computed(compute)
+        path = self._path(self.folder, name)
         if path.exists():
-            filled = _read(path, tensors)
+            filled = _read(path, tensors, self.model)
             self.seconds_before += filled.seconds
             return filled
-        filled = _computed(compute)
-        _write(path, tensors, filled)
+        filled = computed(compute)
+        _write(path, tensors, filled, self.model)
         return filled
+
+    def keep(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
+        """The tensors of a part: from its file, or by `compute`, and then write the file.
+
+        Args:
+            name: of the part.
+            compute: does the part's work; returns tensors whose shapes may follow from it.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is of another model.
+        """
+        if self.folder is None:
+            return compute()
+        path = self._path(self.folder, name)
+        if path.exists():
+            tensors, seconds, _ = _open(path, self.model)
+            self.seconds_before += seconds
+            return tensors
+        done = computed(compute)
+        _write(path, done.record, done._replace(record=None), self.model)
+        return done.record
+
+    def remove(self) -> None:
+        """Remove all parts: the stage is finished."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @staticmethod
+    def _path(folder: Path, name: str) -> Path:
+        return folder / f"{name}.safetensors"
 
 
 class StageCache:
@@ -77,11 +109,14 @@ class StageCache:
     Args:
         folder: where the files are; None: nothing is cached, everything is computed.
         calibration: `Calibration.hash()` of the run.
+        model: digest of the full-precision model; a file of another one is refused. Files of
+            before do not name theirs.
     """
 
-    def __init__(self, folder: str | Path | None, calibration: str) -> None:
+    def __init__(self, folder: str | Path | None, calibration: str, model: str) -> None:
         self.folder = None if folder is None else Path(folder)
         self.calibration = calibration
+        self.model = model
 
     def fill(
         self,
@@ -105,51 +140,61 @@ class StageCache:
             CheckpointError: a file cannot be read, or does not fit.
         """
         if self.folder is None:
-            return _computed(lambda: compute(Parts()))
+            return computed(lambda: compute(Parts()))
         name = f"{stage}-v{STAGE_VERSIONS[stage]}-{key}-{self.calibration}"
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
             if path.exists():
-                return _read(path, tensors)
-            parts = Parts(self.folder / name)
-            filled = _computed(lambda: compute(parts))
+                return _read(path, tensors, self.model)
+            parts = Parts(self.folder / name, self.model)
+            filled = computed(lambda: compute(parts))
             filled = filled._replace(seconds=filled.seconds + parts.seconds_before)
-            _write(path, tensors, filled)
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            _write(path, tensors, filled, self.model)
+            parts.remove()
         return filled
 
 
-def seconds_of(compute: Callable[[], Any]) -> float:
-    """Run `compute` and return the time it took."""
-    start = time.perf_counter()
-    compute()
-    return time.perf_counter() - start
-
-
-def _computed(compute: Callable[[], Any]) -> Filled:
+def computed(compute: Callable[[], Any]) -> Filled:
+    """Run `compute`: the time it took, and what it returned."""
     start = time.perf_counter()
     record = compute()
     return Filled(time.perf_counter() - start, False, record)
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
-    kept["seconds"] = torch.tensor(filled.seconds, dtype=torch.float64)
-    with atomic_path(path) as temporary:
-        save_file(kept, temporary, {"record": json.dumps(filled.record)})
+def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: str | None) -> None:
+    seconds = torch.tensor(filled.seconds, dtype=torch.float64)
+    about = {"record": json.dumps(filled.record)} | ({} if model is None else {"model": model})
+    write_tensors(path, {**tensors, SECONDS: seconds}, about)
 
 
-def _read(path: Path, tensors: dict[str, torch.Tensor]) -> Filled:
-    """Copy a file's values into `tensors`."""
+def _read(path: Path, tensors: dict[str, torch.Tensor], model: str | None) -> Filled:
+    """Copy a file's values into `tensors`, once it is clear that all of them fit."""
+    found, seconds, record = _open(path, model)
     try:
-        with safe_open(path, "pt") as file:
-            for name, tensor in tensors.items():
-                tensor.copy_(file.get_tensor(name))
-            record = json.loads((file.metadata() or {}).get("record", "null"))
-            return Filled(float(file.get_tensor("seconds")), True, record)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        check_like(path, found, tensors)
+    except CheckpointError as error:
+        raise _damaged(error) from error
+    for name, tensor in tensors.items():
+        tensor.copy_(found[name])
+    return Filled(seconds, True, record)
+
+
+def _open(path: Path, model: str | None) -> tuple[Tensors, float, Any]:
+    """A file's tensors, seconds and record. CheckpointError where it is of another model."""
+    try:
+        found, about = read_tensors(path)
+        seconds = found.pop(SECONDS, torch.tensor([]))
+        check_like(path, {SECONDS: seconds}, {SECONDS: torch.empty((), dtype=torch.float64)})
+        record = json.loads(about.get("record", "null"))
+    except (CheckpointError, ValueError, RecursionError) as error:
+        raise _damaged(error) from error
+    if about.get("model", model) != model:
         raise CheckpointError(
-            f"quantize: {path} cannot be read ({error!r}); remove it to make it again"
-        ) from error
+            f"quantize: {path} is of another model (weights {about['model']}); name another folder"
+        )
+    return found, float(seconds), record
+
+
+def _damaged(error: Exception) -> CheckpointError:
+    return CheckpointError(f"quantize: {error}; remove it to make it again")

@@ -136,6 +136,12 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         default=32,
         help="samples a shard; part of what fixes their bits (default: 32)",
     )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of each process; part of what fixes their bits (default: 1)",
+    )
     arguments.add_sampling(parser)
     parser.set_defaults(run=run_sample)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from questlib.files import atomic_path
 from reproduce.plan import Plan
-from reproduce.results import Conditions, Result
+from reproduce.results import IF_REPORTED, Conditions, Result
 from reproduce.store import write_json
 from reproduce.table_results import TableResults
 from reproduce.tables.base import Row
@@ -25,7 +25,6 @@ from reproduce.verdicts import PAIRED
 
 # KID is missing: it is near 0 for good rows, where a relative spread means nothing.
 METRICS = ("fid", "sfid", "inception_score", "clip_score", "psnr_to_fp", PAIRED)
-IF_REPORTED = ("inception_score", "clip_score")  # compared where the paper's table has them
 SPREADS = 2.0
 
 
@@ -111,9 +110,6 @@ def compare_with_published(results: TableResults) -> Agreement | None:
 
     Returns:
         None where `results` are the published ones themselves.
-
-    Raises:
-        ResultError: a published file is damaged.
     """
     plan = results.plan
     if plan.is_published:
@@ -142,7 +138,7 @@ def write_agreement(plan: Plan, agreement: Agreement | None) -> None:
         return
     write_json(plan.folder / "agreement.json", agreement.as_json())
     with atomic_path(plan.folder / "agreement.md") as temporary:
-        temporary.write_text(agreement.markdown())
+        temporary.write_text(agreement.markdown(), encoding="utf-8")
 
 
 def _other_conditions(own: Result, published: Result) -> str | None:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import nbformat
 import papermill
+from filelock import FileLock
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from nbformat import NotebookNode
+from papermill.exceptions import PapermillExecutionError
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from questlib.diffusion.sampling import image_size
-from questlib.errors import ConfigError
-from questlib.files import atomic_path
+from questlib.errors import ConfigError, QuestError, StorageError
+from questlib.files import STORAGE, atomic_path
 from questlib.integer.engines import choose_engine
 from reproduce import timing
 from reproduce.choices import Choices
@@ -32,7 +37,7 @@ from reproduce.plan import Plan
 from reproduce.provenance import ROOT
 from reproduce.reporting import report
 from reproduce.seed_run import load
-from reproduce.table_results import TableResults, check_other_rows
+from reproduce.table_results import TableResults
 
 NOTEBOOKS = ROOT / "notebooks"
 
@@ -41,14 +46,14 @@ def preflight(plan: Plan) -> None:
     """Check what can be known before long work.
 
     The model loads, the features have weights, reference and captions can be read, the engine
-    runs here, kept seeds fit the plan, and the results of other rows can be read.
+    runs here, and kept seeds fit the plan.
 
     Raises:
         QuestError: one of these is not so.
     """
+    source_of(plan)
     if plan.choices.stored:
         return
-    check_other_rows(plan)
     rows = [row for row in plan.rows if plan.missing(row) is None]
     settings = [plan.setting(row) for row in rows]
     models = {s.model for s in settings if s.model is not None}
@@ -115,22 +120,35 @@ def execute(plan: Plan) -> None:
 
     The kept notebook shows, where it lies, the rows beside it.
     """
-    source = NOTEBOOKS / plan.table.notebook
+    source = source_of(plan)
     target = plan.folder / plan.table.notebook
     there = plan.choose(results=plan.results.resolve(), work=plan.work.resolve())
 
     # papermill writes as it goes. The results get the notebook when it is whole.
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"
-    papermill.execute_notebook(
-        str(source),
-        str(partial),
-        parameters=there.choices.parameters(papermill.inspect_notebook(str(source))),
-        kernel_name="python3",  # in the folder of the command: paths may be relative
-        progress_bar=False,
-        log_output=False,
-        stdout_file=sys.stderr,
-        stderr_file=sys.stderr,
-    )
+    # A second run of the same table waits: it would make the same rows in the same folder.
+    with FileLock(partial.with_suffix(".lock")):
+        try:
+            papermill.execute_notebook(
+                str(source),
+                str(partial),
+                parameters=there.choices.parameters(papermill.inspect_notebook(str(source))),
+                kernel_name="python3",  # in the folder of the command: paths may be relative
+                progress_bar=False,
+                log_output=False,
+                stdout_file=sys.stderr,
+                stderr_file=sys.stderr,
+            )
+        except PapermillExecutionError as error:
+            raise_own(error)
+            raise
+        except DeadKernelError as error:
+            raise QuestError(
+                f"{plan.table.notebook}: its kernel has ended, which most often the system does "
+                "for lack of memory; finished work is kept, the same command goes on from it"
+            ) from error
+        made = load_notebook_node(str(partial))
+        partial.unlink()
     shown = Choices(
         scale=plan.scale.name,
         rows=plan.choices.rows,
@@ -139,19 +157,47 @@ def execute(plan: Plan) -> None:
         results=Path("../.."),
     )
     made = parameterize_notebook(
-        load_notebook_node(str(partial)),
+        made,
         shown.parameters(["SCALE"]),
         comment="Opened again, this notebook shows the rows beside it.",
     )
     notebook = without_machine(made, plan)
     _write(target, nbformat.writes(notebook) + "\n")
     _write(target.with_suffix(".html"), HTMLExporter().from_notebook_node(notebook)[0])
-    partial.unlink()
+
+
+def source_of(plan: Plan) -> Path:
+    """The plan's notebook. ConfigError where the package was installed without notebooks."""
+    source = NOTEBOOKS / plan.table.notebook
+    if not source.is_file():
+        raise ConfigError(
+            f"expected the notebook {source}; tables run in a checkout of the repository: "
+            "install it by pip install -e there"
+        )
+    return source
+
+
+def raise_own(error: PapermillExecutionError) -> None:
+    """Raise what a notebook has raised where a user can do something about it: in one line.
+
+    The kernel tells an error's name and text alone.
+    """
+    if error.ename in {kind.__name__ for kind in kinds_of(QuestError)}:
+        raise QuestError(error.evalue) from error
+    if error.ename == "OSError" and any(os.strerror(n) in error.evalue for n in STORAGE):
+        raise StorageError(f"cannot write: {error.evalue}; finished work is kept") from error
+
+
+def kinds_of(kind: type[Exception]) -> Iterator[type[Exception]]:
+    """A class of errors and all that are made of it."""
+    yield kind
+    for other in kind.__subclasses__():
+        yield from kinds_of(other)
 
 
 def _write(path: Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
 
 
 def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:

@@ -36,7 +36,7 @@ if importlib.util.find_spec("questlib") is None:
 
 def repository() -> str | None:
     """The project's public address, where pyproject.toml has one."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return project["urls"].get("Repository")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from questlib.errors import QuestError
+from questlib.files import atomic_path
 from reproduce.kept_seeds import kept_result
 from reproduce.plan import Plan
 from reproduce.provenance import Provenance, provenance
 from reproduce.results import FULL_PRECISION, Result, ResultError, Status
 from reproduce.seed_run import SeedRun
-from reproduce.table_results import planned_conditions, stored_result, without_numbers
+from reproduce.table_results import planned_conditions, readable_result, without_numbers
 from reproduce.tables.base import Row
 
 
@@ -24,11 +25,8 @@ def is_current(row: Row, plan: Plan) -> bool:
     It is when its images are by this version, configuration and model (the artifacts' hashes) and
     were measured with files of these names. The score's hash does not count: it has the times of
     files, which each clone has anew.
-
-    Raises:
-        ResultError: the stored result is damaged, or of an older layout.
     """
-    stored = stored_result(row, plan)
+    stored = readable_result(row, plan)
     if not stored.done or plan.missing(row) is not None:
         return False
     runs = [SeedRun(row, plan, seed) for seed in plan.seeds]
@@ -57,7 +55,8 @@ def _make_row(row: Row, plan: Plan) -> Result:
     kept = () if earlier is None else earlier.seeds
     seeds = sorted((*kept, *(run.run() for run in runs)), key=lambda s: s.seed)
     if seeds[0].seed == runs[0].seed:
-        shutil.copyfile(runs[0].score.folder / "preview.png", plan.folder / f"{row.id}.png")
+        with atomic_path(plan.folder / f"{row.id}.png") as temporary:
+            shutil.copyfile(runs[0].score.folder / "preview.png", temporary)
     return Result(
         table=plan.table.name,
         row=row.id,
@@ -86,13 +85,11 @@ def run_row(row: Row, plan: Plan) -> Result:
     replace an earlier result that has numbers.
 
     Returns:
-        The result; with `plan.choices.stored` the one that its file holds.
-
-    Raises:
-        ResultError: with `plan.choices.stored`, the file is damaged.
+        The result; with `plan.choices.stored` the one that its file holds. A damaged file is a
+        failed row then.
     """
     if plan.choices.stored:
-        return stored_result(row, plan)
+        return readable_result(row, plan)
     reason = plan.missing(row)
     if reason is not None:
         result = without_numbers(row, plan, Status.NOT_RUN, reason)

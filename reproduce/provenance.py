@@ -13,10 +13,11 @@ import threading
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import NotRequired  # pydantic needs it before Python 3.12
 
 import psutil
 import torch
-from typing_extensions import TypedDict  # pydantic needs it before Python 3.12
+from typing_extensions import TypedDict
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "torch-fidelity", "safetensors", "numpy", "questlib")
@@ -37,17 +38,29 @@ class Provenance(TypedDict):
 
     commit: str | None
     dirty: bool | None
-    """Whether the code had changes beside the commit; None without git."""
+    """Whether the code had changes beside the commit; None without git or a repository."""
 
     versions: dict[str, str]
     machine: Machine
+    threads: NotRequired[int]
+    """Of a CPU, on which the last bits depend; results of before do not tell."""
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
-    )
+    """What git prints about this package's folder; None without git, or where it fails."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _is_repository() -> bool:
+    """Whether git's repository is this package's own, not one that a copy of it lies in."""
+    top = _git("rev-parse", "--show-toplevel")
+    return top is not None and Path(top).resolve() == ROOT
 
 
 def processors(made: Iterable[Provenance]) -> tuple[str, ...]:
@@ -61,13 +74,15 @@ def provenance() -> Provenance:
 
     `dirty` looks at the code alone: results and notebooks change while a table runs.
     """
-    changed = _git("status", "--porcelain", "--", "questlib", "reproduce")
+    own = _is_repository()
+    changed = _git("status", "--porcelain", "--", "questlib", "reproduce") if own else None
     python = {"python": platform.python_version()}
     return {
-        "commit": _git("rev-parse", "HEAD"),
+        "commit": _git("rev-parse", "HEAD") if own else None,
         "dirty": None if changed is None else bool(changed),
         "versions": python | {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": machine(),
+        "threads": torch.get_num_threads(),
     }
 
 
@@ -76,7 +91,7 @@ def machine() -> Machine:
     """Processor, cores, memory and accelerators of this machine."""
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
         cpu = next(names, cpu)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

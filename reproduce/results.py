@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from questlib.errors import QuestError
 from questlib.files import atomic_path
+from questlib.integrity import digest_of_json
 from reproduce.datasets import Sampling
 from reproduce.provenance import Provenance
 
@@ -34,6 +35,8 @@ METRICS = (
     "feature_distance_to_fp",
     "latent_snr_db",
 )
+IF_REPORTED = ("inception_score", "clip_score")  # told where the paper's table has them
+DIGEST = "digest"  # of the values of a result file; files of before have none
 FULL_PRECISION = "full precision"  # in place of an engine, where nothing is quantized
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -209,11 +212,31 @@ class Result:
         found = (s.trained_fraction for s in self.seeds)
         return next((fraction for fraction in found if fraction is not None), None) or None
 
+    def contradiction(self) -> str | None:
+        """What in the values cannot be so; None where nothing is."""
+        if self.done != bool(self.seeds):
+            return f"seeds: expected {'some' if self.done else 'none'}, status is {self.status}"
+        numbers = [s.seed for s in self.seeds]
+        if numbers != sorted(set(numbers)):
+            return f"seeds: expected each once, in ascending order, found {numbers}"
+        if self.conditions.samples_per_seed < 1:
+            return f"conditions.samples_per_seed: found {self.conditions.samples_per_seed}"
+        for i, seed in enumerate(self.seeds):
+            if unknown := seed.metrics.keys() - set(METRICS):
+                return f"seeds.{i}.metrics: unknown {', '.join(sorted(unknown))}"
+            if seed.seconds.keys() != self.seeds[0].seconds.keys():
+                return f"seeds.{i}.seconds: expected the stages of the first seed"
+            amounts = {**seed.seconds, "size_bytes": seed.size_bytes, "seed": seed.seed}
+            if negative := [key for key, value in amounts.items() if value < 0]:
+                return f"seeds.{i}: {negative[0]} is below zero"
+        return None
+
     # ---- files ----
 
     def to_json(self) -> str:
-        """The text of the row's file."""
-        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False) + "\n"
+        """The text of the row's file, with a digest of its values."""
+        values = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return json.dumps(values | {DIGEST: digest_of_json(values)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str, name: str = "result") -> Result:
@@ -223,11 +246,13 @@ class Result:
             name: of the file, for messages.
 
         Raises:
-            ResultError: the text is not JSON, of format 1, or a key is wrong or missing.
+            ResultError: the text is not JSON, of format 1, a key is wrong or missing, values
+                contradict each other, or they are not what was written. Files of before have no
+                digest, which tells the last.
         """
         try:
             values = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ResultError(f"{name}: expected JSON, found {error}") from error
         if not isinstance(values, dict):
             raise ResultError(f"{name}: expected a JSON object, found {type(values).__name__}")
@@ -236,16 +261,24 @@ class Result:
                 f"{name}: made by questlib before 0.2 (format 1); make the row again, "
                 "or name another --results folder"
             )
+        digest = values.pop(DIGEST, None)
         try:
-            return _RESULT.validate_json(text)
-        except ValidationError as error:
-            raise ResultError(f"{name}: {_first(error)}") from error
+            result = _RESULT.validate_json(json.dumps(values))
+        except (ValueError, RecursionError) as error:
+            found = _first(error) if isinstance(error, ValidationError) else str(error)
+            raise ResultError(f"{name}: {found}") from error
+        if digest is not None and digest != digest_of_json(values):
+            raise ResultError(f"{name}: its values are not what was written; make the row again")
+        wrong = result.contradiction()
+        if wrong is not None:
+            raise ResultError(f"{name}: {wrong}")
+        return result
 
     @classmethod
     def read(cls, path: Path) -> Result:
         """The result in a file. ResultError for any damage."""
         try:
-            text = path.read_text()
+            text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ResultError(f"{path}: cannot be read ({error})") from error
         return cls.from_json(text, str(path))
@@ -253,7 +286,7 @@ class Result:
     def write(self, path: Path) -> None:
         """Write, or replace, the file in one step."""
         with atomic_path(path) as temporary:
-            temporary.write_text(self.to_json())
+            temporary.write_text(self.to_json(), encoding="utf-8")
 
 
 _RESULT = TypeAdapter(Result)

@@ -1,13 +1,16 @@
 """A folder of samples, drawn by any number of processes: accelerate launch -m reproduce sample.
 
-On CPUs the samples are the same for any number of processes, bit for bit. Killed and restarted,
-the command goes on with the shards that are missing. `reproduce.evaluation.samples.read_samples`
-reads the folder.
+On CPUs the samples are the same for any number of processes, bit for bit: each process computes
+with the same number of threads, on which the order of sums depends, and a folder refuses another
+one. Killed and restarted, the command goes on with the shards that are missing.
+`reproduce.evaluation.samples.read_samples` reads the folder.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -32,6 +35,8 @@ def run(args: argparse.Namespace) -> None:
             "sample: --num-samples, --batch-size and --steps must be >= 1, "
             f"found {args.num_samples}, {args.batch_size}, {args.steps}"
         )
+    if args.threads < 1:
+        raise ConfigError(f"sample: --threads must be >= 1, found {args.threads}")
     if args.unet is None and args.engine != "fake":
         raise ConfigError(f"sample: --engine {args.engine} is of a quantized UNet; give --unet")
     sampling = arguments.sampling_choices(args)
@@ -43,15 +48,29 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_pipeline(args.model).to(where)
     unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(where)
     drawing = Drawing(pipe, unet=unet, **sampling)
-    write_samples(
-        args.out,
-        drawing.run(args.num_samples, args.batch_size),
-        drawing.draw,
-        process_index=state.process_index,
-        num_processes=state.num_processes,
-        progress=state.is_main_process,
-    )
+    on_cpu = torch.device(where).type == "cpu"
+    with threads(args.threads if on_cpu else torch.get_num_threads()):
+        write_samples(
+            args.out,
+            drawing.run(args.num_samples, args.batch_size)
+            | ({"threads": args.threads} if on_cpu else {}),
+            drawing.draw,
+            process_index=state.process_index,
+            num_processes=state.num_processes,
+            progress=state.is_main_process,
+        )
     if state.is_main_process:
         print(f"{args.out}: {args.num_samples} samples of {args.model}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch computes with this number of threads in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

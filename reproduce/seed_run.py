@@ -156,10 +156,17 @@ class SeedRun:
     # ---- making them ----
 
     def _calibrate(self, folder: Path) -> dict[str, Any]:
+        batches = folder / "batches"
         calib = questlib.calibrate(
-            self.pipe, self.setting.calib_samples, seed=self.seed, progress=True, **self.how
+            self.pipe,
+            self.setting.calib_samples,
+            seed=self.seed,
+            cache_dir=batches,
+            progress=True,
+            **self.how,
         )
         calib.save(folder / "calibration.safetensors")
+        shutil.rmtree(batches, ignore_errors=True)
         return {"calibration_hash": calib.hash()}
 
     def _quantize(self, folder: Path) -> dict[str, Any]:

@@ -12,19 +12,44 @@ from typing import Any
 from filelock import FileLock
 
 from questlib.config import digest
-from questlib.errors import ConfigError
+from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
+from questlib.integrity import digest_of_json
 from reproduce.provenance import provenance
 
 STORE_FORMAT = 2  # of a work folder; 1, without a marker, named artifacts by hashes of the code
 MARKER = "store.json"
+DIGEST = "digest"  # of the other values of done.json
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write, or replace, a JSON file in one step. ValueError for NaN and infinity."""
     text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any]:
+    """What a file of an artifact's folder tells.
+
+    Args:
+        keys: what it must have.
+
+    Raises:
+        CheckpointError: it cannot be read, lacks a key, or is not what was written. Files of before
+            have no digest, which tells the last.
+    """
+    advice = "remove it, and the same command makes it again"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); {advice}") from error
+    if not isinstance(values, dict) or not values.keys() >= set(keys):
+        raise CheckpointError(f"{path}: expected {', '.join(keys)}; {advice}")
+    digest = values.pop(DIGEST, None)
+    if digest is not None and digest != digest_of_json(values):
+        raise CheckpointError(f"{path}: not what was written; {advice}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -49,8 +74,12 @@ class Artifact:
 
     @property
     def info(self) -> dict[str, Any]:
-        """What its stage told, with the seconds it took and where it was made."""
-        return json.loads((self.folder / "done.json").read_text())
+        """What its stage told, with the seconds it took and where it was made.
+
+        Raises:
+            CheckpointError: done.json is damaged.
+        """
+        return read_json(self.folder / "done.json", "seconds", "interrupted", "provenance")
 
     def make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Run `build(folder)` unless done.
@@ -70,7 +99,7 @@ class Artifact:
         tries = self.folder / "tries.json"
         before = {"seconds": 0.0, "interrupted": 0}
         if tries.is_file():
-            before = json.loads(tries.read_text())
+            before = read_json(tries, "seconds", "interrupted")
         # Written first, so that a try that is killed leaves a mark even though its seconds are
         # lost.
         write_json(tries, before | {"interrupted": before["interrupted"] + 1})
@@ -85,7 +114,8 @@ class Artifact:
             "interrupted": before["interrupted"],
             "provenance": provenance(),
         } | told
-        write_json(self.folder / "done.json", info)
+        info = json.loads(json.dumps(info, allow_nan=False))
+        write_json(self.folder / "done.json", info | {DIGEST: digest_of_json(info)})
         tries.unlink()
         return info
 
@@ -122,7 +152,7 @@ def check_store(root: Path) -> None:
     # Artifacts first: another process that has just made one wrote the marker before.
     has_artifacts = any(root.glob("*/*/key.json"))
     try:
-        marker = json.loads((root / MARKER).read_text())
+        marker = json.loads((root / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if has_artifacts:
             raise ConfigError(
@@ -130,7 +160,7 @@ def check_store(root: Path) -> None:
                 f"which this one cannot go on from; {advice}"
             ) from None
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"work folder {root}: {MARKER} cannot be read; {advice}") from error
     found = marker.get("format") if isinstance(marker, dict) else None
     if found != STORE_FORMAT:

@@ -83,16 +83,12 @@ def stored_result(row: Row, plan: Plan) -> Result:
     return result
 
 
-def check_other_rows(plan: Plan) -> None:
-    """Check that rows which stay as they are can be reported, before any long work.
-
-    Raises:
-        ResultError: the file of a row that is not asked for is damaged, or of an older layout.
-    """
-    asked = {row.id for row in plan.rows}
-    for row in plan.table.rows:
-        if row.id not in asked:
-            stored_result(row, plan)
+def readable_result(row: Row, plan: Plan) -> Result:
+    """`stored_result`; a damaged file is a failed row, whose reason names the file."""
+    try:
+        return stored_result(row, plan)
+    except ResultError as error:
+        return without_numbers(row, plan, Status.FAILED, str(error))
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,14 @@ class TableResults:
     """By row id."""
 
     @classmethod
-    def stored(cls, plan: Plan) -> TableResults:
-        """As the files of `plan` have them. ResultError for a damaged one."""
-        return cls(plan, {row.id: stored_result(row, plan) for row in plan.table.rows})
+    def stored(cls, plan: Plan, *, strict: bool = False) -> TableResults:
+        """As the files of `plan` have them.
+
+        Args:
+            strict: ResultError for a damaged file; else its row has failed, and says so.
+        """
+        read = stored_result if strict else readable_result
+        return cls(plan, {row.id: read(row, plan) for row in plan.table.rows})
 
     @property
     def table(self) -> Table:

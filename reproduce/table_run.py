@@ -45,7 +45,9 @@ class TableRun:
         Raises:
             ConfigError: a choice that is not known, or that contradicts another.
         """
-        pd.set_option("display.max_colwidth", None)  # verdicts are whole sentences
+        # whole sentences, and all columns of a table with three metrics
+        pd.set_option("display.max_colwidth", None)
+        pd.set_option("display.max_columns", None)
         return cls(make_plan(table, Choices.from_notebook(names)))
 
     @property

@@ -67,7 +67,7 @@ def unet_of(dataset: Dataset, setting: Setting) -> nn.Module | None:
     places = (MINI / (setting.model or ""), Path(setting.model or ""))
     folder = next((p for p in places if (p / "unet/config.json").is_file()), None)
     if folder is not None:
-        config = json.loads((folder / "unet/config.json").read_text())
+        config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
         kind = {c.__name__: c for c in UNETS}[config["_class_name"]]
         with torch.device("meta"):
             return kind.from_config(config)

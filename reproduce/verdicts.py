@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -174,6 +175,18 @@ def verdict(results: TableResults, row: Row, metric: str) -> Verdict | None:
     if metric == PAIRED and base is not None and not base.full_precision:
         return compare(metric, row, base, results[row.id], other, results.table.claim)
     return None
+
+
+def between_quantized(results: TableResults, metrics: Sequence[str]) -> list[Verdict]:
+    """The verdicts on all rows that are compared with a quantized row."""
+    table = results.table
+    found = (
+        verdict(results, row, metric)
+        for row in table.rows
+        if row.against is not None and not table.row(row.against).full_precision
+        for metric in metrics
+    )
+    return [judged for judged in found if judged is not None]
 
 
 def _order(mean: float, spread: float, higher_is_better: bool) -> Order:

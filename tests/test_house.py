@@ -27,21 +27,26 @@ CORE = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependen
 # From the ground up. A module may import from its own floor and from those below it.
 FLOORS: dict[str, list[set[str]]] = {
     "questlib": [
-        {"errors"},
+        {"errors", "registration"},
         {"files"},
-        {"config", "presets", "versions"},
-        {"distributed", "stage_cache", "alignment"},
+        {"integrity"},
+        {"config", "config_groups", "presets", "versions"},
+        {"distributed", "stage_cache", "alignment", "capture", "denoisers"},
         {"quantization"},
         {"diffusion"},
-        {"capture"},
+        {"calls"},
+        {"recording"},
+        {"trajectories"},
         {"calibration"},
         {"observers"},
         {"baselines"},
         {"adaround"},
         {"finetuning"},
+        {"packing"},
+        {"diffusers_quantizer"},
         {"post_training"},
         {"integer"},
-        {"checkpoint"},
+        {"checkpoint", "hub"},
         {"arguments"},
         {"__init__", "__main__"},
     ],
@@ -232,7 +237,7 @@ print([m for m in ("torch", "diffusers", "pandas", "matplotlib") if m in sys.mod
 # here: diffusers, accelerate and huggingface_hub need them.
 EXTRAS = """
     IPython fcntl ipykernel jupyter latex2mathml matplotlib nbclient nbconvert nbformat open_clip
-    pandas papermill timm tokenizers torch_fidelity torchvision transformers
+    pandas papermill peft timm tokenizers torch_fidelity torchvision transformers
 """.split()
 
 THIN = f"""

@@ -313,3 +313,11 @@ def test_damaged_reference_file(tmp_path):
     (tmp_path / "reference.safetensors").write_bytes(b"damaged")
     with pytest.raises(MetricError, match="damaged"):
         metrics.evaluate(pictures(16, 0), reference=tmp_path / "reference.safetensors")
+
+
+@pytest.mark.parametrize("damage", ["nan", "inf", "negative"])
+def test_statistics_that_are_no_covariance_are_refused(damage):
+    eye = np.eye(4)
+    sigma = {"nan": eye * np.nan, "inf": np.where(eye, np.inf, 0), "negative": -eye}[damage]
+    with pytest.raises(MetricError, match="statistics"):
+        metrics.frechet((np.zeros(4), eye), (np.zeros(4), sigma))

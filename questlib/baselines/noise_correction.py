@@ -17,6 +17,7 @@ r stays in the prediction as noise, and the sampler adds that much less.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,14 +26,18 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.config import QuantConfig
+from questlib.denoisers import output_channels, timestep_of
+from questlib.integrity import Tensors
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import nearest
+from questlib.stage_cache import Parts
 
 
-class NoiseCorrection(nn.Module):
+class NoiseCorrection(FixedPrecision):
     """The correction of one UNet, for each calibrated timestep.
 
     Args:
-        timesteps: int64 [T], ascending.
+        timesteps: int64 or float32 [T], ascending.
         channels: C, of the UNet's output.
 
     Attributes:
@@ -64,7 +69,7 @@ class NoiseCorrection(nn.Module):
         self._ready = self._ready or bool(self.calibrated)
         if not self._ready:
             return None
-        t = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        t = torch.as_tensor(timestep_of(module, args, kwargs))
         step, _ = nearest(self.timesteps, t)
         eps = out[0]
         mean = self.bias[step, :, None, None].to(eps)
@@ -93,6 +98,21 @@ class NoiseCorrection(nn.Module):
         self.bias[step] = mean
         self.variance[step] = ((r - mean[:, None, None]) / (1 + k)).square().mean()
 
+    def wrong_values(self, values: Mapping[str, torch.Tensor]) -> list[str]:
+        """Names of values that no estimate has, with the reason.
+
+        Args:
+            values: of the correction's own names, shapes and types, finite.
+        """
+        wrong = {
+            "timesteps (expected the calibrated ones)": not torch.equal(
+                values["timesteps"], self.timesteps
+            ),
+            "gain (expected other numbers than -1)": bool((values["gain"] == -1).any()),
+            "variance (expected numbers from 0)": bool((values["variance"] < 0).any()),
+        }
+        return [what for what, is_wrong in wrong.items() if is_wrong]
+
     def noise_factor(self, scheduler: DDIMScheduler, t: torch.Tensor, eta: float) -> float:
         """The factor sigma' / sigma of the sampler's own noise at timestep t, in 0..1.
 
@@ -108,29 +128,55 @@ class NoiseCorrection(nn.Module):
         then = (
             scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         )
-        # sigma^2 and the factor of eps in x_{t-1} (DDIM, Song et al. 2021, Eq. 16 and 12)
+        # sigma^2 and the factor of the prediction in x_{t-1} = sqrt(then) x_0 + direction * eps
+        # (DDIM, Song et al. 2021, Eq. 16 and 12). x_0 and eps follow from x_t and the prediction.
         variance = eta**2 * (1 - then) / (1 - now) * (1 - now / then)
         if variance <= 0:
             return 1.0
-        slope = (1 - then - variance).clamp_min(0).sqrt() - (then * (1 - now) / now).sqrt()
+        direction = (1 - then - variance).clamp_min(0).sqrt()
+        kind = scheduler.config.prediction_type
+        if kind == "v_prediction":  # Salimans & Ho 2022, App. D
+            slope = direction * now.sqrt() - (then * (1 - now)).sqrt()
+        elif kind == "sample":
+            slope = then.sqrt() - direction * (now / (1 - now)).sqrt()
+        else:
+            slope = direction - (then * (1 - now) / now).sqrt()
         brought = slope**2 * self.variance[int(nearest(self.timesteps, t)[0])].cpu()
         return float(((variance - brought).clamp_min(0) / variance).sqrt())
 
 
 def insert_correction(unet: nn.Module) -> None:
     """Give a quantized UNet a correction, `quest_correction`, which is still to be estimated."""
-    unet.quest_correction = NoiseCorrection(unet.quest_steps.timesteps, unet.config.out_channels)
+    unet.quest_correction = NoiseCorrection(unet.quest_steps.timesteps, output_channels(unet))
     unet.quest_correction.to(unet.device)
     unet.register_forward_hook(unet.quest_correction.hook, with_kwargs=True)
 
 
 @torch.no_grad()
-def estimate_correction(student: nn.Module, calib: Calibration, config: QuantConfig) -> None:
-    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories."""
+def estimate_correction(
+    student: nn.Module, calib: Calibration, config: QuantConfig, *, parts: Parts | None = None
+) -> None:
+    """Estimate the UNet's noise correction at all calibrated steps, from all trajectories.
+
+    Args:
+        student: the quantized UNet.
+        calib: calls of the full-precision UNet.
+        config: `forward_batch` of the quantization.
+        parts: keeps the estimates of finished steps, and gives those of a run that was stopped.
+    """
+    parts = Parts() if parts is None else parts
     correction = student.quest_correction
-    everything = torch.arange(calib.x.shape[1])
+    names = ("gain", "bias", "variance")
     for step, t in enumerate(calib.t):
-        batches = calib.batch(step, everything).split(config.forward_batch)
-        outputs = torch.cat([batch.run(student).cpu() for batch in batches])
-        correction.estimate(t, outputs, calib.eps[step])
+        place = int(nearest(correction.timesteps, t)[0])
+
+        def estimate(step: int = step, t: torch.Tensor = t, place: int = place) -> Tensors:
+            everything = calib.batch(step, torch.arange(calib.width(step)))
+            batches = everything.split(config.forward_batch)
+            outputs = torch.cat([batch.run(student).cpu() for batch in batches])
+            correction.estimate(t, outputs, everything.eps)
+            return {name: getattr(correction, name)[place].cpu() for name in names}
+
+        for name, value in parts.keep(str(step), estimate).items():
+            getattr(correction, name)[place] = value
     correction.calibrated.fill_(True)

@@ -9,16 +9,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from questlib.denoisers import unet_of
 from questlib.diffusion.conditioning import Conditioning
 from questlib.diffusion.digests import model_digest, parts_digest
 from questlib.diffusion.sampling import (
+    CALIBRATION_OFFSET,
+    check_seed,
     choose_scheduler,
     decode,
     denoise,
     initial_noise,
     sample_generators,
 )
-from questlib.errors import ConfigError, QuestError
+from questlib.errors import ConfigError, NotFiniteError
 
 
 class Samples(NamedTuple):
@@ -26,6 +29,14 @@ class Samples(NamedTuple):
 
     images: torch.Tensor  # uint8 [N, 3, H, W]
     latents: torch.Tensor  # float32 [N, C, h, w], before decoding
+
+
+def check_count(num_samples: int) -> None:
+    """ConfigError where there are so many samples that calibration has the noise of some."""
+    if num_samples > CALIBRATION_OFFSET:
+        raise ConfigError(
+            f"sampling: expected at most {CALIBRATION_OFFSET} samples, found {num_samples}"
+        )
 
 
 class Drawing:
@@ -57,8 +68,9 @@ class Drawing:
             raise ConfigError(
                 f"sampling: num_inference_steps must be >= 1, found {num_inference_steps}"
             )
+        check_seed(seed)
         self.pipe = pipe
-        self.unet = pipe.unet if unet is None else unet
+        self.unet = unet_of(pipe) if unet is None else unet
         self.steps = num_inference_steps
         self.eta = eta
         self.seed = seed
@@ -68,7 +80,8 @@ class Drawing:
         )
 
     def run(self, num_samples: int, batch_size: int) -> dict[str, Any]:
-        """What decides the samples, as run.json holds it."""
+        """What decides the samples, as run.json holds it. ConfigError for too many samples."""
+        check_count(num_samples)
         settings = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
         return {
             "num_samples": num_samples,
@@ -94,22 +107,25 @@ class Drawing:
             track: wraps the timesteps, as a progress bar does.
 
         Raises:
-            QuestError: they are not finite.
+            ConfigError: an index whose noise calibration has.
+            NotFiniteError: they are not finite; it names the first step at which they were not.
         """
+        check_count(indices.stop)
         generators = sample_generators(self.seed, indices)
-        latents = denoise(
-            self.unet,
-            self.scheduler,
-            initial_noise(self.unet, generators),
-            self.steps,
-            eta=self.eta,
-            generators=generators,
-            condition=self.conditioning.at(indices),
-            track=track,
-        )
-        if not torch.isfinite(latents).all():
-            raise QuestError(
-                f"sampling: samples {indices.start}..{indices.stop - 1} are not finite"
+        try:
+            latents = denoise(
+                self.unet,
+                self.scheduler,
+                initial_noise(self.unet, generators),
+                self.steps,
+                eta=self.eta,
+                generators=generators,
+                condition=self.conditioning.at(indices),
+                track=track,
             )
+        except NotFiniteError as error:
+            raise NotFiniteError(
+                f"sampling: samples {indices.start}..{indices.stop - 1} are not finite: {error}"
+            ) from error
         images = decode(self.pipe, latents)
         return Samples(images.cpu().contiguous(), latents.float().cpu().contiguous())

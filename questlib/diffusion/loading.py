@@ -16,9 +16,11 @@ from torch import nn
 
 # diffusers takes a folder's own classes only from modules that are imported already.
 import questlib.diffusion.unets  # noqa: F401
+from questlib.denoisers import PARTS
 from questlib.errors import CheckpointError, ConfigError
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+VARIANT = re.compile(r"diffusion_pytorch_model\.(\w+?)(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 LOADERS = "questlib.pipelines"  # a group of entry points, see `load_pipeline`
 
 Loader = Callable[[str], DiffusionPipeline]
@@ -91,20 +93,33 @@ def _from_folder(folder: Path, classes: Mapping[str, type[DiffusionPipeline]]) -
     if not (folder / "model_index.json").is_file():
         raise ConfigError(f"{folder}: not a diffusers pipeline folder (no model_index.json)")
     try:
-        index = json.loads((folder / "model_index.json").read_text())
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         # diffusers finds its own pipeline classes only.
         pipeline = classes.get(index["_class_name"], DiffusionPipeline)
         # Components that the folder says are absent, e.g. a text encoder, have to be said again.
         absent = {name: None for name, part in index.items() if part == [None, None]}
         with _no_progress_bars():
             pipe = pipeline.from_pretrained(
-                folder, local_files_only=True, low_cpu_mem_usage=False, **absent
+                folder,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                variant=_only_variant(folder),
+                **absent,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: the pipeline cannot be read ({str(error).strip().splitlines()[0]})"
         ) from error
     return _full_precision(pipe)
+
+
+def _only_variant(folder: Path) -> str | None:
+    """The variant of a folder whose denoiser has no weights without one, such as "fp16"."""
+    parts = [path for part in PARTS for path in (folder / part).glob("diffusion_pytorch_model*")]
+    names = [path.name for path in parts]
+    plain = any(VARIANT.fullmatch(name) is None for name in names)
+    found = sorted({match[1] for name in names if (match := VARIANT.fullmatch(name))})
+    return None if plain or not found else found[0]
 
 
 @contextmanager

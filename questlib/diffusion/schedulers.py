@@ -26,6 +26,7 @@ NOISE_SCHEDULE = (
     "beta_schedule",
     "trained_betas",
     "prediction_type",
+    "rescale_betas_zero_snr",
 )
 
 # Clipping of x_0 to -1..1 is taken over, too. It is for pixels, and never a class's default.
@@ -69,7 +70,8 @@ def make_scheduler(
         sampler: "ddim", "plms" or "dpm-solver++".
 
     Raises:
-        ConfigError: another name, or a config without betas.
+        ConfigError: another name, a config without betas, or a noise schedule that the sampler
+            cannot have.
     """
     if sampler not in SAMPLERS:
         raise unknown("sampler", sampler, SAMPLERS)
@@ -86,5 +88,12 @@ def make_scheduler(
     scheduler_class = getattr(diffusers, class_name)
     accepted = inspect.signature(scheduler_class).parameters
     kept = {k: config[k] for k in NOISE_SCHEDULE if k in config}
+    wanting = [name for name in kept if name not in accepted]
+    if any(kept[name] for name in wanting):
+        raise ConfigError(
+            f"sampler {sampler}: {class_name} has no {wanting[0]}, which the pipeline's noise "
+            "schedule has"
+        )
+    kept = {name: value for name, value in kept.items() if name in accepted}
     kept |= {k: config[k] for k in CLIPPING if k in config and k in accepted}
     return scheduler_class(**settings | kept)

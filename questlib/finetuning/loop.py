@@ -11,7 +11,7 @@ import hashlib
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,10 +19,12 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.baselines import low_rank
-from questlib.calibration import Batch, Calibration
+from questlib.calibration import Calibration, TimeCalls
+from questlib.calls import Batch
 from questlib.capture import capture_outputs
 from questlib.config import QuantConfig
-from questlib.distributed import mean, processes, synchronize
+from questlib.diffusion.digests import model_digest
+from questlib.distributed import broadcast_value, mean, processes, synchronize
 from questlib.errors import ConfigError, QuestError
 from questlib.finetuning.losses import Outputs, stage_losses
 from questlib.finetuning.optimizer import StageAdam, constant, cosine_decay
@@ -30,6 +32,7 @@ from questlib.finetuning.stages import ParameterGroup, Stage, select_parameters,
 from questlib.finetuning.state import STATE_FORMAT, FinetuningLog, FinetuningState
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import freeze, quant_layers, step_groups
+from questlib.quantization.precision import cast
 from questlib.quantization.primitives import EPS
 from questlib.quantization.time_path import run_time_layers
 from questlib.versions import STAGE_VERSIONS
@@ -50,6 +53,8 @@ def finetune(
 ) -> FinetuningLog:
     """Finetune a quantized UNet in place against its full-precision teacher (paper, Sec. 3.3).
 
+    A UNet in half precision is trained in float32, and is in half precision again afterwards.
+
     Under `accelerate launch` every process calls this with the same calibration. Each takes its
     part of every batch, gradients are averaged, and process 0 writes the state.
 
@@ -67,8 +72,11 @@ def finetune(
         The log: seconds, losses of each iteration, number of trained weights.
 
     Raises:
-        ConfigError: `unet` is not quantized, or the batch cannot be divided among the processes.
-        CheckpointError: the state is damaged, or of another configuration, calibration or version.
+        ConfigError: `unet` is not quantized, the batch cannot be divided among the processes, or
+            the calibration is of another model than the teacher.
+        CheckpointError: the state is damaged, or of another configuration, calibration, teacher,
+            quantized UNet or version.
+        StorageError: the state cannot be saved.
         QuestError: the loss is no longer finite.
 
     Example:
@@ -78,17 +86,23 @@ def finetune(
     """
     step_groups(unet)
     check_batch_sizes(config)
+    model = calib.check(teacher)
     stages = select_stages(unet, config)
     job = Finetuning(unet, teacher, calib, config, stages)
     if not stages:
         return job.log
-    key = state_key(config, calib)
-    state = None if state_path is None else FinetuningState.load(state_path, key)
+    key = state_key(config, calib, model)
+    state = None
+    if state_path is not None:
+        # The last bits of the processes' UNets may differ; they go on with those of process 0.
+        own = broadcast_value(model_digest(unet), 0)
+        state = FinetuningState.load(state_path, key, own)
 
     def save(stage: int, run: StageRun | None = None) -> None:
         if state_path is not None and processes().is_main_process:
-            job.state(key, stage, run).save(state_path)
+            job.state(key, own, stage, run).save(state_path)
 
+    dtype = unet.dtype
     job.prepare()
     first = 0 if state is None else state.stage
     if state is not None and state.between_stages:
@@ -115,6 +129,7 @@ def finetune(
         job.end_stage(stage)
         save(number + 1)
     unet.disable_gradient_checkpointing()
+    cast(unet, dtype)
     return job.log
 
 
@@ -132,10 +147,15 @@ def check_batch_sizes(config: QuantConfig) -> None:
             raise ConfigError(f"{name}: expected a multiple of {world} processes, found {size}")
 
 
-def state_key(config: QuantConfig, calib: Calibration) -> str:
-    """Digest of what a saved state belongs to: configuration, calibration, versions."""
+def state_key(config: QuantConfig, calib: Calibration, model: str) -> str:
+    """Digest of what a saved state belongs to: configuration, calibration, teacher, versions.
+
+    Args:
+        model: the teacher's digest.
+    """
     version = f"{STATE_FORMAT}-v{STAGE_VERSIONS['finetune']}"
-    return hashlib.sha256(f"{version}-{config.hash()}-{calib.hash()}".encode()).hexdigest()
+    about = f"{version}-{config.hash()}-{calib.hash()}-{model}"
+    return hashlib.sha256(about.encode()).hexdigest()
 
 
 def release_full_weights(layers: Iterable[QuantLayer]) -> None:
@@ -171,15 +191,21 @@ def draw_batch(
         generator: draws the steps and the trajectories.
     """
     size = stage.batch_size
+    owners = calib.table_of_step[steps]
+    if len(owners.unique()) > 1:
+        # One batch is of one table. Each step is drawn equally often, as without tables.
+        drawn = owners[torch.randint(len(steps), (1,), generator=generator)]
+        steps = steps[owners == drawn]
     if stage.order == "joint":
         index = torch.randint(len(steps), (size,), generator=generator)
     elif stage.order == "sequential":
         index = torch.full((size,), iteration * len(steps) // stage.iters)
     else:
         index = torch.full((size,), iteration // visit(stage, len(steps)) % len(steps))
-    n = calib.x.shape[1] if stage.samples is None else min(stage.samples, calib.x.shape[1])
-    which = torch.randint(n, (size,), generator=generator)
     step = steps[index]
+    width = calib.width(step[0])
+    n = width if stage.samples is None else min(stage.samples, width)
+    which = torch.randint(n, (size,), generator=generator)
     state = processes()
     own = slice(state.process_index, None, state.num_processes)
     return calib.batch(step[own], which[own])
@@ -207,10 +233,11 @@ class StageRun:
     optimizer: StageAdam
     schedule: torch.optim.lr_scheduler.LambdaLR
     generator: torch.Generator
-    te_targets: Outputs
-    """The teacher's outputs of the time-embedding layers at all steps; empty outside of TLA."""
     iteration: int = 0
     """The next iteration."""
+    te_targets: Outputs = field(default_factory=dict)
+    """The teacher's outputs of the time-embedding layers at all steps, where the timestep is all
+    they see; empty outside of TLA."""
 
 
 class Finetuning:
@@ -228,7 +255,6 @@ class Finetuning:
         self.teacher = teacher
         self.calib = calib
         self.config = config
-        self.te_t = calib.t.to(unet.device)
         self.steps = torch.arange(len(calib.t))
         self.group_steps = self.steps
         if config.ranges.calib_steps == "first":
@@ -250,7 +276,17 @@ class Finetuning:
         }
 
     def prepare(self) -> None:
-        """Before the first stage, of a resumed run too."""
+        """Before the first stage, of a resumed run too.
+
+        Weights are trained in float32. Half precision has each weight in the middle of its code's
+        cell; training starts at the point of the cell that is nearest to the teacher's weight.
+        """
+        if self.unet.dtype != torch.float32:
+            cast(self.unet, torch.float32)
+            for name, layer in quant_layers(self.unet).items():
+                if layer.weight_quantizer is not None:
+                    full = self.teacher.get_submodule(name).weight.to(layer.weight.device)
+                    layer.weight.data = layer.weight_quantizer.reopen(layer.codes(), full)
         self.rest()
         synchronize(self.unet)
         if self.config.save_memory:
@@ -264,10 +300,11 @@ class Finetuning:
 
     # ---- resuming ----
 
-    def state(self, key: str, stage: int, run: StageRun | None) -> FinetuningState:
+    def state(self, key: str, unet: str, stage: int, run: StageRun | None) -> FinetuningState:
         """What has to be saved now; run: the running stage, None between stages."""
         return FinetuningState(
             key=key,
+            unet=unet,
             stage=stage,
             iteration=0 if run is None else run.iteration,
             log=self.log,
@@ -305,7 +342,6 @@ class Finetuning:
             optimizer=optimizer,
             schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, decay),
             generator=torch.Generator().manual_seed(self.config.seed + number),
-            te_targets=self.te_targets(stage),
         )
         if state is not None:
             run.optimizer.load_state_dict(state.optimizer)
@@ -315,13 +351,33 @@ class Finetuning:
         return run
 
     @torch.no_grad()
-    def te_targets(self, stage: Stage) -> Outputs:
-        """O(t; w_l) of Eq. 4 at all calibrated steps."""
-        if stage.name != "tla":
-            return {}
+    def te_targets(self, stage: Stage, calls: TimeCalls) -> Outputs:
+        """O(t; w_l) of Eq. 4."""
         with capture_outputs(self.teacher, list(stage.layers)) as targets:
-            run_time_layers(self.teacher, self.te_t)
+            run_time_layers(self.teacher, *calls)
         return targets
+
+    def te_data(self, run: StageRun, batch: Batch) -> tuple[TimeCalls | None, Outputs]:
+        """What TLA's local loss compares at this iteration, and the teacher's outputs for it.
+
+        It is all calibrated steps. In sequential order (release) it is the step of the batch.
+        """
+        stage = run.stage
+        if stage.name != "tla" or not stage.local:
+            return None, {}
+        only = batch.t[0] if stage.order == "sequential" else None
+        drawn = self.calib.time_rows(self.unet, run.generator, only)
+        rows = drawn[run.iteration % len(drawn)]
+        chosen = rows.on(self.unet)
+        if chosen.arguments:
+            return chosen, self.te_targets(stage, rows.on(self.teacher))
+        # The timestep alone: the outputs of all steps are computed once.
+        if not run.te_targets:
+            run.te_targets = self.te_targets(
+                stage, self.calib.time_calls(self.unet, run.generator)[0]
+            )
+        kept = slice(None) if only is None else (self.calib.t == only)
+        return chosen, {name: target[kept] for name, target in run.te_targets.items()}
 
     def iterate(self, run: StageRun) -> None:
         """One iteration: losses of a batch, one step of Adam, one entry of the log."""
@@ -331,7 +387,7 @@ class Finetuning:
             run.optimizer.forget_scales()
         batch = draw_batch(self.calib, stage, i, steps, run.generator)
         local, total = stage_losses(
-            self.unet, self.teacher, stage, self.config, batch, self.te_t, run.te_targets
+            self.unet, self.teacher, stage, self.config, batch, *self.te_data(run, batch)
         )
         loss = local + global_weight(stage, self.config) * total
         self.record(stage, i, local, total)

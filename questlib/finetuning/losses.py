@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from questlib.alignment import alignment_error
-from questlib.calibration import Batch
+from questlib.calibration import TimeCalls
+from questlib.calls import Batch
 from questlib.capture import capture_outputs
 from questlib.config import QuantConfig
 from questlib.finetuning.stages import Stage
@@ -30,20 +31,21 @@ Outputs = dict[str, torch.Tensor]  # of layers, by name
 
 
 def tla_loss(
-    student: nn.Module, t: torch.Tensor, targets: Outputs, *, normalize: bool = False
+    student: nn.Module, calls: TimeCalls, targets: Outputs, *, normalize: bool = False
 ) -> torch.Tensor:
     """L_TLA, temporal layer alignment: O~(t; w_l, s_l) against O(t; w_l).
 
-    These layers see nothing but t (Property 1), so that all of them run without the UNet's others.
+    These layers see nothing but t (Property 1), and in some UNets labels or added conditions, so
+    that all of them run without the UNet's others.
 
     Args:
         student: the quantized UNet.
-        t: timesteps, int64 [T].
-        targets: O, the full-precision outputs [T, C_l] of each time-embedding layer, by name.
+        calls: what they see, R rows.
+        targets: O, the full-precision outputs [R, C_l] of each time-embedding layer, by name.
         normalize: relative errors, averaged over layers; see `alignment_error`.
     """
     with capture_outputs(student, list(targets)) as outputs:
-        run_time_layers(student, t)
+        run_time_layers(student, *calls)
     return alignment_error(outputs, targets, relative=normalize)
 
 
@@ -78,7 +80,7 @@ def stage_losses(
     stage: Stage,
     config: QuantConfig,
     batch: Batch,
-    te_t: torch.Tensor,
+    te_calls: TimeCalls | None,
     te_targets: Outputs,
 ) -> tuple[torch.Tensor | float, torch.Tensor]:
     """The local and the global loss of one batch.
@@ -89,8 +91,8 @@ def stage_losses(
         stage: its name decides on the local loss: L_TLA or L_CMA, or 0 when the stage has none.
         config: the run's configuration.
         batch: pairs (x_t, t) with the teacher's output.
-        te_t: all calibrated timesteps, int64 [T], for L_TLA.
-        te_targets: the teacher's outputs [T, C_l] of the time-embedding layers at `te_t`.
+        te_calls: what the time-embedding layers see, for L_TLA; None in stage CMA.
+        te_targets: the teacher's outputs [R, C_l] of these layers for `te_calls`.
 
     Returns:
         L_TLA or L_CMA, and L_G. The caller weighs and adds them.
@@ -100,12 +102,8 @@ def stage_losses(
         return 0.0, global_loss(batch.run(student), batch.eps)
 
     if stage.name == "tla":
-        if stage.order == "sequential":
-            # The batch is of one step: its time-embedding layers are compared at that step alone.
-            now = te_t == batch.t[0].to(te_t.device)
-            te_t = te_t[now]
-            te_targets = {name: target[now] for name, target in te_targets.items()}
-        local = tla_loss(student, te_t, te_targets, normalize=normalize)
+        assert te_calls is not None
+        local = tla_loss(student, te_calls, te_targets, normalize=normalize)
         return local, global_loss(batch.run(student), batch.eps)
 
     names = list(stage.layers)

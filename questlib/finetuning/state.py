@@ -11,11 +11,32 @@ import torch
 
 from questlib.errors import CheckpointError
 from questlib.files import atomic_path
+from questlib.integrity import digest_of_tree
 
 # Version of the saved file, part of every state's key.
 # 1 kept the optimizer's moments of each activation scale apart.
 # 2 had the tensor names of checkpoint format 1.
-STATE_FORMAT = 3
+# 3 had no digest, and did not tell which quantized UNet it was of.
+STATE_FORMAT = 4
+
+KEPT = "the state before is kept, and the same call goes on from it"
+DIGEST = "digest"  # of the file's other entries
+
+# What torch raises at a damaged file.
+DAMAGED = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    ImportError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    pickle.UnpicklingError,
+)
 
 
 class FinetuningLog(TypedDict):
@@ -39,7 +60,10 @@ class FinetuningState:
     """Everything that the next iteration depends on."""
 
     key: str
-    """Digest of the configuration, the calibration and the versions; see `load`."""
+    """Digest of the configuration, the calibration, the teacher and the versions; see `load`."""
+
+    unet: str
+    """Digest of the quantized UNet before it was finetuned."""
 
     stage: int
     """Number of the stage that runs next."""
@@ -60,37 +84,51 @@ class FinetuningState:
         return self.iteration == 0
 
     def save(self, path: str | Path) -> None:
-        """Write the state; a file that is there already is replaced atomically."""
-        with atomic_path(path) as temporary:
-            torch.save(vars(self), temporary)
-
-    @classmethod
-    def load(cls, path: str | Path, key: str) -> FinetuningState | None:
-        """Read the state in `path`; None when there is no such file.
+        """Write the state; a file that is there already is replaced atomically.
 
         Raises:
-            CheckpointError: the file is damaged, or its key differs from `key`.
+            StorageError: the place cannot be written; the state before is kept.
+        """
+        values = vars(self)
+        with atomic_path(path, KEPT) as temporary, temporary.open("wb") as file:
+            torch.save(values | {DIGEST: digest_of_tree(values)}, file)
+
+    @classmethod
+    def load(cls, path: str | Path, key: str, unet: str) -> FinetuningState | None:
+        """Read the state in `path`; None when there is no such file.
+
+        Args:
+            key: of the run that would go on from it.
+            unet: digest of the quantized UNet that it would go on with.
+
+        Raises:
+            CheckpointError: the file is damaged, or of another run or UNet.
         """
         path = Path(path)
         if not path.exists():
             return None
         try:
             values = torch.load(path, map_location="cpu", weights_only=True)
+            digest = values.pop(DIGEST, None)
+            whole = digest is None or digest == digest_of_tree(values)
             found = values.get("key")
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-            LookupError,
-            AttributeError,
-            pickle.UnpicklingError,
-        ) as error:
+        except DAMAGED as error:
             raise CheckpointError(
                 f"finetune: {path} cannot be read ({error!r}); remove it to start again"
             ) from error
-        if found != key:
+        if not whole:
             raise CheckpointError(
-                f"finetune: {path} belongs to another configuration, calibration or version of "
-                "questlib; remove it or name another"
+                f"finetune: {path} does not hold what was saved; remove it to start again"
             )
-        return cls(**values)
+        if found != key or digest is None:
+            raise CheckpointError(
+                f"finetune: {path} belongs to another configuration, calibration, model or version "
+                "of questlib; remove it or name another"
+            )
+        state = cls(**values)
+        if state.unet != unet:
+            raise CheckpointError(
+                f"finetune: {path} belongs to another quantized UNet (weights {state.unet[:12]}, "
+                f"found {unet[:12]}); remove it or name another"
+            )
+        return state

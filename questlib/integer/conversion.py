@@ -8,22 +8,22 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from questlib.errors import ConfigError, EngineError
+from questlib.errors import EngineError
 from questlib.integer.engines import choose_engine
 from questlib.integer.form import integer_form
-from questlib.integer.modules import IntegerAttention, IntegerLayer
 from questlib.integer.time_table import tabulate_time
-from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import quant_layers, step_groups
+from questlib.quantization.precision import cast
+from questlib.quantization.seal import check_whole, seal
 
 
 def convert(
     unet: nn.Module,
     engine: str = "auto",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     weights: str = "packed",
     fuse: bool = False,
     fallback: bool = False,
@@ -38,7 +38,8 @@ def convert(
         unet: a UNet made by `questlib.quantize` or `questlib.from_pretrained`.
         engine: "cpu" (oneDNN int8), "triton" (NVIDIA GPUs), "reference" (the same integers in
             float64, slow), or "auto": triton where there is a GPU, otherwise cpu.
-        dtype: of all that stays in floating point (norms, the softmax's input, residuals).
+        dtype: of all that stays in floating point (norms, the softmax's input, residuals); None:
+            the UNet's own.
         weights: how the Triton engine holds weights in memory: "packed", two 4-bit codes a byte,
             or "int8", twice as large with nothing to unpack.
         fuse: whether the Triton engine runs norm, SiLU and quantization of a ResNet block's input
@@ -68,6 +69,8 @@ def convert(
         )
     unet = unet if inplace else copy.deepcopy(unet)
     unet.requires_grad_(False).eval()
+    check_whole(unet)
+    dtype = unet.dtype if dtype is None else dtype
 
     for name, layer in quant_layers(unet).items():
         if not _runs_in_integers(layer):
@@ -91,11 +94,12 @@ def convert(
                 if not fallback:
                     raise
 
-    if dtype != torch.float32:
-        _cast(unet, dtype)
+    cast(unet, dtype)  # what runs in integers keeps its tables
     tabulate_time(unet)
     if chosen.finish is not None:
         chosen.finish(unet, options)
+    seal(unet)
+    unet.quest_engine = chosen.name
     after_call = chosen.after_call
     if after_call is not None:
         unet.register_forward_hook(lambda module, args, out: after_call(module))
@@ -106,29 +110,3 @@ def _runs_in_integers(layer: QuantLayer) -> bool:
     """Whether both operands are quantized: the config can leave either in floating point."""
     quantized = layer.weight_quantizer is not None and layer.weights_on
     return quantized and layer.input_quantizer.enabled
-
-
-def _cast(unet: nn.Module, dtype: torch.dtype) -> None:
-    """Put what stays in floating point into `dtype`.
-
-    Raises:
-        ConfigError: a layer stays simulated. It needs float32: its grid would change.
-    """
-    for name, module in unet.named_modules():
-        attention = isinstance(module, QuantAttnProcessor)
-        if isinstance(module, QuantLayer) or attention and not isinstance(module, IntegerAttention):
-            raise ConfigError(f"{name} stays simulated and needs dtype float32, found {dtype}")
-    # Tables of integer layers and quantizers stay as they are.
-    tables = (ActQuantizer, IntegerLayer, IntegerAttention)
-    kept = {
-        inner
-        for module in unet.modules()
-        if isinstance(module, tables)
-        for inner in module.modules()
-    }
-    for module in unet.modules():
-        if module in kept:
-            continue
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)

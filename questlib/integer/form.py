@@ -26,6 +26,7 @@ from questlib.errors import ConfigError, EngineError
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.carrier import CARRIER_MULTIPLIER
 from questlib.quantization.layers import QuantLayer
+from questlib.quantization.packed_codes import packed_size
 from questlib.quantization.step_groups import StepGroups
 
 BYTE = 127
@@ -136,11 +137,6 @@ class IntegerForm:
             else:
                 digest.update(repr(value).encode())
         return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` weight codes in a checkpoint: up to 4 bits two codes share a byte."""
-    return (count + 1) // 2 if bits <= 4 else count
 
 
 def group_in_force(steps: StepGroups, name: str) -> int:
@@ -313,7 +309,7 @@ def _carried_weight(layer: QuantLayer, shift: torch.Tensor, name: str) -> torch.
     wq = layer.weight_quantizer
     assert wq is not None
     ndim = layer.weight.ndim
-    w = wq.codes(layer.weight.detach()).int() - wq.expand(wq.zero_point, ndim).int()
+    w = layer.codes().int() - wq.expand(wq.zero_point, ndim).int()
     if not bool(shift.any()):
         return w
     groups = getattr(layer, "groups", 1)

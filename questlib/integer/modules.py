@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from questlib.integer.attention_form import attention_form
 from questlib.integer.form import IntegerForm
 from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import StepGroups
 
+SIZES = (
+    *("in_features", "out_features", "in_channels", "out_channels"),
+    *("kernel_size", "stride", "padding", "dilation", "groups"),
+)
 
-class IntegerLayer(nn.Module):
+
+class IntegerLayer(FixedPrecision):
     """A Linear or Conv2d that runs in integers, in the place of the quantized layer.
 
     Input and output are those of the layer it replaces, in the input's dtype. Engines implement
@@ -23,11 +28,22 @@ class IntegerLayer(nn.Module):
 
     def __init__(self, form: IntegerForm, steps: StepGroups) -> None:
         super().__init__()
+        # What pipelines and diffusers' blocks ask a layer for.
+        for key in SIZES:
+            if hasattr(form.layer, key):
+                setattr(self, key, getattr(form.layer, key))
+        weight = form.layer.weight
+        self._weight = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
         self.name = form.name
         self.format = form.format
         self.packed_bytes = form.packed_bytes
         self.__dict__["steps"] = steps  # shared by the whole UNet, and registered once there
         self.register_buffer("digest", form.digest())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight's shape and precision, on the device "meta": its values are the engine's."""
+        return self._weight
 
     @property
     def resident_bytes(self) -> int:

@@ -127,7 +127,7 @@ def layer_forward(layer: QuantLayer, x: torch.Tensor) -> tuple[torch.Tensor, tor
     values, base, shift = carry(x, act)
     ndim = layer.weight.ndim
     per_channel = (1, -1, *[1] * (ndim - 2))  # over a weight's input channels
-    w = wq.codes(layer.weight.detach()).long() - wq.expand(wq.zero_point, ndim).long()
+    w = layer.codes().long() - wq.expand(wq.zero_point, ndim).long()
     if getattr(layer, "groups", 1) == 1:
         w = w << shift.reshape(per_channel)
     elif bool(shift.any()):

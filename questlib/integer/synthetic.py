@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from questlib.config import Granularity
+from questlib.config_groups import Granularity
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.carrier import CARRIER_BLOCK
 from questlib.quantization.layers import QuantLayer, add_quantizers

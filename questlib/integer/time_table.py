@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from diffusers.models.normalization import AdaLayerNormSingle, AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from questlib.denoisers import TRANSFORMERS
 from questlib.quantization.step_groups import StepGroups
+from questlib.quantization.time_path import depends_on_time_alone
 
 
 class TimeTable(nn.Module):
@@ -37,17 +40,28 @@ class TimeTable(nn.Module):
         return self.rows[t].expand(x.shape[0], -1)
 
 
-def depends_on_time_alone(unet: nn.Module) -> bool:
-    """Whether the timestep alone enters the embedding: no labels, no added conditions."""
-    keys = ("class_embed_type", "num_class_embeds", "addition_embed_type", "time_cond_proj_dim")
-    return all(unet.config.get(key) is None for key in keys)
-
-
 def tabulate_time(unet: nn.Module) -> None:
-    """Put the layers of the time path into tables, in place; a conditional embedding stays."""
+    """Put the layers of the time path into tables, in place; a conditional embedding stays.
+
+    A transformer's embedding of the timestep is a module of its own, beside that of conditions.
+    """
+    if isinstance(unet, TRANSFORMERS):
+        _tabulate_norms(unet)
+        return
     if not depends_on_time_alone(unet):
         return
     unet.time_embedding = TimeTable(unet.time_embedding, unet.quest_steps)
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D) and module.time_emb_proj is not None:
             module.time_emb_proj = TimeTable(module.time_emb_proj, unet.quest_steps)
+
+
+def _tabulate_norms(transformer: nn.Module) -> None:
+    """The same for a transformer's adaptive norms."""
+    steps = transformer.quest_steps
+    for norm in transformer.modules():
+        if not isinstance(norm, AdaLayerNormZero | AdaLayerNormSingle):
+            continue
+        norm.emb.timestep_embedder = TimeTable(norm.emb.timestep_embedder, steps)
+        if depends_on_time_alone(transformer):
+            norm.linear = TimeTable(norm.linear, steps)

@@ -7,10 +7,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from questlib.config import OFF, Granularity
+from questlib.config import OFF
+from questlib.config_groups import Granularity
 from questlib.errors import NotCalibratedError
 from questlib.quantization import primitives
 from questlib.quantization.carrier import CARRIER_BITS
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.primitives import LearnedQuant
 from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.token_grid import TokenGrid, token_grid
@@ -27,7 +29,7 @@ class Recorder(Protocol):
         """Whether the quantizer then quantizes the batch, or passes it on as it is."""
 
 
-class ActQuantizer(nn.Module):
+class ActQuantizer(FixedPrecision):
     """Quantizes activations, with one set of parameters for each step group.
 
         x_hat = clamp(round(x / s), -z, 2^b - 1 - z) * s     with s_k = scale[p(k)] * ratio_k
@@ -42,8 +44,8 @@ class ActQuantizer(nn.Module):
         channels: C; 1 for a whole tensor whose channels do not matter, such as attention's
             probabilities.
         dim: the dimension of channels: 1 for convolutions, -1 for linear layers and attention.
-        granularity: what has a scale of its own, see `questlib.config.RangeConfig`. "carrier"
-            needs 4 bits or fewer.
+        granularity: what has a scale of its own, see `questlib.config_groups.RangeConfig`.
+            "carrier" needs 4 bits or fewer.
         parts: the part of each channel, int64 [C]; None: one part.
         unsigned: whether no input is negative.
         shifts: whether the operand that these activations meet has room for 2^e.
@@ -140,11 +142,11 @@ class ActQuantizer(nn.Module):
             if shift is not None:
                 self.shift.copy_(shift)
 
-    def parameters_for(self, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and zero point of the selected group, to broadcast over `ndim` dimensions."""
-        group = self.steps.current
+    def parameters_for(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero point of the selected group, to broadcast over x."""
+        group = self.steps.current_of(len(x))
         scale = self.scale[group][..., self.index] * self.ratio[group]  # [C] or [B, C]
-        shape = self._shape(scale, ndim)
+        shape = self._shape(scale, x.ndim)
         return scale.reshape(shape), self.zero_point[group].reshape(shape)
 
     def token_grids(self, x: torch.Tensor) -> tuple[TokenGrid, torch.Tensor]:
@@ -152,7 +154,7 @@ class ActQuantizer(nn.Module):
 
         The grids have P entries at the dimension of channels, one for each part.
         """
-        group = self.steps.current
+        group = self.steps.current_of(len(x))
         ratio = self.ratio[group]  # [C] or [B, C]
         ratio = ratio.reshape(self._shape(ratio, x.ndim))
         clip = self.scale[group]  # [P] or [B, P]
@@ -169,7 +171,7 @@ class ActQuantizer(nn.Module):
     def grid_for(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Scale, zero point and (per token) 1 / scale, to broadcast over x."""
         if not self.token:
-            return *self.parameters_for(x.ndim), None
+            return *self.parameters_for(x), None
         grid, ratio = self.token_grids(x)
         if grid.scale.shape[self.dim] > 1:
             grid = TokenGrid(*(v.index_select(self.dim, self.index) for v in grid))
@@ -191,8 +193,8 @@ class ActQuantizer(nn.Module):
             self._ready = True
         scale, zero_point, inverse = self.grid_for(x)
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
-            return LearnedQuant.apply(x, scale, zero_point, self.bits, inverse)
-        return primitives.fake_quant(x, scale, zero_point, self.bits, inverse)
+            return LearnedQuant.apply(x, scale, zero_point, self.bits, inverse).to(x.dtype)
+        return primitives.fake_quant(x, scale, zero_point, self.bits, inverse).to(x.dtype)
 
     def _shape(self, table: torch.Tensor, ndim: int) -> list[int]:
         """The shape of a table [n] or [B, n] that broadcasts over `ndim` dimensions."""

@@ -39,6 +39,8 @@ class QuantAttnProcessor(nn.Module):
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if attn.added_kv_proj_dim is not None:
+            return self.with_added(attn, hidden_states, encoder_hidden_states, attention_mask)
         residual = hidden_states
         shape = hidden_states.shape
         if attn.spatial_norm is not None:
@@ -63,6 +65,35 @@ class QuantAttnProcessor(nn.Module):
         if attn.residual_connection:
             hidden_states = hidden_states + residual
         return hidden_states / attn.rescale_output_factor
+
+    def with_added(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention on pixels [B, C, H, W] with added keys and values of the text [B, L, D].
+
+        DeepFloyd IF, Kandinsky and unCLIP have it (diffusers' AttnAddedKVProcessor).
+        """
+        residual = hidden_states
+        hidden_states = hidden_states.flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, HW, C]
+        batch, length, _ = hidden_states.shape
+        attention_mask = attn.prepare_attention_mask(attention_mask, length, batch)
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            source = attn.norm_encoder_hidden_states(source)
+        hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
+        query = attn.to_q(hidden_states)
+        key = attn.add_k_proj(source)
+        value = attn.add_v_proj(source)
+        if not attn.only_cross_attention:
+            key = torch.cat([key, attn.to_k(hidden_states)], 1)
+            value = torch.cat([value, attn.to_v(hidden_states)], 1)
+        hidden_states = self.attend(attn, query, key, value, attention_mask)
+        hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
+        return hidden_states.transpose(1, 2).reshape(residual.shape) + residual
 
     def attend(
         self,

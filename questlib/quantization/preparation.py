@@ -1,20 +1,24 @@
-"""Insert quantizers into a diffusers UNet."""
+"""Insert quantizers into a diffusers UNet or transformer."""
 
 from __future__ import annotations
 
 import copy
+import fnmatch
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from accelerate.hooks import remove_hook_from_module
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from questlib.config import OFF, Granularity, QuantConfig
+from questlib.config import OFF, QuantConfig
+from questlib.config_groups import Granularity
+from questlib.denoisers import TRANSFORMERS, UNETS, unsupported
 from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.carrier import CARRIER_BITS
 from questlib.quantization.layers import add_quantizers
+from questlib.quantization.precision import cast
 from questlib.quantization.roles import (
     TIME_ROLES,
     layer_kind,
@@ -22,8 +26,23 @@ from questlib.quantization.roles import (
     sees_tokens,
     skip_splits,
 )
+from questlib.quantization.seal import seal
 from questlib.quantization.step_groups import StepGroups, contiguous_groups
 from questlib.quantization.weight_quantizer import WeightQuantizer
+
+# Processors of diffusers that compute one and the same attention, or the one with added keys and
+# values of the text.
+PROCESSORS = (
+    "AttnProcessor",
+    "AttnProcessor2_0",
+    "AttnAddedKVProcessor",
+    "AttnAddedKVProcessor2_0",
+    "SlicedAttnProcessor",
+    "SlicedAttnAddedKVProcessor",
+    "XFormersAttnProcessor",
+    "XFormersAttnAddedKVProcessor",
+    "FusedAttnProcessor2_0",
+)
 
 
 def prepare(
@@ -33,34 +52,38 @@ def prepare(
     *,
     search_weights: bool = True,
 ) -> nn.Module:
-    """A deep copy of a UNet with quantizers in every Linear, Conv2d and attention.
+    """A float32 copy of a UNet with quantizers in every Linear, Conv2d and attention.
 
     The ranges of activations are not set yet.
 
     Args:
-        unet: a diffusers UNet in full precision.
+        unet: a diffusers UNet or transformer in full precision.
         config: what is quantized, and how.
         timesteps: the sampler's timesteps [T], from which the step groups are made.
         search_weights: whether the ranges of weights are searched; not where a checkpoint has them.
 
     Raises:
-        ConfigError: the model is not a diffusers UNet, or is quantized already.
+        ConfigError: the model is of another class, or is quantized already.
     """
-    if not isinstance(unet, UNet2DModel | UNet2DConditionModel):
-        raise ConfigError(
-            f"expected a diffusers UNet2DModel or UNet2DConditionModel, found {type(unet).__name__}"
-        )
-    if hasattr(unet, "quest_steps"):
-        raise ConfigError("this UNet is quantized already; start from the full-precision one")
+    check_unet(unet)
+    unet = cast(plain_copy(unet), torch.float32)
+    insert(unet, config, timesteps, search_weights=search_weights)
+    return unet
+
+
+def insert(
+    unet: nn.Module, config: QuantConfig, timesteps: torch.Tensor, *, search_weights: bool
+) -> None:
+    """Put quantizers into a float32 UNet in place; see `prepare`."""
     device = unet.device
-    unet = copy.deepcopy(unet).eval().requires_grad_(False)
+    unet.eval().requires_grad_(False)
     splits = skip_splits(unet) if config.split_skip else {}
     timesteps = timesteps.unique().flip(0)  # PLMS calls one twice
     num_groups = min(config.ranges.step_groups, len(timesteps))
     steps = StepGroups(timesteps, contiguous_groups(len(timesteps), num_groups))
     modules = dict(unet.named_modules())
     for name, role in layer_roles(unet).items():
-        if config.te == "fp" and role in TIME_ROLES:
+        if config.te == "fp" and role in TIME_ROLES or is_skipped(name, config):
             continue
         layer = modules[name]
         parts = _parts(layer, splits.get(name))
@@ -72,13 +95,73 @@ def prepare(
             )
         add_quantizers(layer, role, act, weight_quantizer)
     for name, module in modules.items():
-        if isinstance(module, Attention):
+        if isinstance(module, Attention) and not is_skipped(f"{name}.to_q", config):
             width = module.to_q.out_features
             module.processor = _attention_processor(name, width, config, steps)
     unet.quest_steps = steps
     unet.quest_config = config
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
-    return unet.to(device)  # quantizers and step groups were made on the CPU
+    unet.to(device)  # quantizers and step groups were made on the CPU
+    seal(unet)
+
+
+def check_unet(unet: nn.Module) -> None:
+    """ConfigError unless this is a denoiser in full precision that can be quantized."""
+    if not isinstance(unet, UNETS + TRANSFORMERS):
+        raise unsupported(unet)
+    if hasattr(unet, "quest_steps"):
+        raise ConfigError("this UNet is quantized already; start from the full-precision one")
+    for name, module in unet.named_modules():
+        if type(module).__module__.startswith("peft."):
+            raise ConfigError(
+                f"{name} has an adapter that is not fused; run pipe.fuse_lora() and "
+                "pipe.unload_lora_weights() first"
+            )
+        if isinstance(module, Attention):
+            check_attention(name, module)
+
+
+def is_skipped(name: str, config: QuantConfig) -> bool:
+    """Whether a layer stays in full precision by `config.skip_layers`."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in config.skip_layers)
+
+
+def check_attention(name: str, module: Attention) -> None:
+    """ConfigError unless this attention computes what `QuantAttnProcessor` does."""
+    processor = type(module.processor).__name__
+    if processor not in PROCESSORS:
+        hint = "; run pipe.unload_ip_adapter()" if processor.startswith("IPAdapter") else ""
+        raise ConfigError(
+            f"{name}: attention with {processor} cannot be quantized{hint}; expected one of "
+            f"{', '.join(PROCESSORS)}"
+        )
+    for norm in ("norm_q", "norm_k"):
+        if getattr(module, norm, None) is not None:
+            raise ConfigError(f"{name}: attention with {norm} cannot be quantized")
+
+
+def plain_copy(unet: nn.Module) -> nn.Module:
+    """A copy without what others have put around its modules: offloading, fused projections.
+
+    Raises:
+        ConfigError: a module's forward is wrapped; the copy would run the original's.
+    """
+    unet = remove_hook_from_module(copy.deepcopy(unet), recurse=True)
+    for name, module in unet.named_modules():
+        own = vars(module).get("forward")
+        if getattr(own, "__func__", None) is type(module).forward and own.__self__ is module:
+            del module.forward  # accelerate leaves the class's own one on the instance
+        elif own is not None:
+            where = f"its module {name}" if name else "it"
+            raise ConfigError(
+                f"{type(unet).__name__}: the forward of {where} is replaced, as DeepCache and "
+                "others do; undo that, and apply it to the quantized UNet"
+            )
+        if isinstance(module, Attention) and module.fused_projections:
+            module.fused_projections = False
+            for fused in ("to_qkv", "to_kv", "to_added_qkv"):
+                module._modules.pop(fused, None)
+    return unet
 
 
 # ---- granularity, bits and parts of a layer ----

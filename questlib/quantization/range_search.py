@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from questlib.config import Search
+from questlib.config_groups import Search
 from questlib.quantization.primitives import CACHED, affine, fake_quant
 
 SHRINK = torch.linspace(0.1, 1.0, 37)  # of a range, tried by the "mse" search

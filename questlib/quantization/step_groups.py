@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from questlib.errors import ConfigError, TimestepWarning
+from questlib.quantization.precision import FixedPrecision
 
 
 def contiguous_groups(num_steps: int, num_groups: int) -> torch.Tensor:
@@ -32,14 +33,15 @@ def nearest(timesteps: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, tor
     """The nearest of `timesteps` [T] to each t (any shape, B elements).
 
     Returns:
-        Its index and its distance, int64 [B] each.
+        Its index, int64 [B], and its distance [B].
     """
+    t = t.float() if t.is_floating_point() else t
     distance = (t.reshape(-1, 1).to(timesteps.device) - timesteps[None]).abs()  # [B, T]
     index = distance.argmin(1)
     return index, distance.gather(1, index[:, None])[:, 0]
 
 
-class StepGroups(nn.Module):
+class StepGroups(FixedPrecision):
     """The calibrated timesteps of a UNet, and the step group of its present call.
 
     All quantizers of a UNet share one object. `select` is the only way to choose the group: the
@@ -47,7 +49,7 @@ class StepGroups(nn.Module):
     the group and have no timestep, such as a block that runs alone.
 
     Args:
-        timesteps: int64 [T], in any order.
+        timesteps: int64 or float32 [T], in any order.
         groups: the group of each of them, int64 [T].
 
     Attributes:
@@ -55,17 +57,19 @@ class StepGroups(nn.Module):
         timestep: the timestep that is selected, or None where the batch has several.
     """
 
-    timesteps: torch.Tensor  # int64 [T], ascending
+    timesteps: torch.Tensor  # int64 or float32 [T], ascending
     groups: torch.Tensor  # int64 [T]
 
     def __init__(self, timesteps: torch.Tensor, groups: torch.Tensor) -> None:
         super().__init__()
         order = timesteps.argsort()
-        self.register_buffer("timesteps", timesteps[order].to(torch.int64).clone())
+        self.register_buffer("timesteps", timesteps[order].clone())
         self.register_buffer("groups", groups[order].to(torch.int64).clone())
+        # Looked up on the CPU, where they stay when accelerate offloads the model's tensors.
+        self._table = (self.timesteps.cpu(), self.groups.cpu())
         self._current: int | torch.Tensor = 0
         self._timestep: int | float | None = None
-        self._warned: set[int] = set()
+        self._warned: set[float] = set()
 
     @property
     def num_groups(self) -> int:
@@ -73,13 +77,23 @@ class StepGroups(nn.Module):
         return int(self.groups.max()) + 1
 
     def first_steps(self) -> torch.Tensor:
-        """The timestep with which the sampler enters each group, int64 [G]."""
+        """The timestep with which the sampler enters each group [G]."""
         return torch.stack([self.timesteps[self.groups == g].max() for g in range(self.num_groups)])
 
     @property
     def current(self) -> int | torch.Tensor:
         """The selected group: an int, or int64 [B] where the batch has several."""
         return self._current
+
+    def current_of(self, rows: int) -> int | torch.Tensor:
+        """The selected group of each row of an input: an int, or int64 [rows] or [B].
+
+        PixArt's embedders of sizes get two rows a sample, one after the other.
+        """
+        group = self._current
+        if isinstance(group, int) or rows <= len(group):
+            return group
+        return group.repeat_interleave(rows // len(group))
 
     @property
     def timestep(self) -> int | float | None:
@@ -98,11 +112,13 @@ class StepGroups(nn.Module):
         Returns:
             An int where all agree, else int64 [B].
         """
-        t = t.reshape(-1).to(self.timesteps.device)
-        index, distance = nearest(self.timesteps, t)
+        timesteps, of_step = self._table
+        device = self.groups.device
+        t = t.reshape(-1).cpu()
+        index, distance = nearest(timesteps, t)
         self._warn_if_far(t, distance)
-        groups = self.groups[index]
-        return int(groups[0]) if bool((groups == groups[0]).all()) else groups
+        groups = of_step[index]
+        return int(groups[0]) if bool((groups == groups[0]).all()) else groups.to(device)
 
     def select(self, t: torch.Tensor) -> None:
         """Select the groups of timesteps `t`, one element or one for each sample."""
@@ -116,19 +132,21 @@ class StepGroups(nn.Module):
         self._timestep = None
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Select the group of a UNet's call, from its argument `timestep`."""
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-        self.select(torch.as_tensor(timestep))
+        """Select the group of a denoiser's call, from its argument `timestep`."""
+        # here, so that the engine also loads where diffusers is missing
+        from questlib.denoisers import timestep_of
+
+        self.select(torch.as_tensor(timestep_of(module, args, kwargs)))
 
     def _warn_if_far(self, t: torch.Tensor, distance: torch.Tensor) -> None:
-        steps = self.timesteps
-        limit = int((steps[1:] - steps[:-1]).max()) if len(steps) > 1 else 1
-        far = sorted({int(v) for v in t[distance > limit]} - self._warned)
+        steps, _ = self._table
+        limit = (steps[1:] - steps[:-1]).max().item() if len(steps) > 1 else 1
+        far = sorted({v.item() for v in t[distance > limit]} - self._warned)
         if far:
             self._warned.update(far)
             warnings.warn(
-                f"timesteps {far} are farther than {limit} from every calibrated timestep "
-                f"({int(steps[0])}..{int(steps[-1])}); the nearest group's scales are used",
+                f"timesteps {far} are farther than {limit:g} from every calibrated timestep "
+                f"({steps[0].item():g}..{steps[-1].item():g}); the nearest group's scales are used",
                 TimestepWarning,
                 stacklevel=2,
             )

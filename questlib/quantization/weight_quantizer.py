@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from questlib.config import Search
+from questlib.config_groups import Search
 from questlib.quantization import primitives
+from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.primitives import LearnedQuant
 from questlib.quantization.range_search import choose_qparams
 
+TINY = 1e-20  # a row of weights with a smaller span is zero
 
-class WeightQuantizer(nn.Module):
+
+class WeightQuantizer(FixedPrecision):
     """Quantizes the weight of a layer, with a scale for each output channel and part of the input.
 
         w_hat = (clamp(round(w / s) + z, 0, 2^b - 1) - z) * s
@@ -80,10 +83,22 @@ class WeightQuantizer(nn.Module):
         w = weight.flatten(2) if weight.ndim > 2 else weight[..., None]  # [O, I, kh * kw]
         for part in range(self.scale.shape[1]):
             rows = w[:, self.index == part].flatten(1).float()  # [O, n]
+            unit = self._units(rows)
+            rows = rows * unit[:, None] if bool((unit != 1).any()) else rows
             ends = (rows.amin(1), rows.amax(1))
             s, z = choose_qparams(rows, *ends, self.bits, method, norm=norm)
-            self.scale[:, part] = s
+            self.scale[:, part] = s / unit
             self.zero_point[:, part] = z
+
+    def _units(self, rows: torch.Tensor) -> torch.Tensor:
+        """Powers of two [O] that bring rows [O, n] of tiny weights to a span of about one.
+
+        Their scales would lie below the least one, and all their codes would mean zero. It is 1 for
+        all other rows, and for those that are zero.
+        """
+        span = rows.amax(1).clamp_min(0) - rows.amin(1).clamp_max(0)
+        tiny = (span < primitives.EPS * (2**self.bits - 1)) & (span > TINY)
+        return torch.where(tiny, 2.0 ** -span.clamp_min(TINY).log2().floor(), 1.0)
 
     def expand(self, table: torch.Tensor, ndim: int) -> torch.Tensor:
         """A table [O, P] to broadcast over a weight: [O, 1, ...] for one part, else [O, I, ...]."""
@@ -164,7 +179,19 @@ class WeightQuantizer(nn.Module):
         u = w * (1.0 / s)
         cell = (u.floor() + (self.rounding() >= 0.5)).clamp(-z, 2**self.bits - 1 - z)
         self.alpha = self.base = self.step = None
-        return u.clamp(cell - 0.49, cell + 0.49).mul_(s)
+        return into_cell(u, cell).mul_(s)
+
+    @torch.no_grad()
+    def reopen(self, codes: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """The nearest point to a weight w that has these codes, float32."""
+        s = self.expand(self.scale, w.ndim)
+        cell = codes.float() - self.expand(self.zero_point, w.ndim)
+        return into_cell(w.float() * (1.0 / s), cell).mul_(s)
+
+
+def into_cell(u: torch.Tensor, cell: torch.Tensor) -> torch.Tensor:
+    """The nearest points to u = w / s that round to the whole numbers `cell`."""
+    return u.clamp(cell - 0.49, cell + 0.49)
 
 
 # ---- AdaRound's rectified sigmoid: Nagel et al. 2020, Eq. 23 ----

@@ -7,6 +7,8 @@ of Inception features beside or instead: `mu` [2048], `sigma` [2048, 2048] (pool
 
 from __future__ import annotations
 
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,7 +27,26 @@ from reproduce.evaluation.samples import read_run, read_samples
 Moments: TypeAlias = tuple[np.ndarray, np.ndarray]  # mean [D], covariance [D, D]
 
 # What numpy and zipfile raise for a damaged file.
-DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+    OverflowError,
+    RuntimeError,
+    SyntaxError,
+    TypeError,
+    UnicodeError,
+    struct.error,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+# A covariance's least eigenvalue may lie this far below zero, relative to the largest: rounding.
+ROUNDING = 1e-4
 
 
 class NpzImages(IterableDataset):
@@ -111,12 +132,35 @@ def _moments(path: Path, data: np.lib.npyio.NpzFile, mean: str, covariance: str)
             f"reference {path}: {mean} and {covariance} belong together, only one is there"
         )
     m, c = data[mean], data[covariance]
-    if m.ndim != 1 or c.shape != (len(m), len(m)):
-        raise MetricError(
-            f"reference {path}: {mean} and {covariance} have shapes {list(m.shape)} and "
-            f"{list(c.shape)}, expected [D] and [D, D]"
-        )
+    check_moments(path, m, c)
     return m, c
+
+
+def check_moments(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Check that these are a mean [D] and a covariance [D, D].
+
+    Raises:
+        MetricError: other types or shapes, values that are not finite, or a matrix that is the
+            covariance of nothing: a distance to it would be no distance.
+    """
+    where = f"reference {path}"
+    shapes = mean.ndim == 1 and len(mean) > 0 and covariance.shape == (len(mean), len(mean))
+    if not shapes or mean.dtype.kind != "f" or covariance.dtype.kind != "f":
+        raise MetricError(
+            f"{where}: mean and covariance: expected [D] and [D, D] in floats, found "
+            f"{mean.dtype} {list(mean.shape)} and {covariance.dtype} {list(covariance.shape)}"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise MetricError(f"{where}: NaN or infinite values in its mean or covariance")
+    size = np.abs(covariance).max()
+    if not np.allclose(covariance, covariance.T, rtol=0, atol=ROUNDING * size):
+        raise MetricError(f"{where}: its covariance is not symmetric")
+    eigenvalues = np.linalg.eigvalsh(covariance.astype(np.float64))
+    if eigenvalues[0] < -ROUNDING * eigenvalues[-1]:
+        raise MetricError(
+            f"{where}: not a covariance: it has the eigenvalue {eigenvalues[0]:g}, expected none "
+            "below zero"
+        )
 
 
 def export_npz(folder: str | Path, out: str | Path, count: int | None = None) -> tuple[int, ...]:

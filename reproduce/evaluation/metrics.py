@@ -234,6 +234,11 @@ def frechet(a: Moments | None, b: Moments | None) -> float | None:
     stats = [
         {"mu": np.asarray(m, np.float64), "sigma": np.asarray(s, np.float64)} for m, s in (a, b)
     ]
+    for side in stats:
+        if not all(np.isfinite(values).all() for values in side.values()):
+            raise MetricError("statistics: expected finite mu and sigma, found NaN or infinity")
+        if (np.diagonal(side["sigma"]) < 0).any():
+            raise MetricError("statistics: sigma is no covariance: it has negative variances")
     return fid_statistics_to_metric(*stats, verbose=False)[KEY_METRIC_FID]
 
 

@@ -5,19 +5,18 @@ They are read from a model's folder, images or ADM's .npz, and kept as .safetens
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch_fidelity.datasets import ImagesPathDataset, TransformPILtoRGBTensor
 
 from questlib.errors import MetricError
-from questlib.files import atomic_path
-from reproduce.evaluation.adm import Moments, read_npz
+from questlib.integrity import check_finite, fail_if_any, opened, read_tensors, write_tensors
+from reproduce.evaluation.adm import Moments, check_moments, read_npz
 from reproduce.evaluation.features import MiniFeatures, load_extractor
 from reproduce.evaluation.image_statistics import (
     BATCH,
@@ -123,26 +122,42 @@ def _check_count(path: Path, found: int) -> None:
 
 def _read_stored(path: Path) -> Statistics:
     """What `save_reference` wrote."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            size = _stored_size(file)
-        pooled = tensors["pooled"].double()
-        return Statistics(
-            pooled,
-            _stored_moments(tensors, "pooled") or moments(pooled),
-            _stored_moments(tensors, "spatial"),
-            size,
-            int(tensors["count"]),
+    tensors, about = read_tensors(path, DamagedReference)
+    check_finite(path, tensors, DamagedReference)
+    pooled = tensors["pooled"]
+    count = tensors["count"]
+    whole = pooled.ndim == 2 and pooled.is_floating_point() and len(pooled) >= MIN_SAMPLES
+    if not whole or count.numel() != 1 or count.is_floating_point() or int(count) < 1:
+        raise DamagedReference(
+            f"{path}: expected features [N, D] of {MIN_SAMPLES} images or more and their number, "
+            f"found {list(pooled.shape)} and {count.tolist()}"
         )
-    except (SafetensorError, KeyError) as error:
-        raise MetricError(f"reference {path}: damaged or not a reference file ({error})") from error
+    pooled = pooled.double()
+    return Statistics(
+        pooled,
+        _stored_moments(path, tensors, "pooled") or moments(pooled),
+        _stored_moments(path, tensors, "spatial"),
+        _stored_size(path, about),
+        int(count),
+    )
 
 
-def _stored_moments(tensors: dict[str, torch.Tensor], of: str) -> Moments | None:
-    if f"{of}_mean" not in tensors:
+class DamagedReference(MetricError):
+    """A reference file does not hold what was written, or is none."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"reference {what}: damaged or not a reference file")
+
+
+def _stored_moments(path: Path, tensors: dict[str, torch.Tensor], of: str) -> Moments | None:
+    names = {f"{of}_mean", f"{of}_cov"}
+    missing = names - tensors.keys()
+    if missing == names:
         return None
-    return tensors[f"{of}_mean"].numpy(), tensors[f"{of}_cov"].numpy()
+    fail_if_any(path, {"missing": missing}, DamagedReference)
+    found = tensors[f"{of}_mean"].numpy(), tensors[f"{of}_cov"].numpy()
+    check_moments(path, *found)
+    return found
 
 
 def save_reference(real: Statistics, path: Path, features: str) -> None:
@@ -164,8 +179,7 @@ def save_reference(real: Statistics, path: Path, features: str) -> None:
             tensors[f"{name}_mean"] = torch.from_numpy(mean).contiguous()
             tensors[f"{name}_cov"] = torch.from_numpy(covariance).contiguous()
     height, width = real.size
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, {"features": features, "size": f"{height}x{width}"})
+    write_tensors(path, tensors, {"features": features, "size": f"{height}x{width}"})
 
 
 def check_features(reference: Path, features: str) -> tuple[int, int]:
@@ -174,33 +188,26 @@ def check_features(reference: Path, features: str) -> tuple[int, int]:
     Raises:
         MetricError: it cannot be read, or holds other features.
     """
-    try:
-        with safe_open(reference, "pt") as file:
-            # mini-ldm4's file is older than the entry.
-            found = (file.metadata() or {}).get("features", "mini")
-            size = _stored_size(file)
-            lacks = {"pooled", "count"} - set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise MetricError(
-            f"reference {reference}: damaged or not a reference file ({error})"
-        ) from error
+    with opened(reference, DamagedReference) as (file, known):
+        # mini-ldm4's file is older than the entry.
+        found = known.about.get("features", "mini")
+        size = _stored_size(reference, known.about)
+        lacks = {"pooled", "count"} - set(file.keys())
     if found != features:
         raise MetricError(
             f"reference {reference} holds {found} features, not {features}: give images, an .npz, "
             f"or make one by python -m reproduce reference IMAGES OUT.safetensors "
             f"--features {features}"
         )
-    if lacks:
-        raise MetricError(
-            f"reference {reference}: damaged or not a reference file "
-            f"(no {', '.join(sorted(lacks))})"
-        )
+    fail_if_any(reference, {"missing": lacks}, DamagedReference)
     return size
 
 
-def _stored_size(file: safe_open) -> tuple[int, int]:
+def _stored_size(path: Path, about: dict[str, Any]) -> tuple[int, int]:
     # mini-ldm4's file is older than the entry.
-    size = (file.metadata() or {}).get("size", f"{MiniFeatures.SIZE}x{MiniFeatures.SIZE}")
+    size = str(about.get("size", f"{MiniFeatures.SIZE}x{MiniFeatures.SIZE}"))
+    if not re.fullmatch(r"[1-9]\d{0,5}x[1-9]\d{0,5}", size):
+        raise DamagedReference(f"{path}: size: expected HEIGHTxWIDTH, found {size!r}")
     height, width = size.split("x")
     return int(height), int(width)
 

@@ -20,15 +20,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
 from questlib.diffusion.drawing import Samples
 from questlib.diffusion.sampling import index_ranges
-from questlib.errors import QuestError
+from questlib.errors import QuestError, StorageError
 from questlib.files import atomic_path
+from questlib.integrity import (
+    Known,
+    check_digests,
+    check_finite,
+    fail_if_any,
+    opened,
+    with_digests,
+)
+
+KEPT = "finished shards are kept, the same command goes on from them"
 
 # What a finished folder does not need: locks, and what killed processes were writing.
 LEFT_OVER = ("*.lock", "*.safetensors.*.tmp", "run.json.*.tmp")
@@ -43,14 +53,19 @@ def read_run(folder: str | Path) -> dict[str, Any]:
     """What run.json holds: num_samples, batch_size, seed, steps, labels or prompts, and so on.
 
     Raises:
-        QuestError: there is none.
+        QuestError: there is none, or it is damaged.
     """
+    path = Path(folder) / "run.json"
     try:
-        return json.loads((Path(folder) / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        run = json.loads(path.read_text(encoding="utf-8"))
+        counts = [run["num_samples"], run["batch_size"]]
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
         raise QuestError(
-            f"{folder}: not a folder of samples: run.json cannot be read ({error})"
+            f"{folder}: not a folder of samples: run.json cannot be read ({error!r})"
         ) from error
+    if not all(type(count) is int and 0 < count < 2**40 for count in counts):
+        raise QuestError(f"{path}: expected num_samples and batch_size from 1, found {counts}")
+    return run
 
 
 def read_samples(folder: str | Path) -> Iterator[Samples]:
@@ -72,9 +87,12 @@ def read_samples(folder: str | Path) -> Iterator[Samples]:
             f"{folder}: not finished: {missing} of {len(shards)} shards are missing; "
             "sample again to go on"
         )
-    for shard in shards:
-        with _opened(shard, _digest(run)) as file:
-            yield Samples(file.get_tensor("images"), file.get_tensor("latents"))
+    for shard, indices in zip(shards, ranges, strict=True):
+        with _opened(shard, _digest(run)) as (file, known):
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        check_digests(shard, tensors, known, DamagedShard)
+        _check_samples(shard, tensors, len(indices))
+        yield Samples(**tensors)
 
 
 def write_samples(
@@ -114,7 +132,8 @@ def write_samples(
         shard = shard_file(folder, indices)
         with _claimed(shard, wait) as is_mine:
             if is_mine:
-                _write(shard, save(draw(indices)._asdict(), {"run": digest}))
+                tensors = draw(indices)._asdict()
+                _write(shard, save(tensors, with_digests(tensors, {"run": digest})))
     if process_index == 0:
         for indices in ranges:
             with _opened(shard_file(folder, indices), digest):
@@ -126,20 +145,43 @@ def _digest(run: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
 
 
+class DamagedShard(QuestError):
+    """A shard does not hold what was written."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"sampling: a damaged shard: {what}; remove it and sample again")
+
+
 @contextmanager
-def _opened(shard: Path, digest: str) -> Iterator[Any]:
-    """A finished shard, checked: it is of this run, and as long as its header says."""
-    try:
-        with safe_open(shard, "pt") as file:
-            if (file.metadata() or {}).get("run") != digest:
-                raise QuestError(
-                    f"sampling: {shard} belongs to another run than the run.json beside it"
-                )
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise QuestError(
-            f"sampling: {shard} is damaged ({error}); remove it and sample again"
-        ) from error
+def _opened(shard: Path, digest: str) -> Iterator[tuple[Any, Known]]:
+    """A finished shard: it is of this run, and as long as its header says."""
+    with opened(shard, DamagedShard) as (file, known):
+        if known.about.get("run") != digest:
+            raise QuestError(
+                f"sampling: {shard} belongs to another run than the run.json beside it"
+            )
+        yield file, known
+
+
+def _check_samples(shard: Path, tensors: dict[str, torch.Tensor], count: int) -> None:
+    """QuestError unless these are samples, as many as the shard has."""
+    fail_if_any(
+        shard,
+        {
+            "missing": {"images", "latents"} - tensors.keys(),
+            "unexpected": tensors.keys() - {"images", "latents"},
+        },
+        DamagedShard,
+    )
+    images = tensors["images"]
+    latents = tensors["latents"]
+    fit = images.ndim == 4 and images.shape[:2] == (count, 3) and images.dtype == torch.uint8
+    if not fit or latents.shape[:1] != (count,) or latents.dtype != torch.float32:
+        raise DamagedShard(
+            f"{shard}: expected {count} samples, uint8 images [n, 3, H, W] and float32 latents, "
+            f"found {images.dtype} {list(images.shape)} and {latents.dtype} {list(latents.shape)}"
+        )
+    check_finite(shard, tensors, DamagedShard)
 
 
 def _open_run(folder: Path, run: dict[str, Any]) -> None:
@@ -156,9 +198,9 @@ def _open_run(folder: Path, run: dict[str, Any]) -> None:
                     "name another folder"
                 )
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(run))
+                temporary.write_text(json.dumps(run), encoding="utf-8")
     except OSError as error:
-        raise QuestError(f"sampling: cannot write to {folder}: {error.strerror}") from error
+        raise StorageError(f"sampling: cannot write to {folder}: {error.strerror}") from error
     found = read_run(folder)
     asked = json.loads(json.dumps(run))
     differ = sorted(k for k in {*found, *asked} if found.get(k) != asked.get(k))
@@ -197,16 +239,10 @@ def _claimed(shard: Path, wait: bool) -> Iterator[bool]:
 
 def _write(shard: Path, data: bytes) -> None:
     """Write a shard, bring it to the disk, and only then give it its name."""
-    try:
-        with atomic_path(shard) as temporary, temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise QuestError(
-            f"sampling: cannot write {shard}: {error.strerror}; finished shards are kept, "
-            "the same command goes on from them"
-        ) from error
+    with atomic_path(shard, KEPT) as temporary, temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _clean(folder: Path) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from questlib.calibration import Calibration
 from questlib.capture import hooks
-from questlib.config import Search
+from questlib.config_groups import Search
 from questlib.observers import VALUES_PER_TENSOR
 from questlib.quantization import carrier, primitives, range_search
 from questlib.quantization.roles import layer_roles

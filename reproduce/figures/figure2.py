@@ -137,7 +137,7 @@ def read_table(plan: Plan) -> pd.DataFrame:
     path = plan.source / RANGES
     if not path.is_file():
         raise ConfigError(f"figure2: expected {RANGES} beside the rows, found none: {RUN}")
-    return pd.DataFrame(json.loads(path.read_text())).T.infer_objects()
+    return pd.DataFrame(json.loads(path.read_text(encoding="utf-8"))).T.infer_objects()
 
 
 def mean_ratios(table: pd.DataFrame) -> pd.DataFrame:

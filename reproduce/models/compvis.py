@@ -8,6 +8,8 @@ written, so that memory holds little more than the page cache.
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers import CLIPTokenizer
 from questlib.diffusion.schedulers import make_scheduler
 from questlib.errors import CheckpointError, ConfigError, QuestError
 from questlib.files import atomic_path, check_new
+from questlib.integrity import not_finite
 from reproduce.models.compvis_components import (
     COND,
     UNET,
@@ -40,6 +43,9 @@ from reproduce.models.pipelines import (
 )
 
 EMA = "model_ema."
+
+LARGEST = 2**20  # no size in a config is larger
+LONGEST = 100_000  # no noise schedule is longer
 
 # In a checkpoint, but no weight of the sampler: the schedule's buffers, training losses, constants.
 IGNORED_PREFIXES = (
@@ -80,6 +86,7 @@ def convert_state(
         ConfigError: the config describes no such model.
         CheckpointError: tensors are missing, left over or of another shape.
     """
+    check_numbers(config, len(state))
     try:
         params = config["unet_config"]["params"]
         condition = condition_component(config.get("cond_stage_config"), state)
@@ -98,7 +105,17 @@ def convert_state(
             )
         stable = attends and not (condition and isinstance(condition.model, ClassEmbedder))
         scheduler = _scheduler(state, config, "plms" if stable else "ddim")
-    except (KeyError, TypeError, AttributeError) as error:
+    except QuestError:
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        MemoryError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(
             f"config: a value is missing or of the wrong kind ({type(error).__name__}: {error})"
         ) from error
@@ -157,6 +174,31 @@ def save_pipeline(pipe: DiffusionPipeline, out: str | Path) -> None:
         raise QuestError(f"save: cannot write {out} ({error})") from error
 
 
+def check_numbers(config: Any, tensors: int, name: str = "config") -> None:
+    """Check all numbers of a config before models are made of them.
+
+    Args:
+        config: the config, or a part of it.
+        tensors: how many the checkpoint has; no model has more blocks.
+        name: of the part.
+
+    Raises:
+        ConfigError: one is not finite, or larger than that of any model.
+    """
+    if isinstance(config, Mapping):
+        for key, value in config.items():
+            check_numbers(value, tensors, f"{name}.{key}")
+    elif isinstance(config, list | tuple):
+        for value in config:
+            check_numbers(value, tensors, name)
+    elif isinstance(config, float) and not math.isfinite(config):
+        raise ConfigError(f"{name}: expected a finite number, found {config}")
+    elif isinstance(config, int):
+        most = tensors if name.endswith(("num_res_blocks", "transformer_depth")) else LARGEST
+        if abs(config) > most:
+            raise ConfigError(f"{name}: expected at most {most}, found {reprlib.repr(config)}")
+
+
 def clip_tokenizer() -> CLIPTokenizer:
     """CLIP's tokenizer from the vocabulary in the open_clip package: no download.
 
@@ -174,13 +216,15 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 def _scale(state: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> float:
     """Factor of the latents: measured in training and in the checkpoint, else the config's."""
-    if "scale_factor" in state:
-        return float(state["scale_factor"])
-    if config.get("scale_by_std"):
+    found = state.get("scale_factor", config.get("scale_factor", 1.0))
+    scale = float(found)
+    if not 0 < scale < math.inf:
+        raise CheckpointError(f"scale_factor: expected a number above 0, found {scale}")
+    if "scale_factor" not in state and config.get("scale_by_std"):
         raise CheckpointError(
             "scale_by_std: expected a tensor scale_factor in the checkpoint, found none"
         )
-    return float(config.get("scale_factor", 1.0))
+    return scale
 
 
 def _scheduler(
@@ -194,14 +238,20 @@ def _scheduler(
     for key, known in (("beta_schedule", "linear"), ("parameterization", "eps")):
         if config.get(key, known) != known:
             raise ConfigError(f"config: expected {key} {known}, found {config[key]}")
+    start = float(config["linear_start"])
+    end = float(config["linear_end"])
+    steps = config.get("timesteps", 1000)
+    if not 0 < start <= end < 1 or type(steps) is not int or not 1 <= steps <= LONGEST:
+        raise ConfigError(
+            f"config: expected 0 < linear_start <= linear_end < 1 and timesteps 1..{LONGEST}, "
+            f"found {start}, {end} and {steps!r}"
+        )
     betas = {
-        "beta_start": float(config["linear_start"]),
-        "beta_end": float(config["linear_end"]),
+        "beta_start": start,
+        "beta_end": end,
         "beta_schedule": "scaled_linear",
     }
-    scheduler = make_scheduler(
-        {**betas, "num_train_timesteps": config.get("timesteps", 1000)}, sampler
-    )
+    scheduler = make_scheduler({**betas, "num_train_timesteps": steps}, sampler)
     trained = state.get("betas")
     if trained is not None and (
         trained.shape != scheduler.betas.shape
@@ -222,7 +272,8 @@ def _fill(components: list[Component], state: Mapping[str, torch.Tensor], ema: b
     """Give every model its tensors, shared with `state`.
 
     Raises:
-        CheckpointError: tensors are missing, left over or of another shape; it lists them all.
+        CheckpointError: tensors are missing, left over, of another shape or not finite; it lists
+            them all.
     """
     missing: list[str] = []
     misshapen: list[str] = []
@@ -250,7 +301,10 @@ def _fill(components: list[Component], state: Mapping[str, torch.Tensor], ema: b
         values.append(tensors)
     ignored = (*IGNORED_PREFIXES, UNET if ema else EMA)
     unexpected = [k for k in state if k not in used | IGNORED and not k.startswith(ignored)]
+    taken = {key: state[key] for key in used & state.keys()}
     lists = {
+        "not floating-point": [k for k, v in taken.items() if not v.is_floating_point()],
+        "not finite": not_finite(taken),
         "missing": dict.fromkeys(missing),
         "wrong shape": dict.fromkeys(misshapen),
         "unexpected": unexpected,

@@ -45,14 +45,23 @@ def load_config(name_or_path: str | Path) -> dict[str, Any]:
     if str(name_or_path) in config_names():
         path = CONFIGS / f"{name_or_path}.yaml"
     try:
-        params = yaml.safe_load(path.read_text())["model"]["params"]
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params = dict(content["model"]["params"])
         missing = {"unet_config", "first_stage_config", "linear_start", "linear_end"} - set(params)
     except OSError as error:
         raise ConfigError(
             f"config {name_or_path}: expected a YAML file or one of {', '.join(config_names())} "
             f"({error.strerror})"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (
+        yaml.YAMLError,
+        AttributeError,
+        LookupError,
+        OverflowError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ConfigError(
             f"config {path}: not a CompVis YAML with model.params ({type(error).__name__}: {error})"
         ) from error
@@ -108,7 +117,9 @@ def read_state_dict(path: str | Path, sha256: str | None = None) -> dict[str, to
             f"checkpoint {path}: its pickle names code, which was not executed: {', '.join(code)}"
         )
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    if not state or not all(
+        isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
+    ):
         raise CheckpointError(
             f"checkpoint {path}: expected a state_dict of tensors, found {type(content).__name__}"
         )

@@ -17,4 +17,4 @@ def embedded_models() -> list[str]:
 def class_names(model: str) -> list[str]:
     """What the labels 0, 1, ... of a class-conditional embedded model stand for; else nothing."""
     path = MINI / model / CLASSES
-    return json.loads(path.read_text()) if path.is_file() else []
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []

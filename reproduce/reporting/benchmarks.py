@@ -22,7 +22,7 @@ def machine_words(about: Machine) -> str:
 def _benchmark(folder: Path, name: str) -> dict[str, Any] | None:
     """What benchmarks/NAME.py wrote, beside the results; None when it was not run."""
     path = folder.parent / "benchmarks" / "results" / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _not_measured(name: str) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from reproduce.reporting import report
 from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
-from reproduce.reporting.overview import SIGNS, all_results
+from reproduce.reporting.overview import SIGNS
 from reproduce.table_results import TableResults
 from reproduce.verdicts import Order
 
@@ -117,7 +118,7 @@ QUESTIONS = (
     ),
     Question(
         "Must the time embedding be precise?",
-        "The paper's Property 1..",
+        "The paper's Property 1.",
         _papers("Time-embedding layers", "Finetuned time-embedding"),
     ),
     Question(
@@ -137,7 +138,7 @@ QUESTIONS = (
 
 def answers(folder: Path) -> str:
     """Every question with its answer and the numbers."""
-    results = all_results(folder)
+    results = report.all_committed(folder)
     return "\n\n".join(_answer(question, results) for question in QUESTIONS)
 
 

@@ -19,11 +19,6 @@ from reproduce.tables.registry import all_tables
 SIGNS = {Holds.HOLDS: "✅", Holds.IN_PART: "🟡", Holds.NOT: "❌", Holds.NOT_RUN: "⬜"}
 
 
-def all_results(folder: Path) -> dict[str, TableResults]:
-    """The committed results of every table."""
-    return {name: report.committed(name, folder) for name in all_tables()}
-
-
 # ---- README's picture, and what quantizing takes ----
 
 
@@ -96,7 +91,7 @@ STORY: dict[str, tuple[Part, ...]] = {
 
 def main_claims(folder: Path) -> str:
     """The paper's story in seven lines, and a count of all claims."""
-    results = all_results(folder)
+    results = report.all_committed(folder)
     lines = ["| the paper's claim | here, at `mini` scale |", "| --- | --- |"]
     for text, parts in STORY.items():
         answer = "<br>".join(_told(part, results) for part in parts)
@@ -130,7 +125,7 @@ def _told(part: Part, results: Mapping[str, TableResults]) -> str:
 
 def all_claims(folder: Path) -> str:
     """Every claim, whether it holds here, and the numbers."""
-    results = all_results(folder)
+    results = report.all_committed(folder)
     lines = []
     for claim in CLAIMS:
         judgement = judge(claim, results)

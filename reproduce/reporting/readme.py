@@ -22,9 +22,9 @@ from reproduce.reporting import (
     report,
     results_pages,
     run_times,
+    support,
 )
 from reproduce.store import write_json
-from reproduce.tables.registry import all_tables
 
 BLOCK = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end: \2 -->)", re.S)
 BEGIN = re.compile(r"<!-- generated: (\S+) -->")
@@ -46,6 +46,8 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "adaround": benchmarks.adaround,
     "release": benchmarks.release,
     "paper": overview.paper_scale,
+    "support": support.table,
+    "support-counts": support.counts,
 }
 # Written when the site is built: see `reproduce.reporting.site`.
 AT_BUILD = ("commands-reference",)
@@ -94,7 +96,7 @@ def pages(root: Path, folder: Path) -> Iterator[tuple[Path, str]]:
     for path in [root / "README.md", *sorted((root / "docs").rglob("*.md"))]:
         name = path.relative_to(root).as_posix()
         if name not in whole:
-            yield path, fill(path.read_text(), folder, os.path.dirname(name))
+            yield path, fill(path.read_text(encoding="utf-8"), folder, os.path.dirname(name))
 
 
 def update(root: Path, folder: Path, work: Path) -> list[Path]:
@@ -106,18 +108,17 @@ def update(root: Path, folder: Path, work: Path) -> list[Path]:
         The pages that changed.
     """
     if (test := work / "test-time.json").is_file():
-        took = json.loads(test.read_text())
+        took = json.loads(test.read_text(encoding="utf-8"))
         about = {"command": "make test"} | took | {"machine": machine()}
         write_json(folder / "mini" / "test.json", about)
-    for name in all_tables():
-        results = report.committed(name, folder)
+    for results in report.all_committed(folder).values():
         if results.done:
             report.finish(results.plan)
     changed = []
     for path, text in list(pages(root, folder)):
-        if not path.is_file() or path.read_text() != text:
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(path) as temporary:
-                temporary.write_text(text)
+                temporary.write_text(text, encoding="utf-8")
             changed.append(path)
     return changed

@@ -16,9 +16,10 @@ from reproduce.agreement import compare_with_published, write_agreement
 from reproduce.choices import Choices
 from reproduce.figures import strips, style
 from reproduce.plan import Plan, make_plan
-from reproduce.results import Result, Status
+from reproduce.results import IF_REPORTED, Result, Status
 from reproduce.table_results import TableResults
 from reproduce.tables.base import COSTS, FAILED, UNKNOWN, Number, Row
+from reproduce.tables.registry import all_tables
 from reproduce.verdicts import LEGEND, PAIRED, verdict
 
 HEADS = {
@@ -31,7 +32,6 @@ HEADS = {
     PAIRED: "distance to FP",
 }
 COST_HEADS = {"hours": "time", "memory_mb": "memory MB", "iterations": "iterations"}
-IF_REPORTED = ("inception_score", "clip_score")  # shown where the paper's table has them
 PICTURE = "picture.png"
 FACTORS = {"kid": 1000.0}
 DIGITS = {PAIRED: 3}
@@ -44,13 +44,12 @@ def finish(plan: Plan) -> TableResults:
 
     Where these are not the published ones, agreement.md and agreement.json say how they compare.
 
-    Raises:
-        ResultError: a result file is damaged, or of an older layout.
+    A row whose file is damaged has failed, and its reason names the file.
     """
     results = TableResults.stored(plan)
     for name, text in (("table.md", markdown(results)), ("table.html", html(results))):
         with atomic_path(plan.folder / name) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     if any(results[row_id].done for row_id in plan.table.picture):
         style.save(strips.picture(results), plan.folder / PICTURE)
     write_agreement(plan, compare_with_published(results))
@@ -64,7 +63,12 @@ def committed(table: str, folder: Path) -> TableResults:
         ResultError: a result file is damaged, or of an older layout.
     """
     choices = Choices(scale="mini", results=folder, work=folder)
-    return TableResults.stored(make_plan(table, choices, dry=True))
+    return TableResults.stored(make_plan(table, choices, dry=True), strict=True)
+
+
+def all_committed(folder: Path) -> dict[str, TableResults]:
+    """The same of every table, by name."""
+    return {name: committed(name, folder) for name in all_tables()}
 
 
 # ---- numbers as text ----
@@ -306,13 +310,18 @@ def as_markdown(data: pd.DataFrame) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in escaped)
 
 
+def as_text(text: str) -> str:
+    """A text of names and messages in markdown: what looks like HTML in it is none."""
+    return escape(text, quote=False)
+
+
 def markdown(results: TableResults) -> str:
     """The whole report in markdown."""
     parts = [
         f"### {results.table.title}",
-        conditions(results),
+        as_text(conditions(results)),
         as_markdown(frame(results)),
-        *(f"- {line}" for line in reasons(results)),
+        *(f"- {as_text(line)}" for line in reasons(results)),
         f"Paper and here ({LEGEND}):",
         as_markdown(side_by_side(results)),
     ]

@@ -9,8 +9,7 @@ import pandas as pd
 from reproduce.reporting import report, what_we_see
 from reproduce.table_results import TableResults
 from reproduce.tables.base import Table
-from reproduce.tables.registry import all_tables
-from reproduce.verdicts import LEGEND, verdict
+from reproduce.verdicts import LEGEND, between_quantized
 
 FOLDER = "docs/results"
 NOTE = "<!-- Written by `python -m reproduce readme`. Changes here are lost. -->"
@@ -18,7 +17,7 @@ NOTE = "<!-- Written by `python -m reproduce readme`. Changes here are lost. -->
 
 def all_pages(folder: Path) -> dict[str, str]:
     """Markdown by path, with links as seen from the repository's root."""
-    found = {name: report.committed(name, folder) for name in all_tables()}
+    found = report.all_committed(folder)
     pages = {f"{FOLDER}/{name}.md": page(results) for name, results in found.items()}
     return {f"{FOLDER}/index.md": index(list(found.values()))} | pages
 
@@ -66,8 +65,8 @@ def page(results: TableResults) -> str:
         parts += ["## Paper and here", report.as_markdown(report.side_by_side(results)), LEGEND]
     if results.done:
         parts += ["## All numbers", report.as_markdown(report.frame(results))]
-    parts += ["## How they were made", report.conditions(results)]
-    parts += [f"- {line}" for line in report.reasons(results)]
+    parts += ["## How they were made", report.as_text(report.conditions(results))]
+    parts += [f"- {report.as_text(line)}" for line in report.reasons(results)]
     if results.done:
         parts.append("\n".join(f"- {line}" for line in report.made_by(results).splitlines()))
     return "\n\n".join(parts) + "\n"
@@ -81,11 +80,6 @@ def _commands(table: Table) -> str:
 
 def _agreed(results: TableResults) -> str:
     """How many verdicts between quantized rows are as in the paper, of those it gives."""
-    rows = [
-        row
-        for row in results.table.rows
-        if row.against is not None and not results.table.row(row.against).full_precision
-    ]
-    found = [verdict(results, row, metric) for row in rows for metric in report.reported(results)]
-    agrees = [v.agrees for v in found if v is not None and v.agrees is not None]
+    found = between_quantized(results, report.reported(results))
+    agrees = [v.agrees for v in found if v.agrees is not None]
     return f"{agrees.count(True)} of {len(agrees)}" if agrees else "none to compare"

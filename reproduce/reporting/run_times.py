@@ -66,7 +66,7 @@ def _whole_run(path: Path) -> RunTime | None:
     """The time that a whole run wrote, or None without one."""
     if not path.is_file():
         return None
-    run = json.loads(path.read_text())
+    run = json.loads(path.read_text(encoding="utf-8"))
     minutes = run["seconds"] / 60
     return RunTime(minutes, f"{minutes:.1f} min", machine_words(run["machine"]))
 
@@ -83,7 +83,11 @@ def _sessions(path: Path, tables: list[TableResults]) -> RunTime | None:
     The time is that up to the first end with status 0. What came later is told where it took a
     minute. None without a whole run.
     """
-    sessions = [line.split() for line in path.read_text().splitlines()] if path.is_file() else []
+    sessions = (
+        [line.split() for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.is_file()
+        else []
+    )
     ends = [i for i, session in enumerate(sessions) if session[-1] == "0"]
     if not ends or sessions[0] == ["warm"]:
         return None

@@ -217,7 +217,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     folder = Path(COPIES.name) / "notebooks"
     folder.mkdir(exist_ok=True)
     for path in notebook_paths():
-        (folder / path.name).write_text(nbformat.writes(site_notebook(path)))
+        (folder / path.name).write_text(nbformat.writes(site_notebook(path)), encoding="utf-8")
         src = f"notebooks/{path.name}"
         files.append(File(src, COPIES.name, config.site_dir, config.use_directory_urls))
     files.append(

@@ -16,7 +16,7 @@ from reproduce.reporting.overview import SIGNS
 from reproduce.results import Result
 from reproduce.table_results import TableResults
 from reproduce.tables.base import Row
-from reproduce.verdicts import PAIRED, Order, compare, verdict
+from reproduce.verdicts import PAIRED, Order, between_quantized, compare, verdict
 
 # What an image's PSNR to the full-precision image means to the eye, from our own pictures.
 VISIBLE = (
@@ -153,13 +153,8 @@ def _inputs(results: TableResults) -> str:
 
 def _orders(results: TableResults) -> str:
     """How many of the paper's orders between quantized rows come out here."""
-    rows = [
-        row
-        for row in results.table.rows
-        if row.against is not None and not results.table.row(row.against).full_precision
-    ]
-    judged = [verdict(results, row, metric) for row in rows for metric in report.reported(results)]
-    known = [v for v in judged if v is not None and v.measured and v.agrees is not None]
+    judged = between_quantized(results, report.reported(results))
+    known = [v for v in judged if v.measured and v.agrees is not None]
     if not known:
         return ""
     unclear = sum(v.order == Order.UNCLEAR for v in known)

@@ -26,7 +26,7 @@ from open_clip import tokenize
 from safetensors.torch import load_file
 
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
-from questlib.errors import CheckpointError, ConfigError
+from questlib.errors import CheckpointError, ConfigError, QuestError
 from reproduce.models.__main__ import main
 from reproduce.models.compvis import (
     clip_tokenizer,
@@ -474,3 +474,60 @@ def test_a_failed_save_leaves_nothing_behind(checkpoints, tmp_path, monkeypatch)
     with pytest.raises(Exception, match="No space left"):
         save_pipeline(pipe, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ---- values that no model has ----
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(checkpoints, value):
+    beds = checkpoints["beds"]
+    state = dict(read_state_dict(beds.ckpt))
+    key = "first_stage_model.decoder.conv_out.bias"
+    state[key] = torch.full_like(state[key], value)
+    with pytest.raises(CheckpointError, match=f"not finite: {key}"):
+        convert_state(state, load_config(beds.config))
+    state[key] = torch.zeros_like(state[key], dtype=torch.bool)
+    with pytest.raises(CheckpointError, match=f"not floating-point: {key}"):
+        convert_state(state, load_config(beds.config))
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
+def test_a_scale_factor_that_is_none(checkpoints, scale):
+    beds = checkpoints["beds"]
+    state = dict(read_state_dict(beds.ckpt)) | {"scale_factor": torch.tensor(scale)}
+    with pytest.raises(CheckpointError, match="scale_factor: expected a number above 0"):
+        convert_state(state, load_config(beds.config))
+
+
+ODD = [True, -1, 0, 10**9, 10**30, 1e30, float("nan"), "x", None, [], {}]
+
+
+@pytest.mark.parametrize("value", ODD, ids=repr)
+def test_a_damaged_config_is_a_typed_error_or_changes_nothing(checkpoints, value):
+    """Each number of the YAML in turn has a value that it cannot have."""
+    beds = checkpoints["beds"]
+    state = read_state_dict(beds.ckpt)
+    params = load_config(beds.config)
+
+    def changed(tree, path):
+        if not path:
+            return value
+        return {**tree, path[0]: changed(tree[path[0]], path[1:])}
+
+    for path in (
+        ("linear_start",),
+        ("linear_end",),
+        ("timesteps",),
+        ("image_size",),
+        ("unet_config",),
+        ("unet_config", "params", "num_res_blocks"),
+        ("unet_config", "params", "model_channels"),
+        ("unet_config", "params", "channel_mult"),
+        ("first_stage_config", "params", "ddconfig", "num_res_blocks"),
+        ("first_stage_config", "params", "ddconfig", "ch"),
+    ):
+        try:
+            convert_state(state, changed(params, path))
+        except QuestError as error:
+            assert "\n" not in str(error)

@@ -212,8 +212,8 @@ def test_prompt_conditional_row(conditional):
     assert full.metric("fid").value is None
     assert quantized.metric("feature_distance_to_fp").value > 0
     sides = report.side_by_side(report.finish(made))
-    assert "CLIP score x100 ours" in sides and "FID paper" not in sides
-    assert "verdict by distance to FP" in sides
+    assert "CLIP score x100 here" in sides and "FID paper" not in sides
+    assert "distance to FP verdict" in sides
 
 
 def test_bad_captions_are_found_before_the_work(conditional, tmp_path):

@@ -19,13 +19,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import questlib
+from questlib.diffusion import drawing as denoising
 from questlib.errors import ConfigError, QuestError
 from reproduce import seed_run, store
 from reproduce.evaluation import drawing, metrics
 from reproduce.pipeline import is_current, run_row
 from reproduce.provenance import provenance
 from reproduce.reporting import report
-from reproduce.results import Result, ResultError, Status
+from reproduce.results import Result, Status
 from reproduce.seed_run import SeedRun
 from reproduce.store import STORE_FORMAT, ArtifactStore, check_store
 
@@ -48,7 +49,7 @@ def calls(monkeypatch) -> Counter:
 
     for name in ("calibrate", "quantize", "finetune", "save_pretrained"):
         count(questlib, name)
-    count(drawing, "denoise")
+    count(denoising, "denoise")
     count(metrics, "evaluate")
     return counted
 
@@ -123,8 +124,7 @@ def test_a_row_of_an_older_layout_is_made_again_but_not_lost_by_a_failure(tiny_p
     path = plan.row_file("bedrooms-fp")
     older = json.dumps({"cell": "bedrooms-fp", "status": "done"})
     path.write_text(older)
-    with pytest.raises(ResultError, match="format 1"):
-        is_current(plan.rows[0], plan)
+    assert not is_current(plan.rows[0], plan)
 
     def fails(*args, **kwargs):
         raise QuestError("no memory")
@@ -138,12 +138,14 @@ def test_a_row_of_an_older_layout_is_made_again_but_not_lost_by_a_failure(tiny_p
 
 
 def test_stored_rows_are_read_and_nothing_is_run(tiny_plan, calls):
-    plan = tiny_plan(stored=True)
+    plan = tiny_plan()
     row = plan.table.row("bedrooms-fp")
-    assert run_row(row, plan).status == Status.NOT_RUN
-    made = run_row(row, tiny_plan())
+    made = run_row(row, plan)
     before = Counter(calls)
-    assert run_row(row, plan) == made and calls == before
+    stored = tiny_plan(stored=True)
+    assert run_row(row, stored) == made
+    assert run_row(plan.table.row(ROW), stored).status == Status.NOT_RUN
+    assert calls == before
 
 
 def test_numbers_that_are_read_again_keep_where_they_came_from(tiny_plan, monkeypatch):
@@ -204,7 +206,7 @@ def test_second_run_makes_nothing(tiny_plan, calls):
 def test_stopped_run_goes_on(tiny_plan, calls, monkeypatch, stop_in, done):
     plan = tiny_plan()
     row = plan.table.row(ROW)
-    owner = {"evaluate": metrics, "denoise": drawing}[stop_in]
+    owner = {"evaluate": metrics, "denoise": denoising}[stop_in]
     counting = getattr(owner, stop_in)
     passed: Counter = Counter()
 
@@ -277,7 +279,7 @@ def test_samples_that_another_process_makes_meanwhile(tiny_plan, monkeypatch):
     runs = [SeedRun(plan.rows[0], plan, 0) for _ in range(2)]
     started = threading.Barrier(2)
     drawn: Counter = Counter()
-    real = drawing.denoise
+    real = denoising.denoise
 
     def denoise(*args, **kwargs):
         drawn["batches"] += 1
@@ -287,7 +289,7 @@ def test_samples_that_another_process_makes_meanwhile(tiny_plan, monkeypatch):
         started.wait()
         return run.draw(run.fp_samples, run.pipe.unet).images
 
-    monkeypatch.setattr(drawing, "denoise", denoise)
+    monkeypatch.setattr(denoising, "denoise", denoise)
     with ThreadPoolExecutor() as pool:
         first, second = pool.map(draw, runs)
     assert torch.equal(first, second)

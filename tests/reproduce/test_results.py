@@ -20,7 +20,6 @@ from reproduce.results import (
 )
 from reproduce.table_results import (
     TableResults,
-    check_other_rows,
     planned_conditions,
     stored_result,
 )
@@ -146,20 +145,51 @@ def test_results_of_before_02_are_refused(plan):
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"table": "table3", "cell": ROW, "status": "done"}))
     with pytest.raises(ResultError) as error:
-        TableResults.stored(plan)
+        TableResults.stored(plan, strict=True)
     assert str(error.value) == (
         f"{path}: made by questlib before 0.2 (format 1); make the row again, "
         "or name another --results folder"
     )
 
 
-def test_rows_that_stay_have_to_be_readable_before_a_run(plan):
+def test_one_damaged_row_is_a_failed_one_and_names_its_file(plan):
+    other = "bedrooms-fp"
+    made_result({"fid": [1.0]}, row=other).write(plan.row_file(other))
     path = plan.row_file(ROW)
-    path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"cell": ROW}))
-    check_other_rows(plan)  # it will be made again
-    with pytest.raises(ResultError, match=path.name):
-        check_other_rows(plan.choose(rows=["bedrooms-fp"]))
+    results = TableResults.stored(plan)
+    assert results[other].done
+    assert results[ROW].status == Status.FAILED and path.name in results[ROW].reason
+
+
+def test_a_changed_value_is_not_what_was_written(tmp_path):
+    path = tmp_path / "row.json"
+    made_result({"fid": [1.5]}).write(path)
+    path.write_text(path.read_text().replace("1.5", "1.4"))
+    with pytest.raises(ResultError, match=r"row.json: its values are not what was written"):
+        Result.read(path)
+    values = json.loads(path.read_text())
+    del values["digest"]  # as files of before
+    path.write_text(json.dumps(values))
+    assert Result.read(path).metric("fid").value == 1.4
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda v: v.update(seeds=[]), "seeds: expected some"),
+        (lambda v: v["seeds"].append(v["seeds"][0]), "each once"),
+        (lambda v: v["seeds"][0]["metrics"].update(fdi=1.0), "unknown fdi"),
+        (lambda v: v["seeds"][0].update(size_bytes=-1), "size_bytes is below zero"),
+        (lambda v: v["conditions"].update(samples_per_seed=0), "samples_per_seed"),
+    ],
+)
+def test_values_that_contradict_each_other(change, says):
+    values = json.loads(made_result({"fid": [1.0]}).to_json())
+    del values["digest"]
+    change(values)
+    with pytest.raises(ResultError, match=f"^row: .*{says}"):
+        Result.from_json(json.dumps(values), "row")
 
 
 def test_a_row_without_a_file_was_not_run(plan):
@@ -171,7 +201,7 @@ def test_a_row_without_a_file_was_not_run(plan):
 
 
 def test_a_file_of_another_row_is_refused(plan):
-    made_result({}, row="bedrooms-fp").write(plan.row_file(ROW))
+    made_result({"fid": [1.0]}, row="bedrooms-fp").write(plan.row_file(ROW))
     with pytest.raises(ResultError, match=f"expected the result of table3, {ROW}, mini scale"):
         stored_result(plan.table.row(ROW), plan)
 

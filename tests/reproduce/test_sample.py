@@ -18,6 +18,7 @@ from reproduce.__main__ import main
 from reproduce.evaluation.drawing import sample
 from reproduce.evaluation.samples import read_run, read_samples
 from reproduce.models.loading import load_pipeline
+from reproduce.sample import threads
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -42,16 +43,17 @@ def test_command_draws_what_the_library_draws(tiny, tmp_path, capsys):
     assert main(command(tiny, tmp_path / "out", *asked)) == 0
     assert "5 samples" in capsys.readouterr().out
     pipe = load_pipeline(tiny / "model")
-    expected = sample(
-        pipe,
-        5,
-        num_inference_steps=2,
-        eta=1.0,
-        seed=7,
-        batch_size=2,
-        sampler="ddim",
-        progress=False,
-    )
+    with threads(1):
+        expected = sample(
+            pipe,
+            5,
+            num_inference_steps=2,
+            eta=1.0,
+            seed=7,
+            batch_size=2,
+            sampler="ddim",
+            progress=False,
+        )
     assert torch.equal(
         torch.cat([s.images for s in read_samples(tmp_path / "out")]), expected.images
     )
@@ -62,6 +64,16 @@ def test_command_draws_what_the_library_draws(tiny, tmp_path, capsys):
         "DDIMScheduler",
         1.0,
     )
+
+
+def test_a_folder_refuses_another_number_of_threads(tiny, tmp_path, capsys):
+    asked = command(tiny, tmp_path / "out", "--num-samples", "2")
+    assert main(asked) == 0 and read_run(tmp_path / "out")["threads"] == 1
+    before = torch.get_num_threads()
+    assert main([*asked, "--threads", "2"]) == 2
+    assert "threads: expected 2, found 1" in capsys.readouterr().err
+    assert torch.get_num_threads() == before
+    assert main([*asked, "--threads", "0"]) == 2
 
 
 def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
@@ -83,6 +95,7 @@ def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
             ["--num-samples", "1", "--guidance-scale", "3"],
             "guidance_scale: LDMPipeline is unconditional",
         ),
+        (["--num-samples", "1", "--seed", "4294967296"], "seed: expected a whole number 0..4293"),
         (["--num-samples", "1", "--labels", "a"], "--labels: expected whole numbers"),
         (
             ["--num-samples", "1", "--prompts", "nowhere.txt"],
@@ -126,10 +139,7 @@ def launch(tiny: Path, out: Path, count: int) -> subprocess.Popen:
         "reproduce",
         *command(tiny, out, *more),
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        line, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    return subprocess.Popen(line, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from questlib import Calibration, QuantConfig, calibrate, quantize
-from questlib.config import RangeConfig
+from questlib.config_groups import RangeConfig
 from questlib.diffusion.sampling import sample_generators
 from questlib.errors import CheckpointError, ConfigError
 from questlib.observers import Observer, init_ranges
@@ -56,7 +58,11 @@ def test_bad_counts(pipe):
 
 @pytest.mark.parametrize("name", ["minmax", "quest-paper", "quest-release", "quest"])
 @pytest.mark.parametrize("a", [4, 8])
-@pytest.mark.parametrize("granularity", [{}, {"act_granularity": "token"}], ids=["preset", "token"])
+@pytest.mark.parametrize(
+    "granularity",
+    [{}, {"act_granularity": "token", "calib_model": "full"}],
+    ids=["preset", "token"],
+)
 def test_ranges_are_set_for_every_group(pipe, calib, name, a, granularity):
     config = QuantConfig.preset(name, 4, a, calib_batch=8, **granularity)
     q = prepare(pipe.unet, config, calib.t)
@@ -129,3 +135,29 @@ def test_what_is_kept_for_channels_does_not_grow_with_the_steps(batches, kept):
     observer = Observer(act, RangeConfig(), 0, batches)
     observer.update(torch.randn(4096, 3))
     assert observer.values[0].shape == (3, kept)
+
+
+def test_a_stopped_calibration_goes_on_after_its_last_batch(pipe, tmp_path):
+    """The third batch's first call is stopped; the second try samples two batches of four."""
+    whole = calibrate(pipe, 8, 2, batch_size=2)
+    calls = []
+
+    def stop(module, args, kwargs):
+        calls.append(len(args[0]))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    handle = pipe.unet.register_forward_pre_hook(stop, with_kwargs=True)
+    named = SimpleNamespace(unet=pipe.unet, scheduler=pipe.scheduler, components={})
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            calibrate(named, 8, 2, batch_size=2, cache_dir=tmp_path)
+        again = calibrate(named, 8, 2, batch_size=2, cache_dir=tmp_path)
+        assert len(calls) == 5 + 4
+        other = calibrate(named, 8, 2, batch_size=2, seed=1, cache_dir=tmp_path)
+        assert len(calls) == 5 + 4 + 8
+    finally:
+        handle.remove()
+    assert again.hash() == whole.hash() != other.hash()
+    with pytest.raises(ConfigError, match="cache_dir is for trajectories"):
+        calibrate(named, run=lambda: None, cache_dir=tmp_path)

@@ -1,17 +1,20 @@
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from questlib import finetune, from_pretrained, quantize, save_pretrained
-from questlib.checkpoint import pack, unpack
-from questlib.errors import CheckpointError, ConfigError, QuestError
+from questlib import QuantConfig, finetune, from_pretrained, quantize, save_pretrained
+from questlib.errors import CheckpointError, ConfigError, StorageError
 from questlib.quantization import range_search
 from questlib.quantization.model import act_quantizers
+from questlib.quantization.packed_codes import pack, unpack
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "format1"
 
@@ -55,10 +58,23 @@ def test_loaded_outputs_are_bit_identical(pipe, calib, fast, tmp_path, name, bit
             assert torch.equal(q(x, t).sample, loaded(x, t).sample)
 
 
+@pytest.fixture(scope="module")
+def quantized(pipe, calib):
+    return quantize(pipe.unet, QuantConfig.preset("minmax", 4, 4, calib_batch=8), calib)
+
+
 @pytest.fixture
-def saved(pipe, calib, fast, tmp_path):
-    save_pretrained(quantize(pipe.unet, fast("minmax", 4, 4), calib), tmp_path)
+def saved(quantized, tmp_path):
+    save_pretrained(quantized, tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def without_digests(saved):
+    """As questlib 0.2 wrote it at first: only the checks of values can find damage."""
+    edit(saved, lambda state: None)
+    edit_config(saved, lambda config: {k: v for k, v in config.items() if k != "digest"})
+    return saved
 
 
 def test_size_shrinks(pipe, saved):
@@ -74,9 +90,24 @@ def test_size_shrinks(pipe, saved):
 
 
 def edit(path, change):
+    """Change the tensors, and write them without digests."""
     state = load_file(path / "model.safetensors")
     change(state)
     save_file(state, path / "model.safetensors")
+
+
+def edit_config(path, change):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(change(config)))
+
+
+def damage(path, change):
+    """Change the tensors, and leave the metadata as they are."""
+    with safe_open(path / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    state = load_file(path / "model.safetensors")
+    change(state)
+    save_file(state, path / "model.safetensors", metadata)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +122,22 @@ def edit(path, change):
         (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), r"wrong shape: conv_in.bias \[3\]"),
         (
             lambda s: s.update({"conv_in.codes": s["conv_in.codes"][:-1].clone()}),
-            "expected .* bytes",
+            "wrong shape: conv_in.codes",
         ),
+        (lambda s: s.update({"conv_in.bias": s["conv_in.bias"].bool()}), "conv_in.bias: expected"),
+        (
+            lambda s: s.update({"conv_out.bias": s["conv_out.bias"].to(torch.complex64)}),
+            "wrong type: conv_out.bias torch.complex64",
+        ),
+        (lambda s: s["conv_in.weight_quantizer.scale"].neg_(), "conv_in.weight_quantizer.scale"),
+        (lambda s: s["conv_in.input_quantizer.scale"].zero_(), "conv_in.input_quantizer.scale"),
+        (
+            lambda s: s["conv_in.weight_quantizer.zero_point"].fill_(16),
+            r"conv_in.weight_quantizer.zero_point \(expected whole numbers 0..15",
+        ),
+        (lambda s: s["conv_in.input_quantizer.ratio"].fill_(3), r"ratio \(expected 1\)"),
+        (lambda s: s["conv_in.input_quantizer.shift"].fill_(1), r"shift \(expected"),
+        (lambda s: s["quest_steps.timesteps"].add_(1), "quest_steps.timesteps"),
         (
             lambda s: s["conv_in.input_quantizer.scale"].fill_(float("nan")),
             "not finite: conv_in.input_quantizer.scale",
@@ -103,10 +148,52 @@ def edit(path, change):
         ),
     ],
 )
-def test_damage_is_named(saved, change, says):
-    edit(saved, change)
+def test_damage_is_named(without_digests, change, says):
+    edit(without_digests, change)
     with pytest.raises(CheckpointError, match=says):
+        from_pretrained(without_digests)
+
+
+def test_one_changed_bit_is_found_and_named(saved):
+    damage(saved, lambda s: s["conv_in.codes"][:1].bitwise_xor_(1))
+    with pytest.raises(CheckpointError, match=r"model.safetensors: not .* saved: conv_in.codes$"):
         from_pretrained(saved)
+
+
+def test_a_checkpoint_without_digests_is_the_same(quantized, without_digests, calib):
+    batch = calib.batch(1, torch.arange(2))
+    assert torch.equal(batch.run(from_pretrained(without_digests)), batch.run(quantized))
+
+
+def test_files_of_two_saves(quantized, saved, tmp_path):
+    """A save that stopped between its two files is whole; what a tool has mixed is not."""
+    older = from_pretrained(saved)
+    older.quest_config = older.quest_config.replace(seed=1)
+    save_pretrained(older, tmp_path / "older")
+    shutil.copy(tmp_path / "older" / "config.json", saved)
+    assert from_pretrained(saved).quest_config == quantized.quest_config
+    edit(saved, lambda state: None)
+    with pytest.raises(CheckpointError, match="not saved together"):
+        from_pretrained(saved)
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(quantized, saved):
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    folder = str(saved)
+    code = f"""
+import resource, questlib
+from questlib.errors import StorageError
+unet = questlib.from_pretrained({folder!r})
+unet.quest_config = unet.quest_config.replace(seed=1)
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+try:
+    questlib.save_pretrained(unet, {folder!r})
+except StorageError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cannot write" in done.stdout and done.stdout.count("\n") == 1
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
 
 
 def test_truncated_file_and_missing_folder(saved, tmp_path):
@@ -118,36 +205,56 @@ def test_truncated_file_and_missing_folder(saved, tmp_path):
         from_pretrained(tmp_path / "nowhere")
 
 
-def test_checkpoint_of_another_model(saved):
-    config = json.loads((saved / "config.json").read_text())
-    config["unet"]["block_out_channels"] = [16, 48]
-    (saved / "config.json").write_text(json.dumps(config))
+def test_checkpoint_of_another_model(without_digests):
+    edit_config(without_digests, lambda c: c | {"unet": c["unet"] | {"norm_eps": 1e30}})
+    from_pretrained(without_digests)  # a value that only a digest protects
+    edit_config(
+        without_digests, lambda c: c | {"unet": c["unet"] | {"block_out_channels": [16, 24]}}
+    )
     with pytest.raises(CheckpointError, match="does not fit UNet2DModel"):
-        from_pretrained(saved)
+        from_pretrained(without_digests)
 
 
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("change", "says"),
     [
         (lambda c: [c], "expected an object, found list"),
-        (
-            lambda c: {k: v for k, v in c.items() if k != "quant"},
-            "does not describe a quantized UNet .KeyError.'quant'",
-        ),
-        (
-            lambda c: {k: v for k, v in c.items() if k != "timesteps"},
-            "does not describe a quantized UNet .KeyError.'timesteps'",
-        ),
+        (lambda c: {k: v for k, v in c.items() if k != "quant"}, "quant: expected a dict"),
+        (lambda c: {k: v for k, v in c.items() if k != "timesteps"}, "timesteps: expected a list"),
+        (lambda c: c | {"timesteps": [True]}, "timesteps: expected a list of numbers"),
+        (lambda c: c | {"timesteps": [10**400]}, "timesteps: expected a list of numbers"),
+        (lambda c: c | {"class": ["UNet2DModel"]}, "expected one of UNet2DModel"),
+        (lambda c: c | {"quant": c["quant"] | {"weight_bits": 10**30}}, "quant: weight_bits"),
         (
             lambda c: c | {"unet": c["unet"] | {"down_block_types": ["NoBlock"]}},
             "does not describe a quantized UNet",
         ),
+        (lambda c: c | {"unet": c["unet"] | {"layers_per_block": 1e30}}, "layers_per_block = 1e"),
+        (lambda c: c | {"unet": c["unet"] | {"layers_per_block": 10**9}}, "layers_per_block = 1"),
+        (
+            lambda c: c | {"unet": c["unet"] | {"block_out_channels": [16, 10**6]}},
+            "more than its file holds",
+        ),
+        (lambda c: c | {"unet": c["unet"] | {"block_out_channels": [16, 10**30]}}, "describe"),
+        (lambda c: c | {"unet": c["unet"] | {"norm_esp": 1e-5}}, "unexpected: norm_esp"),
+        (
+            lambda c: c | {"unet": {k: v for k, v in c["unet"].items() if k != "act_fn"}},
+            "missing: act_fn",
+        ),
     ],
 )
-def test_damaged_config(saved, damage, says):
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(damage(config)))
+def test_damaged_config(without_digests, change, says):
+    edit_config(without_digests, change)
     with pytest.raises(CheckpointError, match=says):
+        from_pretrained(without_digests)
+
+
+def test_a_changed_config_is_not_what_was_saved(saved):
+    edit_config(saved, lambda c: c | {"unet": c["unet"] | {"norm_eps": 1e-4}})
+    with pytest.raises(CheckpointError, match=r"config.json is not what was saved"):
+        from_pretrained(saved)
+    (saved / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config.json"):
         from_pretrained(saved)
 
 
@@ -158,22 +265,20 @@ def test_a_converted_unet_does_not_replace_a_checkpoint(saved):
     assert (saved / "model.safetensors").read_bytes() == weights
 
 
-def test_other_format_and_engine(saved):
+def test_other_format_and_engine(without_digests):
     with pytest.raises(ConfigError, match="engine: expected"):
-        from_pretrained(saved, engine="gpu")
-    config = json.loads((saved / "config.json").read_text()) | {"format": 99}
-    (saved / "config.json").write_text(json.dumps(config))
+        from_pretrained(without_digests, engine="gpu")
+    edit_config(without_digests, lambda config: config | {"format": 99})
     with pytest.raises(CheckpointError, match="expected format 1 or 2, found 99"):
-        from_pretrained(saved)
-    config |= {"format": 2, "class": "NoUNet"}
-    (saved / "config.json").write_text(json.dumps(config))
+        from_pretrained(without_digests)
+    edit_config(without_digests, lambda config: config | {"format": 2, "class": "NoUNet"})
     with pytest.raises(CheckpointError, match="found 'NoUNet'"):
-        from_pretrained(saved)
+        from_pretrained(without_digests)
 
 
 def test_unwritable_folder_and_plain_unet(pipe, calib, fast, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(QuestError, match="cannot write"):
+    with pytest.raises(StorageError, match="cannot write"):
         save_pretrained(quantize(pipe.unet, fast("minmax"), calib), tmp_path / "file" / "out")
     with pytest.raises(ConfigError):
         save_pretrained(pipe.unet, tmp_path)

@@ -1,12 +1,15 @@
 """Guidance, labels and prompts, through sampling, calibration and finetuning."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import tiny_pipelines as tiny
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -16,10 +19,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from questlib import Calibration, calibrate, finetune, quantize, save_pretrained
 from questlib.adaround import blocks
+from questlib.calibration import TimeCalls
 from questlib.capture import capture_outputs
 from questlib.diffusion.conditioning import Condition, Conditioning
 from questlib.diffusion.drawing import Drawing
 from questlib.diffusion.sampling import choose_scheduler, denoise
+from questlib.diffusion.schedulers import make_scheduler
 from questlib.errors import ConfigError
 from questlib.finetuning.losses import stage_losses
 from questlib.finetuning.stages import select_parameters, select_stages
@@ -210,7 +215,7 @@ def test_calibration_does_not_depend_on_the_batch_and_survives_the_disk(classes,
     )
     guided.save(tmp_path / "c")
     assert Calibration.load(tmp_path / "c").hash() == guided.hash()
-    other = Calibration(guided.x, guided.t, guided.eps, guided.context.flip(0))
+    other = Calibration.regular(guided.x, guided.t, guided.eps, guided.context.flip(0))
     assert other.hash() != guided.hash()
 
 
@@ -272,7 +277,9 @@ def test_gradient_checkpointing_gives_the_same_gradients_to_every_parameter(
             ) as targets,
         ):
             run_time_layers(classes.unet, guided.t)
-        local, total = stage_losses(q, classes.unet, stage, config, batch, guided.t, targets)
+        local, total = stage_losses(
+            q, classes.unet, stage, config, batch, TimeCalls(guided.t, {}), targets
+        )
         (local + total).backward()
         names = {id(p): n for n, p in q.named_parameters()}
         found = {names[id(p)]: p.grad.clone() for p in params}
@@ -424,3 +431,21 @@ def test_unconditional_is_a_plain_call():
     x, t = torch.randn(2, 3, 8, 8), torch.tensor(3)
     assert Conditioning(pipe).at(range(2)) == Condition()
     assert torch.equal(Condition().predict(pipe.unet, x, t), pipe.unet(x, t).sample)
+
+
+def test_zero_terminal_snr_is_taken_over_or_refused(classes):
+    own = DDIMScheduler(rescale_betas_zero_snr=True, clip_sample=False)
+    for name in ("ddim", "dpm-solver++"):
+        made = make_scheduler(own, name)
+        assert (made.alphas_cumprod - own.alphas_cumprod).abs().max() < 1e-6
+    with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):
+        make_scheduler(own, "plms")
+
+
+def test_a_learned_variance_needs_a_scheduler_that_knows_of_it():
+    unet = SimpleNamespace(config=SimpleNamespace(in_channels=3, out_channels=6))
+    pipe = SimpleNamespace(unet=unet, scheduler=DDIMScheduler())
+    with pytest.raises(ConfigError, match="learned_range"):
+        choose_scheduler(pipe)
+    pipe.scheduler = DDPMScheduler(variance_type="learned_range")
+    assert choose_scheduler(pipe) is pipe.scheduler

@@ -2,7 +2,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from questlib.config import GROUPS, KEYWORDS, QuantConfig, RangeConfig, field_path
+from questlib.config import KEYWORDS, QuantConfig, field_path
+from questlib.config_groups import GROUPS, RangeConfig
 from questlib.errors import ConfigError
 from questlib.observers import init_ranges
 from questlib.presets import PRESETS
@@ -26,6 +27,7 @@ FIELDS = {
     "te_act_bits": (8, RANGES),
     "act_layers": ("conv", RANGES),
     "te": ("fp", BOTH),
+    "skip_layers": (["mid_block.*"], BOTH),
     "weight_range": ("minmax", ADAROUND),
     "split_skip": (False, BOTH),
     "noise_correction": (True, set()),
@@ -81,6 +83,7 @@ FIELDS = {
 
 # keywords of fields that came later
 SINCE_FORMAT_2 = {
+    "skip_layers",
     "weight_range_norm",
     "calib_model",
     "adaround_batch_size",

@@ -10,6 +10,7 @@ from watched import Count, Stop, watched
 
 from questlib import QuantConfig, convert, finetune, from_pretrained, quantize, save_pretrained
 from questlib.adaround import reconstruct_time
+from questlib.alignment import alignment_error
 from questlib.baselines.low_rank import LowRank, attach, count_trainable, merge
 from questlib.baselines.noise_correction import NoiseCorrection
 from questlib.capture import capture_outputs
@@ -66,6 +67,28 @@ def test_correction_recovers_what_was_done_to_the_noise():
     assert (corrected - eps).square().mean() < 0.3 * (eps_hat - eps).square().mean()
     both = correction.hook(None, (None, torch.tensor([101, 1])), {}, (eps_hat[:2],))[0]
     assert torch.equal(both[0], corrected[0]) and torch.equal(both[1], eps_hat[1])
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_the_noise_factor_follows_from_how_the_prediction_enters(kind, spacing):
+    """d x_{t-1} / d output and the sampler's own noise, by differences of the scheduler's steps."""
+    scheduler = DDIMScheduler(
+        clip_sample=False, prediction_type=kind, timestep_spacing=spacing, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(8)
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for t in scheduler.timesteps[:-1]:
+        correction = NoiseCorrection(t[None], 3)
+        correction.variance[0] = 1e-3
+
+        def step(output, noise, t=t):
+            return scheduler.step(output, t, zero, eta=1.0, variance_noise=noise).prev_sample
+
+        slope = (step(zero + 1, zero) - step(zero, zero)).item()
+        sigma = (step(zero, zero + 1) - step(zero, zero)).item()
+        expected = max(0.0, sigma**2 - slope**2 * 1e-3) ** 0.5 / sigma
+        assert correction.noise_factor(scheduler, t, 1.0) == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_sampler_adds_less_noise_by_what_quantization_brings():
@@ -254,3 +277,11 @@ def test_full_finetuning_trains_every_weight(pipe, calib, fast):
     log = finetune(q, pipe.unet, calib, config)
     assert log["trained_fraction"] == 1
     assert all((m.weight != before[n]).any() for n, m in quant_layers(q).items())
+
+
+def test_an_error_beside_small_half_precision_targets_is_a_number():
+    """A square of a small output, and the smallest power, are zero in float16."""
+    outputs = {"a": torch.full((2, 3), 1e-4)}
+    for value in (0.0, 1e-4):
+        targets = {"a": torch.full((2, 3), value, dtype=torch.float16)}
+        assert torch.isfinite(alignment_error(outputs, targets, relative=True))

@@ -146,7 +146,7 @@ def test_layer_errors_vanish_for_the_same_model_and_grow_with_fewer_bits(
     pipe, calib, fast, attention
 ):
     assert set(layer_errors(pipe.unet, pipe.unet, calib, attention).values()) == {0.0}
-    few = Calibration(calib.x[:1], calib.t[:1], calib.eps[:1])
+    few = Calibration.regular(calib.x[:1], calib.t[:1], calib.eps[:1])
     high, low = (
         layer_errors(quantize(pipe.unet, fast("minmax", b, b), calib), pipe.unet, few, attention)
         for b in (8, 4)

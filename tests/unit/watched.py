@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from questlib import Calibration
-from questlib.calibration import Batch
+from questlib.calls import Batch, CallTable
 
 
 class Stop(Exception):
@@ -17,12 +17,12 @@ class Stop(Exception):
 def watched(calib: Calibration, before_batch: Callable[[], None]) -> Calibration:
     """An equal calibration, which calls `before_batch` before it gives a batch."""
 
-    class Watched(Calibration):
+    class Watched(CallTable):
         def batch(self, step: int | torch.Tensor, which: torch.Tensor) -> Batch:
             before_batch()
             return super().batch(step, which)
 
-    return Watched(calib.x, calib.t, calib.eps, calib.context)
+    return Calibration([Watched(**vars(table)) for table in calib.tables], calib.model)
 
 
 class Count:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from questlib.errors import StorageError
 from questlib.files import atomic_path
 from questlib.integer.triton import runtime
 
@@ -163,7 +164,7 @@ class ConfigCache:
         path = root / "questlib" / f"triton-{version}-{source}-{gpu}.json"
         if path.exists():
             try:
-                values = json.loads(path.read_text())
+                values = json.loads(path.read_text(encoding="utf-8"))
                 self.chosen = {key: Config(*v) for key, v in values.items()} | self.chosen
             except (ValueError, TypeError, AttributeError) as error:
                 warnings.warn(
@@ -205,8 +206,8 @@ class ConfigCache:
         """Write all choices; a folder that cannot be written is no error."""
         try:
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(self.chosen))
-        except OSError as error:
+                temporary.write_text(json.dumps(self.chosen), encoding="utf-8")
+        except StorageError as error:
             warnings.warn(
                 f"{path}: not written ({error}); the next process tunes its kernels again",
                 stacklevel=2,

@@ -50,7 +50,7 @@ def write_card(folder: Path, real: torch.Tensor, samples: torch.Tensor) -> None:
     logs = {stage.title: _read_log(folder, key) for key, stage in stages.items()}
     _plot_losses(logs, folder / "loss.png")
     _plot_grid(real, samples[: GRID * GRID], folder / "samples.png")
-    (folder / "README.md").write_text(card_text(folder))
+    (folder / "README.md").write_text(card_text(folder), encoding="utf-8")
 
 
 def card_text(folder: Path) -> str:
@@ -58,8 +58,8 @@ def card_text(folder: Path) -> str:
     name = folder.name
     model = MINI_MODELS[name]
     dataset = ARCHIVES[model.data]
-    training = json.loads((folder / "training.json").read_text())
-    quality = json.loads((folder / "quality.json").read_text())
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
     unet = _config(folder, "unet")
     about = ModelCardData(
         license="apache-2.0", library_name="diffusers", pipeline_tag=TAG[model.condition]
@@ -99,7 +99,7 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
     path = folder / part / name
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text())
+    config = json.loads(path.read_text(encoding="utf-8"))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
@@ -111,7 +111,7 @@ def _stage(folder: Path, key: str, trained: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_log(folder: Path, stage: str) -> list[dict[str, float]]:
-    lines = (folder / "logs" / f"{stage}.jsonl").read_text().splitlines()
+    lines = (folder / "logs" / f"{stage}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 

@@ -105,11 +105,13 @@ def export(
         _copy_log(work / f"{key}.jsonl", folder / "logs" / f"{key}.jsonl")
     versions = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     training = {"stages": stages, "machine": {**provenance.machine(), **versions}}
-    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    (folder / "training.json").write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
     if model.condition == "text":
-        (folder / "captions.json").write_text(_as_coco(data.captions) + "\n")
+        (folder / "captions.json").write_text(_as_coco(data.captions) + "\n", encoding="utf-8")
     if model.condition == "class":
-        (folder / CLASSES).write_text(json.dumps(list(data.class_names), indent=1) + "\n")
+        (folder / CLASSES).write_text(
+            json.dumps(list(data.class_names), indent=1) + "\n", encoding="utf-8"
+        )
     return finish(name, data, out, num_samples, reference)
 
 
@@ -143,7 +145,7 @@ def finish(
         source = data.images[:REFERENCE_IMAGES] if reference is None else reference
         real = load_reference(source, "inception")
     quality, samples = measure(name, data, real, extractor, out, num_samples)
-    (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
     write_card(folder, data.images[_pictured(name, data)], samples)
     for path in out.rglob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes 0600, which a wheel would keep
@@ -175,9 +177,9 @@ def _save_pipeline(model: MiniModel, trained: Trained, folder: Path) -> None:
 def _forget_paths(folder: Path) -> None:
     """Remove from the configs where parts were loaded from: folders of this machine."""
     for path in sorted(folder.rglob("config.json")):
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"))
         if config.pop("_name_or_path", None) is not None:
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _save_classifier(classifier: GroupClassifier, folder: Path) -> None:
@@ -189,7 +191,7 @@ def _save_classifier(classifier: GroupClassifier, folder: Path) -> None:
         "num_classes": classifier.head.out_features,
         "width": classifier.stages[0][0].out_channels,
     }
-    (folder / "config.json").write_text(json.dumps(config) + "\n")
+    (folder / "config.json").write_text(json.dumps(config) + "\n", encoding="utf-8")
 
 
 def _as_coco(captions: Sequence[str]) -> str:
@@ -222,9 +224,12 @@ def _copy_log(source: Path, target: Path) -> None:
     """
     lines: dict[int, str] = {}
     if source.is_file():
-        lines = {json.loads(line)["step"]: line for line in source.read_text().splitlines()}
+        lines = {
+            json.loads(line)["step"]: line
+            for line in source.read_text(encoding="utf-8").splitlines()
+        }
     kept = [lines[step] for step in sorted(lines)]
     every = max(1, -(-len(kept) // MAX_LOG_LINES))
     last = len(kept) - 1
     thinned = [line + "\n" for i, line in enumerate(kept) if i % every == 0 or i == last]
-    target.write_text("".join(thinned))
+    target.write_text("".join(thinned), encoding="utf-8")

@@ -114,7 +114,7 @@ def run_stage(
                 "loss": round(sum(losses) / len(losses), 5),
                 "seconds": round(state.seconds, 1),
             }
-            with log_file.open("a") as log:
+            with log_file.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             print(name, line, flush=True)
             losses = []

@@ -171,7 +171,9 @@ def save_clip(model: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
     with atomic_path(folder / "open_clip_model.safetensors") as temporary:
         save_file(half, temporary)
     config = {"model_cfg": _clip_config(tokenizer), "preprocess_cfg": PREPROCESS}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (folder / "open_clip_config.json").write_text(
+        json.dumps(config, indent=1) + "\n", encoding="utf-8"
+    )
 
 
 def make_clip(tokenizer: CLIPTokenizer) -> open_clip.CLIP:

@@ -160,7 +160,7 @@ def train_classifier(model: MiniModel, data: TrainingData, work: Path) -> GroupC
         predicted = torch.cat([classifier(b).argmax(1) for b in batches])
     accuracy = round((predicted == data.labels[test]).float().mean().item(), 4)
     figures = {"held_out": int(test.sum()), "held_out_accuracy": accuracy}
-    (work / "classifier.json").write_text(json.dumps(figures))
+    (work / "classifier.json").write_text(json.dumps(figures), encoding="utf-8")
     print("classifier held-out accuracy", accuracy, flush=True)
     return classifier
 

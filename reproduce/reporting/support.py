@@ -1,0 +1,58 @@
+"""Which diffusers pipelines work, from `tests/support/support_table.py`."""
+
+from __future__ import annotations
+
+import json
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from reproduce.reporting import report
+from reproduce.results import ResultError
+
+FILE = "support.json"
+SIGNS = {"works": "✅ works", "refused": "🟡 refused", "fails": "❌ fails"}
+FIGURES = ("minmax", "quest", "finetune")
+COLUMNS = ["pipeline", "", "min-max W8A8", "QuEST W8A8", "QuEST W4A4", "why not"]
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What came of each pipeline; nothing before the first run. ResultError for a damaged file."""
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    try:
+        rows = list(json.loads(path.read_text(encoding="utf-8")).values())
+        if not all(row["outcome"] in SIGNS and row["group"] and row["name"] for row in rows):
+            raise ResultError(f"{path}: expected outcome, group and name in each entry")
+        return rows
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ResultError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def counts(folder: Path) -> str:
+    """How many pipelines work, are refused, and fail."""
+    outcomes = [row["outcome"] for row in read(folder)]
+    if not outcomes:
+        return "No pipeline was tried yet: `python tests/support/support_table.py --write`."
+    works, refused, fails = (outcomes.count(name) for name in SIGNS)
+    return (
+        f"Of {len(outcomes)} kinds of diffusers pipelines, built from small random parts, {works} "
+        f"go through every stage, {refused} are refused with a reason, and "
+        f"{f'{fails} fail' if fails else 'none fails'}."
+    )
+
+
+def table(folder: Path) -> str:
+    """A line for each pipeline."""
+    lines = []
+    for group, rows in groupby(read(folder), key=lambda row: row["group"]):
+        lines.append([f"**{group}**"] + [""] * (len(COLUMNS) - 1))
+        for row in rows:
+            figures = [f"{row[name]:.1f}" if name in row else "-" for name in FIGURES]
+            reason = report.as_text(str(row.get("reason", ""))).replace("\n", " ")
+            why = f"{row['stage']}: {reason}" if reason else ""
+            lines.append([row["name"], SIGNS[row["outcome"]], *figures, why])
+    return f"{counts(folder)}\n\n{report.as_markdown(pd.DataFrame(lines, columns=COLUMNS))}"

@@ -1,0 +1,106 @@
+"""A whole run that is killed again and again comes to its end, with the same bytes."""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+from questlib import QuantConfig, calibrate, finetune, quantize, save_pretrained
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["questlib.calibration", "questlib.post_training"])
+
+# What Python tells of a process's work with files; a process is killed at one of these moments.
+MOMENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "os.scandir")
+
+FAST = dict(
+    adaround_iters=2,
+    tla_iters=3,
+    cma_iters=3,
+    batch_size=2,
+    recon_samples=4,
+    calib_batch=2,
+    step_groups=2,
+    act_range="minmax",
+    weight_range="minmax",
+)
+PRESETS = {
+    "quest": QuantConfig.preset("quest", 4, 4, adaround=True, **FAST),
+    "ptq-d": QuantConfig.preset("ptq-d", 8, 8, calib_batch=2, act_range="minmax"),
+}
+
+
+def run(folder: Path, preset: str) -> None:
+    """Calibrate, quantize, finetune and save."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    pipe = DDIMPipeline(unet.eval().requires_grad_(False), DDIMScheduler(clip_sample=False))
+    config = PRESETS[preset]
+    cache = folder / "cache"
+    calib = calibrate(pipe, 4, 2, batch_size=2, cache_dir=cache)
+    made = quantize(pipe.unet, config, calib, cache_dir=cache)
+    finetune(made, pipe.unet, calib, config, state_path=folder / "state", save_every=1)
+    save_pretrained(made, folder / "checkpoint")
+
+
+def killed(folder: Path, preset: str, moment: int) -> None:
+    """`run`, but the process is killed at its n-th moment of working with files."""
+    seen = 0
+
+    def watch(event: str, args: tuple) -> None:
+        nonlocal seen
+        if event in MOMENTS and str(folder) in str(args):
+            seen += 1
+            if seen == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    run(folder, preset)
+
+
+def checkpoint(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (folder / "checkpoint").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("preset", "kills"),
+    [
+        ("quest", 5),
+        pytest.param("quest", 50, marks=pytest.mark.slow),
+        pytest.param("ptq-d", 50, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, preset, kills):
+    run(tmp_path / "whole", preset)
+    rng = random.Random(kills)
+    survived = 0
+    folder = tmp_path / "killed"
+    while survived < kills:
+        process = SERVER.Process(target=killed, args=(folder, preset, rng.randrange(1, 40)))
+        process.start()
+        process.join(300)
+        if process.exitcode == 0:  # it has come to its end: another one begins
+            assert checkpoint(folder) == checkpoint(tmp_path / "whole")
+            folder = tmp_path / f"killed-{survived}"
+        else:
+            assert process.exitcode == -signal.SIGKILL
+            survived += 1
+    run(folder, preset)
+    assert checkpoint(folder) == checkpoint(tmp_path / "whole")
+    left = [p for p in folder.rglob("*.tmp*")]
+    assert not left, left
