@@ -295,7 +295,7 @@ def _noted_kernels(
         (attention, "quantize", quantizing.quantize._init_fn),
         (layers, "integer_gemm", products.integer_gemm._init_fn),
         (attention, "integer_attention", products.integer_attention._init_fn),
-        (fused, "group_norm_affine", quantizing.group_norm_affine._init_fn),
+        (quantizing, "group_norm_affine", quantizing.group_norm_affine._init_fn),
         (F, "scaled_dot_product_attention", _sdpa(events)),
     ]
     for module in ("gemm_kernels", "quantize_kernels", "attention_kernels"):

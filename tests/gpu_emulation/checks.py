@@ -133,11 +133,42 @@ class NormJob(NamedTuple):
         parts.use(Config(32, 64, 64, 4, 5))
         found = mine(x, norm=(scale, shift), silu=True, residual=residual).float()
         expected = layer(nn.functional.silu(normed)) + residual.float()
-        error = (found - expected).abs() / expected.abs().max()
-        # Codes on an edge of rounding: exp is not the CPU's to the last bit.
-        if (error > 2e-3).float().mean() > 0.02 or error.max() > 0.05:
-            wrong.append(f"the fused convolution is off by {error.max():.1e}")
-        return wrong
+        return wrong + flipped(found, expected)
+
+
+def flipped(found: torch.Tensor, expected: torch.Tensor) -> list[str]:
+    """What is wrong, but for codes on an edge of rounding: exp is not the CPU's to the last bit."""
+    error = (found - expected).abs() / expected.abs().max()
+    if (error > 2e-3).float().mean() > 0.02 or error.max() > 0.05:
+        return [f"the fused layer is off by {error.max():.1e}"]
+    return []
+
+
+class GatedJob(NamedTuple):
+    """A GEGLU inside the quantization of a linear, and a shift of each picture behind it."""
+
+    features: int
+    tile: Config
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        split = f"split {self.tile.split}"
+        return f"GEGLU of {self.features} into a linear with a shift, {split} {self.dtype}"
+
+    def run(self, parts: Parts) -> list[str]:
+        """What is wrong with the results."""
+        torch.manual_seed(self.features)
+        layer, steps = random_layer(nn.Linear(self.features, 40), 4, 4, carrier=True, seed=2)
+        steps.select_group(0)
+        mine = parts.TritonLayer(parts.integer_form(layer, "layer"), steps)
+        x = (torch.randn(2, 40, 2 * self.features) * 2).to(self.dtype)
+        shift = torch.randn(2, 40).to(self.dtype)
+        values, gates = x.float().chunk(2, dim=-1)
+        parts.use(self.tile)
+        found = mine(x, gated=True, shift=shift).float()
+        expected = layer(values * nn.functional.gelu(gates)) + shift.float()[:, None]
+        return flipped(found, expected)
 
 
 class AttentionJob(NamedTuple):
@@ -246,4 +277,4 @@ class BrokenJob(NamedTuple):
         return [] if found else ["broken code was not noticed"]
 
 
-Job = LayerJob | NormJob | AttentionJob | BrokenJob
+Job = LayerJob | NormJob | GatedJob | AttentionJob | BrokenJob

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import TOLERANCE, AttentionJob, BrokenJob, Job, LayerJob, Make, NormJob
+from checks import TOLERANCE, AttentionJob, BrokenJob, GatedJob, Job, LayerJob, Make, NormJob
 from torch import nn
 
 from questlib.integer.triton.tiles import CANDIDATES, SPLITS, Config, Gpu, serves
@@ -54,6 +54,7 @@ def quick_jobs() -> list[Job]:
             conv(48, 20, 1), (2, 48, 5, 4), 4, 4, "packed", Config(64, 64, 32, 4, 5), dict(split=30)
         ),
         NormJob(64, True, torch.float16),
+        GatedJob(100, Config(64, 64, 64, 4, 4), torch.float16),
         AttentionJob(4, 8, 40, 140, 130),
         AttentionJob(8, 8, 80, 70, 77),
         AttentionJob(4, 4, 160, 70, 64, 1),
@@ -97,6 +98,8 @@ def shape_jobs(gpu: Gpu) -> Iterator[Job]:
         for channels in (40, 320):
             for channels_last in (True, False):
                 yield NormJob(channels, channels_last, dtype)
+            split = channels // 160 + 1
+            yield GatedJob(channels, Config(64, 64, 32, 4, 5, split), dtype)
 
 
 FORMATS = {

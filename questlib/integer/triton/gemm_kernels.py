@@ -86,6 +86,7 @@ def gemm(
     SCALE,
     ROW_SCALE,
     BIAS,
+    SHIFT,
     RESIDUAL,
     CORRECTION,
     COMPENSATION,
@@ -105,6 +106,7 @@ def gemm(
     end1,
     end2,
     end3,
+    shift_stride,
     POINT: tl.constexpr,
     PACKED: tl.constexpr,
     SHIFTED: tl.constexpr,
@@ -112,6 +114,7 @@ def gemm(
     RAW: tl.constexpr,
     HAS_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_CORRECTION: tl.constexpr,
     HAS_COMPENSATION: tl.constexpr,
@@ -130,6 +133,7 @@ def gemm(
     POINT     1 x 1 with stride 1, pixel to pixel
     SHIFTED   packed codes of the columns before end_j count 2^j fold
     HAS_ROW   ROW_SCALE float32 [M] multiplies each pixel's outputs (POINT only)
+    HAS_SHIFT SHIFT [B, N] with strides (shift_stride, 1) is added to each picture's outputs
     RAW       out is int32, the true accumulators
     ATOMIC    the programs of grid axis 1 share the reduction and add to out, which is int32 and
               zeroed before; integer sums do not depend on the order
@@ -215,6 +219,10 @@ def gemm(
             out *= tl.load(ROW_SCALE + rm, mask=in_m, other=0.0)[None, :]
         if HAS_BIAS:
             out += tl.load(BIAS + rn, mask=in_n, other=0.0)[:, None]
+        if HAS_SHIFT:
+            at = own_m // (out_high * out_wide) * shift_stride
+            shift = tl.load(SHIFT + at[None, :] + rn[:, None], mask=mask, other=0.0)
+            out += shift.to(tl.float32)
         if HAS_RESIDUAL:
             out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
@@ -227,11 +235,15 @@ def finish(
     SCALE,
     ROW_SCALE,
     BIAS,
+    SHIFT,
     RESIDUAL,
     M,
     N,
+    area,
+    shift_stride,
     HAS_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -250,6 +262,10 @@ def finish(
         out *= tl.load(ROW_SCALE + rm, mask=rm < M, other=0.0)[:, None]
     if HAS_BIAS:
         out += tl.load(BIAS + rn, mask=in_n, other=0.0)[None, :]
+    if HAS_SHIFT:
+        at = rm // area * shift_stride
+        shift = tl.load(SHIFT + at[:, None] + rn[None, :], mask=mask, other=0.0)
+        out += shift.to(tl.float32)
     if HAS_RESIDUAL:
         out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)

@@ -143,19 +143,26 @@ class TritonLayer(Flagged, IntegerLayer):
     def resident_bytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x -> [B, H, W, C] with C innermost, copied only when it is not so already.
+    def rows(self, x: torch.Tensor, gated: bool = False) -> torch.Tensor:
+        """x -> [B, H, W, C], C innermost, copied only when it is not so already.
+
+        With gates C is twice the number of channels.
 
         Raises:
             EngineError: the engine cannot run on x.
         """
         found: int | str
         if self.linear:
-            found = x.shape[-1]
+            found = x.shape[-1] // 2 if gated else x.shape[-1]
         else:
             found = x.shape[1] if x.ndim == 4 else f"{x.ndim} dimensions"
         check_input(x, self.name, found, self.channels)
-        rows = x.reshape(1, 1, -1, x.shape[-1]) if self.linear else x.permute(0, 2, 3, 1)
+        if not self.linear:
+            rows = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        elif x.ndim == 3:
+            rows = x[:, None]  # [B, N, C] -> [B, 1, N, C]
+        else:
+            rows = x.reshape(1, 1, -1, x.shape[-1])
         return rows if rows.stride(-1) == 1 else rows.contiguous()
 
     def quantized(
@@ -165,21 +172,24 @@ class TritonLayer(Flagged, IntegerLayer):
         g: int,
         norm: Affine = (None, None),
         silu: bool = False,
+        gated: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What part i multiplies in step group g: (a', sums of a, scales of tokens).
 
         Args:
-            rows: [B, H, W, C].
+            rows: [B, H, W, C], or 2 C with gates.
             i: the part.
             g: the step group.
             norm: as in `forward`.
             silu: as in `forward`.
+            gated: as in `forward`.
         """
         part = self.parts[i]
         start, stop = part.span
+        own = rows if gated else rows[..., start:stop]
         scale, shift = (v if v is None else v[:, start:stop].float().contiguous() for v in norm)
         return quantize(
-            rows[..., start:stop],
+            own,
             part.table[g],
             self.flag,
             self.levels,
@@ -190,6 +200,7 @@ class TritonLayer(Flagged, IntegerLayer):
             shift,
             silu,
             None if part.clip is None else part.clip[g],
+            gated,
         )
 
     def multiplied(
@@ -202,6 +213,7 @@ class TritonLayer(Flagged, IntegerLayer):
         dtype: torch.dtype,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Part i of the output, [B, H', W', O]; with dtype int32 its accumulators."""
         part = self.parts[i]
@@ -219,6 +231,7 @@ class TritonLayer(Flagged, IntegerLayer):
             part.ends,
             dtype,
             scales if len(scales) else None,
+            shift,
         )
 
     def forward(
@@ -227,6 +240,8 @@ class TritonLayer(Flagged, IntegerLayer):
         norm: Affine = (None, None),
         silu: bool = False,
         residual: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        gated: bool = False,
     ) -> torch.Tensor:
         """Run the layer, and optionally what stands before and after it.
 
@@ -236,17 +251,21 @@ class TritonLayer(Flagged, IntegerLayer):
                 inside the quantizing kernel.
             silu: whether a SiLU stands between that norm and the layer; it runs there as well.
             residual: like the output; added in the product's epilogue.
+            shift: [B, O], added to each picture's outputs there.
+            gated: whether x has 2 K channels, values and gates of a GEGLU before the layer, which
+                runs inside the quantizing kernel. For layers of one part.
         """
-        rows = self.rows(x)
+        rows = self.rows(x, gated)
         g = group_in_force(self.steps, self.name)
         out = residual
         if residual is not None:
             out = (residual if self.linear else residual.permute(0, 2, 3, 1)).contiguous()
         last = len(self.parts) - 1
         for i in range(len(self.parts)):
-            sent = self.quantized(rows, i, g, norm, silu)
+            sent = self.quantized(rows, i, g, norm, silu, gated)
             dtype = x.dtype if i == last else torch.float32
-            out = self.multiplied(*sent, i, g, dtype, self.bias if i == 0 else None, out)
+            once = (self.bias, out, shift) if i == 0 else (None, out, None)
+            out = self.multiplied(*sent, i, g, dtype, *once)
         return self._shaped(out, x)
 
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:

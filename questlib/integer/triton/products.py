@@ -31,8 +31,11 @@ def integer_gemm(
     ends: list[int],
     dtype: torch.dtype,
     row_scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float(acc) * scale_o * row_scale + bias_o + residual, or acc itself with dtype int32.
+    """float(acc) * scale_o * row_scale + bias_o + shift_bo + residual.
+
+    With dtype int32 it is acc itself.
 
         acc = dot + correction_o + compensation_o * (sums under the window)
 
@@ -50,6 +53,7 @@ def integer_gemm(
         ends: where the columns of packed w with shifts of at least 1, 2 and 3 end; or empty.
         dtype: of the output.
         row_scale: float32 [B, H, W], for a window and stride of 1.
+        shift: float [B, O], of each picture, with a stride of 1 in O.
 
     Returns:
         [B, H', W', O].
@@ -70,7 +74,6 @@ def integer_gemm(
         stride,
         ends,
         dtype,
-        row_scale,
     )
     if not out.numel():
         return out
@@ -84,6 +87,7 @@ def integer_gemm(
     raw = dtype == torch.int32
     packed = w.dtype == torch.uint8
     cdiv = runtime.triton.cdiv
+    shift_stride = 0 if shift is None else shift.stride(0)
 
     def given(t: torch.Tensor | None) -> torch.Tensor:
         """A kernel takes a pointer even where it reads none."""
@@ -99,6 +103,7 @@ def integer_gemm(
             scale,
             given(row_scale),
             given(bias),
+            given(shift),
             given(residual),
             given(correction),
             given(compensation),
@@ -114,6 +119,7 @@ def integer_gemm(
             out.shape[2],
             *stride,
             *(ends or (0, 0, 0)),
+            shift_stride,
             POINT=window == [1, 1] and stride == [1, 1],
             PACKED=packed,
             SHIFTED=bool(ends),
@@ -121,6 +127,7 @@ def integer_gemm(
             RAW=raw,
             HAS_ROW=row_scale is not None,
             HAS_BIAS=bias is not None,
+            HAS_SHIFT=shift is not None,
             HAS_RESIDUAL=residual is not None,
             HAS_CORRECTION=correction is not None,
             HAS_COMPENSATION=compensation is not None,
@@ -140,11 +147,15 @@ def integer_gemm(
             scale,
             given(row_scale),
             given(bias),
+            given(shift),
             given(residual),
             m,
             o,
+            out.shape[1] * out.shape[2],
+            shift_stride,
             HAS_ROW=row_scale is not None,
             HAS_BIAS=bias is not None,
+            HAS_SHIFT=shift is not None,
             HAS_RESIDUAL=residual is not None,
             BM=16,
             BN=128,
@@ -181,6 +192,7 @@ def gemm_output(
     ends,
     dtype,
     row_scale=None,
+    shift=None,
 ):
     high, wide = ((n - k) // s + 1 for n, k, s in zip(a.shape[1:3], window, stride, strict=True))
     return torch.empty(a.shape[0], high, wide, w.shape[0], dtype=dtype, device=a.device)

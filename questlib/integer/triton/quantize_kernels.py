@@ -26,6 +26,21 @@ def integer(x):
 
 
 @triton.jit
+def gelu(x):
+    """x Phi(x), without branches, unlike tl.erf.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: |error| of erf <= 1.5e-7.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    series = 1.061405429 * t - 1.453152027
+    series = (series * t + 1.421413741) * t - 0.284496736
+    series = (series * t + 0.254829592) * t
+    tail = 0.5 * series * tl.exp(-z * z)  # Phi(-|x|)
+    return x * tl.where(x > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
 def values(
     X,
     NORM_SCALE,
@@ -37,8 +52,9 @@ def values(
     channels,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """What is quantized: x, normalized and activated, in float32.
+    """What is quantized: x, normalized and activated, or multiplied by its gate, in float32.
 
     Also the number of values of each row that were NaN or infinite; they are 0 here.
     """
@@ -53,6 +69,13 @@ def values(
         x = x * scale + shift
     if SILU:
         x = x / (1.0 + tl.exp(-x))
+    if GATED:
+        gate_at = X + source[:, None] + (channel + channels)[None, :]
+        gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+        finite = tl.abs(gate) < float("inf")
+        bad += tl.sum((~finite).to(tl.int32), 1)
+        gate = tl.where(finite, gate, 0.0)
+        x = x * gelu(gate)
     return x, bad
 
 
@@ -84,6 +107,7 @@ def quantize(
     HAS_SUMS: tl.constexpr,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
+    GATED: tl.constexpr,
     TOKEN: tl.constexpr,
     MIDDLE: tl.constexpr,
     BR: tl.constexpr,
@@ -97,6 +121,8 @@ def quantize(
               the order of a', and its last row holds the weights 2^e of the channels in the sums
     NORM      first x * NORM_SCALE[b, c] + NORM_SHIFT[b, c], as a GroupNorm does, in float32
     SILU      then a SiLU, in float32
+    GATED     x has 2 C channels, the second half of which are gates: x * GELU(gate), as a GEGLU
+              computes it, in float32
     TOKEN     each row has a grid of its own (`quantization.token_grid`), and TABLE's first row is
               1 / ratio. CLIP float32 [2]: 1 / clip and clip / levels. SCALES float32 [rows] is
               written
@@ -124,7 +150,19 @@ def quantize(
             c = start + tl.arange(0, BC)
             channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
             mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
-            x, _ = values(X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU)
+            x, _ = values(
+                X,
+                NORM_SCALE,
+                NORM_SHIFT,
+                source,
+                channel,
+                b,
+                mask,
+                channels,
+                NORM,
+                SILU,
+                GATED,
+            )
             at = TABLE + (0 if UNIFORM else c[None, :]) + 0 * r[:, None]
             u = x * tl.load(at, mask=mask, other=0.0)
             least = tl.minimum(least, tl.min(u, 1))
@@ -141,7 +179,9 @@ def quantize(
         channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
         columns = padded if ORDERED else channels
         mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
-        x, wrong = values(X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU)
+        x, wrong = values(
+            X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU, GATED
+        )
         bad += wrong
         if UNIFORM:
             inverse = tl.load(TABLE)

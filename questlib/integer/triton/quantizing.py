@@ -8,6 +8,7 @@ They are registered with torch, so that torch.compile and CUDA graphs keep worki
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from questlib.integer.triton import runtime
 from questlib.integer.triton.packing import CHANNEL_BLOCK
@@ -26,6 +27,7 @@ def quantize(
     norm_shift: torch.Tensor | None = None,
     silu: bool = False,
     clip: torch.Tensor | None = None,
+    gated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantize an activation.
 
@@ -42,15 +44,18 @@ def quantize(
         silu: whether a SiLU comes next.
         clip: float32 [2], 1 / clip and clip / levels of grids a token, whose table starts with
             1 / ratio.
+        gated: whether x is [B, H, W, 2 C], values and gates of a GEGLU.
 
     Returns:
         a' int8 [B, H + 2 pad, W + 2 pad, C']; the sums of a, int32, empty unless wanted; and the
         scale of each row, float32, empty without clip.
     """
-    a, total, scales = quantize_outputs(x, table, flag, levels, pad, sums, order, clip=clip)
+    a, total, scales = quantize_outputs(
+        x, table, flag, levels, pad, sums, order, clip=clip, gated=gated
+    )
     if not a.numel():
         return a, total, scales
-    _, height, width, channels = x.shape
+    _, height, width, channels = _shape(x, gated)
     padded = a.shape[-1]
     rows = a.numel() // padded
     # Sums and ranges need whole rows: one warp a row, all its channels. With two rows a warp, the
@@ -88,6 +93,7 @@ def quantize(
             HAS_SUMS=sums,
             NORM=norm_scale is not None,
             SILU=silu,
+            GATED=gated,
             TOKEN=clip is not None,
             MIDDLE=levels == 255,
             BR=block,
@@ -95,6 +101,12 @@ def quantize(
             num_warps=4,
         )
     return a, total, scales
+
+
+def _shape(x: torch.Tensor, gated: bool) -> tuple[int, int, int, int]:
+    """B, H, W and C of what is quantized."""
+    b, height, width, channels = x.shape
+    return b, height, width, channels // 2 if gated else channels
 
 
 @quantize.register_fake
@@ -110,8 +122,9 @@ def quantize_outputs(
     norm_shift=None,
     silu=False,
     clip=None,
+    gated=False,
 ):
-    b, height, width, channels = x.shape
+    b, height, width, channels = _shape(x, gated)
     shape = (b, height + 2 * pad[0], width + 2 * pad[1])
     padded = -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK if order is None else len(order)
     a = torch.empty(*shape, padded, dtype=torch.int8, device=x.device)
@@ -170,3 +183,8 @@ def group_norm_affine(
 @group_norm_affine.register_fake
 def group_norm_outputs(x, weight, bias, groups, eps):
     return tuple(torch.empty(x.shape[:2], dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+def affine_of(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a GroupNorm applies to x [B, C, H, W]: `group_norm_affine`."""
+    return group_norm_affine(x, norm.weight, norm.bias, norm.num_groups, norm.eps)

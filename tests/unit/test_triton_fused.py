@@ -1,0 +1,110 @@
+"""Blocks that the Triton engine fuses, in its interpreter: the plain blocks' outputs, up to codes
+that flip."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from questlib import QuantConfig, convert
+from questlib.errors import EngineError
+from questlib.integer.form import integer_form
+from questlib.integer.synthetic import random_grids, random_layer
+from questlib.integer.triton import runtime
+from questlib.integer.triton.fused_attention import FusedAttnProcessor
+from questlib.integer.triton.fused_transformers import FusedTransformer, FusedTransformerBlock
+from questlib.integer.triton.layers import TritonLayer
+from questlib.quantization.preparation import prepare
+
+pytestmark = pytest.mark.skipif(
+    not runtime.INTERPRET, reason="needs triton, imported with TRITON_INTERPRET=1"
+)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).square().mean() / expected.square().mean()).item()
+
+
+def quantized(unet: nn.Module, bits: int) -> nn.Module:
+    """A UNet with norms as training leaves them, and plausible grids."""
+    for norm in unet.modules():
+        if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
+            nn.init.normal_(norm.weight, 1.0, 0.2)
+            nn.init.normal_(norm.bias, 0.0, 0.2)
+    config = QuantConfig.preset("quest", 4, bits, weight_range="minmax")
+    fake = prepare(unet.eval(), config, torch.arange(4))
+    random_grids(fake)
+    return fake.requires_grad_(False)
+
+
+def conditional(linear: bool) -> nn.Module:
+    """A UNet with a transformer as Stable Diffusion has them."""
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        use_linear_projection=linear,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    )
+
+
+@pytest.mark.parametrize(("linear", "bits"), [(False, 4), (True, 8)])
+@torch.no_grad()
+def test_a_transformer(linear, bits):
+    fake = quantized(conditional(linear), bits)
+    plain, fused = convert(fake, "triton"), convert(fake, "triton", fuse=True)
+    kinds = [type(m) for m in fused.modules()]
+    assert kinds.count(FusedTransformer) == kinds.count(FusedTransformerBlock) == 1
+    assert sum(isinstance(m, FusedAttnProcessor) for m in fused.modules()) == 2
+    x, text = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 12)
+    found, expected = (m(x, 1, encoder_hidden_states=text).sample for m in (fused, plain))
+    # A code of 4 bits that flips is a large part of so small a model.
+    assert error(found, expected) < (3e-3 if bits == 4 else 1e-5)
+    with pytest.raises(EngineError, match="no cross_attention_kwargs, found ip"):
+        fused(x, 1, text, cross_attention_kwargs={"ip": 0.5})
+
+
+@torch.no_grad()
+def test_an_attention_on_pixels():
+    """Its GroupNorm and its residual, as LDM's UNets have them."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=4,
+        layers_per_block=1,
+        block_out_channels=(16,),
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("AttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    fake = quantized(unet, 8)
+    plain, fused = convert(fake, "triton"), convert(fake, "triton", fuse=True)
+    attentions = [m for m in fused.modules() if isinstance(m, Attention)]
+    assert attentions and all(isinstance(m.processor, FusedAttnProcessor) for m in attentions)
+    x = torch.randn(2, 3, 4, 4)
+    assert error(fused(x, 1).sample, plain(x, 1).sample) < 1e-5
+
+
+@torch.no_grad()
+def test_a_geglu_before_the_layer_and_what_is_added_after_it():
+    layer, steps = random_layer(nn.Linear(40, 24), 8, 8)
+    steps.select_group(0)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    x, shift, residual = torch.randn(2, 9, 80), torch.randn(2, 24), torch.randn(2, 9, 24)
+    values, gates = x.chunk(2, dim=-1)
+    expected = engine(values * F.gelu(gates)) + shift[:, None] + residual
+    found = engine(x, gated=True, shift=shift, residual=residual)
+    assert error(found, expected) < 1e-6
+    # One row for the whole batch, as a table of timesteps gives it.
+    found = engine(x, gated=True, shift=shift[:1].expand(2, -1), residual=residual)
+    assert error(found, expected - shift[:, None] + shift[0]) < 1e-6
+    with pytest.raises(EngineError, match="layer: expected 40 input channels, found 20"):
+        engine(values, gated=True)
