@@ -101,15 +101,22 @@ def bytes_of(tensor: torch.Tensor) -> int:
 def gemm(of: dict) -> float:
     taps = of["taps_y"] * of["taps_x"]
     depth = of["span"] * (2 if of["PACKED"] else 1) * taps
-    split = 1 if not of["ATOMIC"] else of["split"]
+    split = of["split"]
     time = multiplied(
         of["M"], of["N"], depth, GPU.int8, GPU.int8_share, (of["BM"], of["BN"]), split
     )
     size = sum(bytes_of(of[x]) for x in ("A", "W", "OUT"))
     size += bytes_of(of["RESIDUAL"]) if of["HAS_RESIDUAL"] else 0
-    # Each share of a split reduction reads and writes what the others have added.
-    size += (2 * split - 1) * bytes_of(of["OUT"]) if of["ATOMIC"] else 0
-    return max(time, moved(size))
+    return max(time, moved(size)) + (handed_over(of, split) if of["SPLIT"] else 0.0)
+
+
+def handed_over(of: dict, split: int) -> float:
+    """Seconds of a split reduction: shares are written, and then read by one block a tile."""
+    tile = of["BM"] * of["BN"] * 4
+    tiles = math.ceil(of["M"] / of["BM"]) * math.ceil(of["N"] / of["BN"])
+    each = GPU.cache / GPU.processors  # bytes a second, when all read
+    alone = min(64 * GPU.clock, GPU.cache / tiles)
+    return tile / each + split * tile / alone + 1e-6
 
 
 def quantize(of: dict) -> float:
@@ -161,8 +168,7 @@ def launch_seconds(launch: Launch) -> tuple[str, float]:
         return "norm", moved(bytes_of(of["X"]))
     if launch.kernel == "group_affine":
         return "norm", moved(bytes_of(of["MOMENTS"]))
-    assert launch.kernel == "finish", launch.kernel
-    return "gemm", moved(bytes_of(of["ACC"]) + bytes_of(of["OUT"]))
+    raise ValueError(f"no estimate for the kernel {launch.kernel}")
 
 
 # ---- other operators ----

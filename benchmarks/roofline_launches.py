@@ -302,7 +302,7 @@ def _noted_kernels(
         kernels = getattr(runtime, module)
         own = {
             name: _Kernel(name, getattr(kernels, name), events)
-            for name in ("gemm", "finish", "quantize", "moments", "group_affine", "attention")
+            for name in ("gemm", "quantize", "moments", "group_affine", "attention")
             if hasattr(kernels, name)
         }
         patches.append((runtime, module, SimpleNamespace(**own)))

@@ -67,15 +67,15 @@ def tile_jobs(kind: str, gpu: Gpu) -> Iterator[Job]:
     extra = dict(shift=True) if shift else {}
 
     def job(make: Make, size: tuple[int, ...], tile: Config) -> Job:
-        return LayerJob(make, size, w_bits, a_bits, weights, tile, extra, tile.split == 1)
+        return LayerJob(make, size, w_bits, a_bits, weights, tile, extra, True)
 
     for c in CANDIDATES:
         if shift and c.bk > 64:
             continue
-        for tile, m in ((c, 140), (c._replace(split=SPLITS[0]), 144)):
-            if serves(tile, m, 144, weights == "packed", gpu):
-                yield job(linear(512, 144), (m, 512), tile)
-        if serves(c, 81, 144, weights == "packed", gpu):
+        for tile in (c, c._replace(split=SPLITS[0])):
+            if serves(tile, 144, weights == "packed", gpu):
+                yield job(linear(512, 144), (140, 512), tile)
+        if serves(c, 144, weights == "packed", gpu):
             yield job(conv(512, 144, padding=1), (1, 512, 9, 9), c)
 
 
@@ -85,7 +85,7 @@ def shape_jobs(gpu: Gpu) -> Iterator[Job]:
         packed = job.kind == "packed"
         # 64 channels are 32 bytes when packed.
         longest = 32 if packed else 64
-        fit = [c for c in CANDIDATES if c.bk <= longest and serves(c, 77, 70, packed, gpu)]
+        fit = [c for c in CANDIDATES if c.bk <= longest and serves(c, 70, packed, gpu)]
         tile = fit[i % len(fit)]
         dtype = list(TOLERANCE)[i % 3]
         yield LayerJob(

@@ -82,10 +82,25 @@ class Memory:
         for own, offsets, window in self._parts(addresses, values.itemsize):
             window.store(offsets, values[own])
 
-    def add_int32(self, addresses: np.ndarray, values: np.ndarray) -> None:
-        """Atomic addition of int32 values [L]. Raises PtxError as `load` does."""
+    def add_int32(self, addresses: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Atomic addition of int32 values [L], one lane after the other.
+
+        Returns what each lane found. Raises PtxError as `load` does.
+        """
+        out = np.empty(len(addresses), np.int32)
         for own, offsets, window in self._parts(addresses, 4):
-            np.add.at(window.data.view(np.int32), offsets // 4, values[own])
+            data = window.data.view(np.int32)
+            place = offsets // 4
+            # In the order of addresses, what the lanes before one at its address have added.
+            order = np.argsort(place, kind="stable")
+            added = values[own][order].astype(np.int64)
+            before = np.cumsum(added) - added
+            _, first, which = np.unique(place[order], return_index=True, return_inverse=True)
+            found = np.empty(len(place), np.int32)
+            found[order] = data[place[order]] + (before - before[first][which])
+            np.add.at(data, place, values[own])
+            out[own] = found
+        return out
 
     def _parts(self, addresses: np.ndarray, size: int):
         """(lanes, offsets, window) for each piece of memory that is used."""

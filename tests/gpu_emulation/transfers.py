@@ -114,10 +114,11 @@ def store(program: Program, instruction: Instruction) -> Step:
 
 
 def atomic_add(program: Program, instruction: Instruction) -> Step:
-    """red.global.add and atom.global.add, whose old value nobody reads"""
+    """red.global.add and atom.global.add"""
     operands = instruction.operands
+    old = None
     if instruction.opcode == "atom":
-        operands = operands[1:]
+        old, *operands = operands
     if instruction.kind not in ("s32", "u32") or "add" not in instruction.modifiers:
         raise PtxError("only the addition of 32-bit integers is emulated")
     guard = guard_of(program, instruction)
@@ -130,7 +131,11 @@ def atomic_add(program: Program, instruction: Instruction) -> Step:
         at = address.of(blocks)[lanes]
         for i, source in enumerate(sources):
             values = np.broadcast_to(blocks.read(source), (blocks.lanes,))[lanes]
-            blocks.memory.add_int32(at + np.uint64(4 * i), values)
+            found = blocks.memory.add_int32(at + np.uint64(4 * i), values)
+            if old is not None:
+                whole = np.zeros(blocks.lanes, np.int32)
+                whole[lanes] = found
+                blocks.write(vector(old)[i], whole, active)
 
     return run
 

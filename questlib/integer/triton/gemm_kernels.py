@@ -79,6 +79,70 @@ def shift_at(k, end1, end2, end3):
 
 
 @triton.jit
+def finish(
+    acc,
+    OUT,
+    SCALE,
+    ROW_SCALE,
+    BIAS,
+    SHIFT,
+    RESIDUAL,
+    CORRECTION,
+    COMPENSATION,
+    SUMS,
+    rm,
+    rn,
+    pixel,
+    M,
+    N,
+    wide,
+    taps_y,
+    taps_x,
+    area,
+    shift_stride,
+    RAW: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    HAS_COMPENSATION: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Sums [BN, BM] -> out, for the output channels rn and the output pixels rm.
+
+    pixel [BM] is where their windows begin.
+    """
+    in_m = rm < M
+    in_n = rn < N
+    if HAS_CORRECTION:
+        acc += tl.load(CORRECTION + rn, mask=in_n, other=0)[:, None]
+    if HAS_COMPENSATION:
+        r = tl.zeros((BM,), tl.int32)
+        for ty in range(taps_y):
+            for x in range(taps_x):
+                r += tl.load(SUMS + pixel + ty * wide + x)
+        acc += tl.load(COMPENSATION + rn, mask=in_n, other=0)[:, None] * r[None, :]
+    place = rm[None, :] * N + rn[:, None]
+    mask = in_m[None, :] & in_n[:, None]
+    if RAW:
+        tl.store(OUT + place, acc, mask=mask)
+    else:
+        out = acc.to(tl.float32) * tl.load(SCALE + rn, mask=in_n, other=0.0)[:, None]
+        if HAS_ROW:
+            out *= tl.load(ROW_SCALE + rm, mask=in_m, other=0.0)[None, :]
+        if HAS_BIAS:
+            out += tl.load(BIAS + rn, mask=in_n, other=0.0)[:, None]
+        if HAS_SHIFT:
+            at = tl.where(in_m, rm, 0) // area * shift_stride
+            shift = tl.load(SHIFT + at[None, :] + rn[:, None], mask=mask, other=0.0)
+            out += shift.to(tl.float32)
+        if HAS_RESIDUAL:
+            out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
+        tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def gemm(
     A,
     W,
@@ -91,6 +155,8 @@ def gemm(
     CORRECTION,
     COMPENSATION,
     SUMS,
+    PARTIAL,
+    ARRIVED,
     M,
     N,
     span,
@@ -121,7 +187,7 @@ def gemm(
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    ATOMIC: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """out^T [N, M] = w x a^T as an implicit GEMM over the taps of the window.
@@ -135,8 +201,8 @@ def gemm(
     HAS_ROW   ROW_SCALE float32 [M] multiplies each pixel's outputs (POINT only)
     HAS_SHIFT SHIFT [B, N] with strides (shift_stride, 1) is added to each picture's outputs
     RAW       out is int32, the true accumulators
-    ATOMIC    the programs of grid axis 1 share the reduction and add to out, which is int32 and
-              zeroed before; integer sums do not depend on the order
+    SPLIT     the programs of grid axis 1 share the reduction. PARTIAL int32 holds the shares, and
+              ARRIVED int32 [tiles], zero before and after, how many of a tile's are there
     """
     m_tiles = tl.cdiv(M, BM)
     n_tiles = tl.cdiv(N, BN)
@@ -154,9 +220,9 @@ def gemm(
     if POINT:
         pixel = own_m
     else:
-        area = out_high * out_wide
+        at = own_m % (out_high * out_wide)
         pixel = (
-            own_m // area * high + own_m % area // out_wide * stride_y
+            own_m // (out_high * out_wide) * high + at // out_wide * stride_y
         ) * wide + own_m % out_wide * stride_x
 
     blocks = span // BK  # of one tap
@@ -195,77 +261,80 @@ def gemm(
             tx = tl.where(turn, 0, tx)
             at += tl.where(done, padded - span, 0) + tl.where(turn, (wide - taps_x) * padded, 0)
 
-    in_m = rm < M
-    in_n = rn < N
-    # The corrections once, however many programs share the reduction.
-    if tl.program_id(1) == 0:
-        if HAS_CORRECTION:
-            acc += tl.load(CORRECTION + rn, mask=in_n, other=0)[:, None]
-        if HAS_COMPENSATION:
-            r = tl.zeros((BM,), tl.int32)
-            for ty in range(taps_y):
-                for x in range(taps_x):
-                    r += tl.load(SUMS + pixel + ty * wide + x)
-            acc += tl.load(COMPENSATION + rn, mask=in_n, other=0)[:, None] * r[None, :]
-    place = rm[None, :] * N + rn[:, None]
-    mask = in_m[None, :] & in_n[:, None]
-    if ATOMIC:
-        tl.atomic_add(OUT + place, acc, mask=mask, sem="relaxed")
-    elif RAW:
-        tl.store(OUT + place, acc, mask=mask)
+    area = out_high * out_wide
+    if SPLIT:
+        # Every program leaves its share in memory, and the last to arrive adds them up.
+        parts = tl.num_programs(1)
+        each: tl.constexpr = BN * BM
+        within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        shares = PARTIAL + pid * parts * each
+        tl.store(shares + tl.program_id(1) * each + within, acc)
+        # All threads have stored when one of them counts; what it reads first is the others'.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(ARRIVED + pid, 1, sem="acq_rel")
+        if arrived == parts - 1:
+            acc = tl.zeros((BN, BM), tl.int32)
+            for i in range(parts):
+                acc += tl.load(shares + i * each + within)
+            tl.store(ARRIVED + pid, 0)
+            finish(
+                acc,
+                OUT,
+                SCALE,
+                ROW_SCALE,
+                BIAS,
+                SHIFT,
+                RESIDUAL,
+                CORRECTION,
+                COMPENSATION,
+                SUMS,
+                rm,
+                rn,
+                pixel,
+                M,
+                N,
+                wide,
+                taps_y,
+                taps_x,
+                area,
+                shift_stride,
+                RAW,
+                HAS_ROW,
+                HAS_BIAS,
+                HAS_SHIFT,
+                HAS_RESIDUAL,
+                HAS_CORRECTION,
+                HAS_COMPENSATION,
+                BM,
+            )
     else:
-        out = acc.to(tl.float32) * tl.load(SCALE + rn, mask=in_n, other=0.0)[:, None]
-        if HAS_ROW:
-            out *= tl.load(ROW_SCALE + rm, mask=in_m, other=0.0)[None, :]
-        if HAS_BIAS:
-            out += tl.load(BIAS + rn, mask=in_n, other=0.0)[:, None]
-        if HAS_SHIFT:
-            at = own_m // (out_high * out_wide) * shift_stride
-            shift = tl.load(SHIFT + at[None, :] + rn[:, None], mask=mask, other=0.0)
-            out += shift.to(tl.float32)
-        if HAS_RESIDUAL:
-            out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def finish(
-    ACC,
-    OUT,
-    SCALE,
-    ROW_SCALE,
-    BIAS,
-    SHIFT,
-    RESIDUAL,
-    M,
-    N,
-    area,
-    shift_stride,
-    HAS_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The epilogue of `gemm` for int32 accumulators in memory (after a split reduction)."""
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    rn = tl.program_id(1) * BN + tl.arange(0, BN)
-    in_n = rn < N
-    place = rm[:, None] * N + rn[None, :]
-    mask = (rm < M)[:, None] & in_n[None, :]
-    out = (
-        tl.load(ACC + place, mask=mask, other=0).to(tl.float32)
-        * tl.load(SCALE + rn, mask=in_n, other=0.0)[None, :]
-    )
-    if HAS_ROW:
-        out *= tl.load(ROW_SCALE + rm, mask=rm < M, other=0.0)[:, None]
-    if HAS_BIAS:
-        out += tl.load(BIAS + rn, mask=in_n, other=0.0)[None, :]
-    if HAS_SHIFT:
-        at = rm // area * shift_stride
-        shift = tl.load(SHIFT + at[:, None] + rn[None, :], mask=mask, other=0.0)
-        out += shift.to(tl.float32)
-    if HAS_RESIDUAL:
-        out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
+        finish(
+            acc,
+            OUT,
+            SCALE,
+            ROW_SCALE,
+            BIAS,
+            SHIFT,
+            RESIDUAL,
+            CORRECTION,
+            COMPENSATION,
+            SUMS,
+            rm,
+            rn,
+            pixel,
+            M,
+            N,
+            wide,
+            taps_y,
+            taps_x,
+            area,
+            shift_stride,
+            RAW,
+            HAS_ROW,
+            HAS_BIAS,
+            HAS_SHIFT,
+            HAS_RESIDUAL,
+            HAS_CORRECTION,
+            HAS_COMPENSATION,
+            BM,
+        )

@@ -22,6 +22,7 @@ from questlib.integer.triton.packing import (
 from questlib.integer.triton.products import integer_gemm
 from questlib.integer.triton.quantizing import quantize
 from questlib.integer.triton.runtime import check_input
+from questlib.integer.triton.tiles import MOST_SPLIT
 from questlib.quantization.step_groups import StepGroups
 
 Affine = tuple[torch.Tensor | None, torch.Tensor | None]  # float32 [B, C]: scale and shift
@@ -134,6 +135,7 @@ class TritonLayer(Flagged, IntegerLayer):
         self.outputs = len(form.parts[0].weight)
         self.hold("bias", form.bias)
         self.hold_flag(form.parts[0].weight.device)
+        self.hold("arrived", self.flag.new_zeros(MOST_SPLIT))
         self.parts = nn.ModuleList(
             TritonPart(part, [group[i] for group in form.grids], self.levels, packed)
             for i, part in enumerate(form.parts)
@@ -230,6 +232,7 @@ class TritonLayer(Flagged, IntegerLayer):
             self.stride,
             part.ends,
             dtype,
+            self.arrived,
             scales if len(scales) else None,
             shift,
         )

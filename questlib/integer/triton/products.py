@@ -16,7 +16,7 @@ from questlib.integer.form import BYTE
 from questlib.integer.triton import runtime, tiles
 
 
-@torch.library.custom_op("questlib::integer_gemm", mutates_args=())
+@torch.library.custom_op("questlib::integer_gemm", mutates_args={"arrived"})
 def integer_gemm(
     a: torch.Tensor,
     w: torch.Tensor,
@@ -30,6 +30,7 @@ def integer_gemm(
     stride: list[int],
     ends: list[int],
     dtype: torch.dtype,
+    arrived: torch.Tensor,
     row_scale: torch.Tensor | None = None,
     shift: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -52,6 +53,7 @@ def integer_gemm(
         stride: of the window.
         ends: where the columns of packed w with shifts of at least 1, 2 and 3 end; or empty.
         dtype: of the output.
+        arrived: int32 [tiles.MOST_SPLIT] zeros, which are zeros again afterwards.
         row_scale: float32 [B, H, W], for a window and stride of 1.
         shift: float [B, O], of each picture, with a stride of 1 in O.
 
@@ -74,6 +76,7 @@ def integer_gemm(
         stride,
         ends,
         dtype,
+        arrived,
     )
     if not out.numel():
         return out
@@ -94,12 +97,14 @@ def integer_gemm(
         return scale if t is None else t
 
     def run(c: tiles.Config) -> torch.Tensor:
-        partial = torch.zeros_like(out, dtype=torch.int32) if c.split > 1 else out
         grid = (cdiv(m, c.bm) * cdiv(o, c.bn), c.split)
+        partial = arrived
+        if c.split > 1:
+            partial = arrived.new_empty(grid[0] * c.split * c.bm * c.bn)
         runtime.gemm_kernels.gemm[grid](
             a,
             w,
-            partial,
+            out,
             scale,
             given(row_scale),
             given(bias),
@@ -108,6 +113,8 @@ def integer_gemm(
             given(correction),
             given(compensation),
             given(sums),
+            partial,
+            arrived,
             m,
             o,
             span,
@@ -134,31 +141,10 @@ def integer_gemm(
             BM=c.bm,
             BN=c.bn,
             BK=c.bk,
-            ATOMIC=c.split > 1,
+            SPLIT=c.split > 1,
             GROUP=8,
             num_warps=c.warps,
             num_stages=c.stages,
-        )
-        if c.split == 1 or raw:
-            return partial
-        runtime.gemm_kernels.finish[(cdiv(m, 16), cdiv(o, 128))](
-            partial,
-            out,
-            scale,
-            given(row_scale),
-            given(bias),
-            given(shift),
-            given(residual),
-            m,
-            o,
-            out.shape[1] * out.shape[2],
-            shift_stride,
-            HAS_ROW=row_scale is not None,
-            HAS_BIAS=bias is not None,
-            HAS_SHIFT=shift is not None,
-            HAS_RESIDUAL=residual is not None,
-            BM=16,
-            BN=128,
         )
         return out
 
@@ -169,7 +155,7 @@ def integer_gemm(
         taps = window[0] * window[1]
         longest = 64 if ends else 128
         shape_class = (w.dtype, bool(ends), dtype, window, stride, o, span)
-        key = "-".join(map(str, (*shape_class, 1 << (m - 1).bit_length(), m % 16 == 0)))
+        key = "-".join(map(str, (*shape_class, 1 << (m - 1).bit_length())))
         return run(
             tiles.CACHE.choose(
                 key, lambda: tiles.fitting(m, o, span, taps, packed, gpu, longest), run
@@ -191,6 +177,7 @@ def gemm_output(
     stride,
     ends,
     dtype,
+    arrived,
     row_scale=None,
     shift=None,
 ):

@@ -1,8 +1,8 @@
 """Tile sizes of the Triton product, chosen by timing at the first call of a shape class.
 
 The choices are remembered on disk. `triton.autotune` does not serve here: a configuration with a
-split reduction needs a zeroed int32 buffer, another grid and a second kernel, so that what is timed
-and chosen is the whole operator and not one launch; and the candidates depend on the estimate of
+split reduction needs another grid and a buffer, so that what is timed and chosen is the whole
+operator and not one launch; and the candidates depend on the estimate of
 `fitting`, and on whether a CUDA graph is being captured.
 """
 
@@ -59,6 +59,7 @@ CANDIDATES = [
     Config(16, 64, 32, 4, 5),
 ]
 SPLITS = (2, 4, 8)
+MOST_SPLIT = 1024  # tiles of one product whose reductions are split
 TRIALS = 6  # the candidates of least estimated time are timed
 INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
 
@@ -77,22 +78,21 @@ class Gpu(NamedTuple):
         return cls(has.multi_processor_count, has.shared_memory_per_block_optin, has.major == 9)
 
 
-def serves(c: Config, m: int, o: int, packed: bool, gpu: Gpu) -> bool:
+def serves(c: Config, o: int, packed: bool, gpu: Gpu) -> bool:
     """Whether a tile fits a multiprocessor: its shared memory, and the registers of its threads.
 
-    Found by compiling them all (tests/gpu_emulation): more would spill. Atomic additions take more
-    registers a value, and so do outputs whose numbers are no multiples of 16.
+    Found by compiling them all (tests/gpu_emulation): more would spill. A split reduction takes
+    more registers a value, and so do outputs that are no multiple of 16.
 
     Args:
         c: the tile.
-        m: output pixels.
         o: output channels.
         packed: whether a byte of w holds two codes.
         gpu: where it is to run.
     """
     most = 32 if o % 16 else 128  # accumulators a thread
     if c.split > 1:
-        most = 32 if o % 16 or m % 16 else 64
+        most = min(most, 64)
     planes = 2 if packed else 1
     # Packed weights go through registers, and wait in one buffer less.
     buffers = c.stages * c.bm * planes + (c.stages - packed) * c.bn
@@ -124,23 +124,27 @@ def fitting(
     """
     planes = 2 if packed else 1  # bytes of a for one byte of w
 
+    def tiles_of(c: Config) -> int:
+        return -(-m // c.bm) * -(-o // c.bn)
+
     def cycles(c: Config) -> float:
         """The time of a wave of tiles: its steps, and then its stores.
 
         A step is bound by arithmetic (4096 products a cycle), by the L2 cache (28 bytes a cycle) or
-        by latency. A split reduction adds to memory and needs a second kernel.
+        by latency. A split reduction leaves its shares in memory, and one program adds them up.
         """
         arithmetic = c.bm * c.bn * planes * c.bk / 4096
         cache = (c.bm * planes + c.bn) * c.bk / 28
         step = 60 + max(arithmetic, cache, 150)
-        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // gpu.processors)
-        store = 1500 + (c.bm * c.bn / 4 if c.split > 1 else 0)
-        finish = 3000 + m * o / 300 if c.split > 1 else 0
-        return waves * (taps * span / c.bk / c.split * step + store) + finish
+        waves = -(-tiles_of(c) * c.split // gpu.processors)
+        alone = min(64, 28 * gpu.processors / tiles_of(c))  # bytes a cycle of a tile's last program
+        finish = 1500 + 4 * c.bm * c.bn * (1 / 28 + c.split / alone) if c.split > 1 else 0
+        return waves * (taps * span / c.bk / c.split * step + 1500) + finish
 
     whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= longest]
     split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
-    served = [c for c in whole + split if serves(c, m, o, packed, gpu)]
+    split = [c for c in split if tiles_of(c) <= MOST_SPLIT]
+    served = [c for c in whole + split if serves(c, o, packed, gpu)]
     return sorted(served, key=cycles)[:TRIALS]
 
 
