@@ -134,6 +134,9 @@ def attention(of: dict) -> float:
     cycles = GPU.processors * GPU.clock
     special = scores * (2 / 16 + 2 / 64) / cycles
     other = scores * 13 / 128 / cycles
+    if of["P_CONSTANT"]:
+        # Each block adds up its values: a conversion and an addition of each.
+        other += scores * 2 * of["BD"] / of["BQ"] / 128 / cycles
     # Keys that come by single bytes are not copied asynchronously: each block waits for its own.
     blocks = scores / (of["BQ"] * of["BK"]) / GPU.processors
     waits = 0.0 if key_width(of) >= 4 else blocks * 2 * 700 / GPU.clock

@@ -171,6 +171,40 @@ class GatedJob(NamedTuple):
         return flipped(found, expected)
 
 
+class CodesJob(NamedTuple):
+    """A linear whose outputs are written as codes, in rows or transposed."""
+
+    outputs: int
+    tile: Config
+    transposed: bool
+    pixels: int = 37
+
+    @property
+    def name(self) -> str:
+        how = "transposed" if self.transposed else "in rows"
+        return f"codes of {self.outputs} outputs {how} split {self.tile.split}"
+
+    def run(self, parts: Parts) -> list[str]:
+        """What is wrong with the codes: they are those of the layer's own outputs."""
+        torch.manual_seed(self.outputs)
+        layer, steps = random_layer(nn.Linear(200, self.outputs), 4, 4, carrier=True, seed=3)
+        steps.select_group(1)
+        mine = parts.TritonLayer(parts.integer_form(layer, "layer"), steps)
+        x = torch.randn(2, self.pixels, 200)
+        parts.use(self.tile)
+        out = mine(x)
+        multiplier = torch.randint(1, 9, (self.outputs,)).float()
+        inverse = 15 / multiplier / out.abs().max()
+        low = torch.full((self.outputs,), -7.0)
+        table = torch.stack([inverse, low, multiplier, torch.zeros(self.outputs)])
+        expected = ((out * inverse).clamp(-7.0, 8.0).round() * multiplier).to(torch.int8)
+        found = mine(x, codes=parts.Codes(table, 15, self.transposed))
+        if self.transposed:
+            found = found[..., : self.pixels].transpose(1, 2)
+        different = int((found[..., : self.outputs] != expected).sum())
+        return [f"{different} of {expected.numel()} codes are wrong"] if different else []
+
+
 class AttentionJob(NamedTuple):
     """Attention of one head width."""
 
@@ -277,4 +311,4 @@ class BrokenJob(NamedTuple):
         return [] if found else ["broken code was not noticed"]
 
 
-Job = LayerJob | NormJob | GatedJob | AttentionJob | BrokenJob
+Job = LayerJob | NormJob | GatedJob | CodesJob | AttentionJob | BrokenJob

@@ -193,6 +193,7 @@ def engine_on(arch: int) -> tuple[Driver, SimpleNamespace]:
     use(None)
     return driver, SimpleNamespace(
         TritonAttention=attention.TritonAttention,
+        Codes=layers.Codes,
         TritonLayer=layers.TritonLayer,
         attention_form=attention_form,
         driver=driver,

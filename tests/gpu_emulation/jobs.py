@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checks import TOLERANCE, AttentionJob, BrokenJob, GatedJob, Job, LayerJob, Make, NormJob
+from checks import (
+    TOLERANCE,
+    AttentionJob,
+    BrokenJob,
+    CodesJob,
+    GatedJob,
+    Job,
+    LayerJob,
+    Make,
+    NormJob,
+)
 from torch import nn
 
 from questlib.integer.triton.tiles import CANDIDATES, SPLITS, Config, Gpu, serves
@@ -55,6 +65,8 @@ def quick_jobs() -> list[Job]:
         ),
         NormJob(64, True, torch.float16),
         GatedJob(100, Config(64, 64, 64, 4, 4), torch.float16),
+        CodesJob(70, Config(64, 64, 64, 4, 4), False),
+        CodesJob(48, Config(64, 64, 32, 4, 5, 2), True),
         AttentionJob(4, 8, 40, 140, 130),
         AttentionJob(8, 8, 80, 70, 77),
         AttentionJob(4, 4, 160, 70, 64, 1),
@@ -94,6 +106,11 @@ def shape_jobs(gpu: Gpu) -> Iterator[Job]:
     for bits, p_bits in ((4, 8), (8, 8), (4, 4), (6, 8)):
         for dim in (20, 32, 40, 64, 80, 160, 256):
             yield AttentionJob(bits, p_bits, dim, 140 if dim < 80 else 70, 77, 1 + dim % 3)
+    for c in CANDIDATES:
+        # 200 channels are 128 bytes when packed.
+        for tile in (c, c._replace(split=2)):
+            if serves(tile, 144, True, gpu):
+                yield from (CodesJob(144, tile, transposed, 80) for transposed in (True, False))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for channels in (40, 320):
             for channels_last in (True, False):

@@ -15,7 +15,8 @@ from questlib.integer.synthetic import random_grids, random_layer
 from questlib.integer.triton import runtime
 from questlib.integer.triton.fused_attention import FusedAttnProcessor
 from questlib.integer.triton.fused_transformers import FusedTransformer, FusedTransformerBlock
-from questlib.integer.triton.layers import TritonLayer
+from questlib.integer.triton.layers import Codes, TritonLayer
+from questlib.integer.triton.products import integer_attention
 from questlib.quantization.preparation import prepare
 
 pytestmark = pytest.mark.skipif(
@@ -108,3 +109,31 @@ def test_a_geglu_before_the_layer_and_what_is_added_after_it():
     assert error(found, expected - shift[:, None] + shift[0]) < 1e-6
     with pytest.raises(EngineError, match="layer: expected 40 input channels, found 20"):
         engine(values, gated=True)
+
+
+@torch.no_grad()
+def test_codes_are_those_of_the_layers_outputs():
+    layer, steps = random_layer(nn.Linear(40, 24), 8, 8)
+    steps.select_group(1)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    x = torch.randn(2, 9, 40)
+    inverse = torch.rand(24) * 4 + 1
+    table = torch.stack([inverse, torch.full((24,), -100.0), torch.ones(24), torch.zeros(24)])
+    expected = (engine(x) * inverse).clamp(-100, 100).round().to(torch.int8)
+    assert torch.equal(engine(x, codes=Codes(table, 200, False))[..., :24], expected)
+    turned = engine(x, codes=Codes(table, 200, True))
+    assert turned.shape == (2, 24, 16)
+    assert torch.equal(turned[..., :9].transpose(1, 2), expected)
+
+
+def test_what_lies_behind_the_last_key_does_not_count():
+    q, k = torch.randint(-7, 8, (2, 2, 9, 64), dtype=torch.int8)
+    v = torch.randint(-7, 8, (2, 32, 16), dtype=torch.int8)
+    other = v.clone()
+    other[..., 9:] = 99
+    scale = torch.ones(32)
+    found = [
+        integer_attention(q, k, x, scale, 2, [0, 3], 0.01, 2000.0, 255, torch.float32)
+        for x in (v, other)
+    ]
+    assert torch.equal(*found) and found[0].unique().numel() > 10

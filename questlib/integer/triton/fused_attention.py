@@ -1,5 +1,5 @@
-"""Attention whose norm runs in the projections' quantization, and whose residual is added by the
-last projection."""
+"""Attention whose norm runs in the projections' quantization, whose operands the projections write
+as codes, and whose residual is added by the last projection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from questlib.integer.triton.attention import TritonAttnProcessor
+from questlib.integer.triton.attention import TritonAttnProcessor, masked
 from questlib.integer.triton.layers import TritonLayer
 from questlib.integer.triton.quantizing import affine_of
 
@@ -36,10 +36,12 @@ class FusedAttnProcessor(TritonAttnProcessor):
             residual = x
         source = x if encoder_hidden_states is None else encoder_hidden_states
         other = norm if encoder_hidden_states is None else (None, None)
-        query = attn.to_q(x, norm=norm)
-        key = attn.to_k(source, norm=other)
-        value = attn.to_v(source, norm=other)
-        out = self.attend(attn, query, key, value, attention_mask)
+        if attention_mask is not None:
+            raise masked(self.name)
+        query = attn.to_q(x, norm=norm, codes=self.kernel.codes("q"))
+        key = attn.to_k(source, norm=other, codes=self.kernel.codes("k"))
+        value = attn.to_v(source, norm=other, codes=self.kernel.codes("v"))
+        out = self.kernel.attend_codes(query, key, value, attn.heads, attn.scale, x.dtype)
         out = attn.to_out[0](out, residual=residual)
         if hidden_states.ndim == 4:
             out = out.transpose(1, 2).reshape(hidden_states.shape)  # -> [B, C, H, W]
@@ -65,3 +67,4 @@ def can_fuse_attention(attn: Attention) -> bool:
 def fuse_attention(attn: Attention) -> None:
     """Fuse it, in place."""
     attn.processor.__class__ = FusedAttnProcessor
+    attn.processor.kernel.hold_codes()

@@ -6,7 +6,8 @@ Layouts (channels innermost everywhere)
           uint8   [O, taps, C' / 2]    kind "packed": byte j holds the codes of channels j (low
                                        nibble) and j + C'/2 (high), so that both halves of a' are
                                        read as they stand
-    out   float   [B, H', W', O], or int32 accumulators
+    out   float   [B, H', W', O], or int32 accumulators, or int8 codes for the next product:
+                  [B, N, O'], or transposed [B, O, N'], with padding that nobody writes
 
 With block shifts 2^e, the channels of packed w' are in the same order as those of a'.
 
@@ -20,6 +21,8 @@ R are the sums of a under the kernel's window, and d_o is the zero-point compens
 
 import triton
 import triton.language as tl
+
+from questlib.integer.triton.quantize_kernels import codes
 
 
 @triton.jit
@@ -90,6 +93,7 @@ def finish(
     CORRECTION,
     COMPENSATION,
     SUMS,
+    TABLE,
     rm,
     rn,
     pixel,
@@ -100,7 +104,10 @@ def finish(
     taps_x,
     area,
     shift_stride,
+    levels,
+    code_stride,
     RAW: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -139,7 +146,20 @@ def finish(
             out += shift.to(tl.float32)
         if HAS_RESIDUAL:
             out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
+        if CODES == "no":
+            tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
+        else:
+            inverse = tl.load(TABLE + rn, mask=in_n, other=0.0)[:, None]
+            low = tl.load(TABLE + N + rn, mask=in_n, other=0.0)[:, None]
+            multiplier = tl.load(TABLE + 2 * N + rn, mask=in_n, other=0.0)[:, None]
+            constant = tl.load(TABLE + 3 * N + rn, mask=in_n, other=0.0)[:, None]
+            code = codes(out, inverse, low, levels, multiplier, constant)
+            if CODES == "rows":
+                place = rm[None, :] * code_stride + rn[:, None]
+            else:
+                of_picture = (rm // area * N)[None, :] + rn[:, None]
+                place = of_picture * code_stride + (rm % area)[None, :]
+            tl.store(OUT + place, code, mask=mask)
 
 
 @triton.jit
@@ -155,6 +175,7 @@ def gemm(
     CORRECTION,
     COMPENSATION,
     SUMS,
+    TABLE,
     PARTIAL,
     ARRIVED,
     M,
@@ -173,11 +194,14 @@ def gemm(
     end2,
     end3,
     shift_stride,
+    levels,
+    code_stride,
     POINT: tl.constexpr,
     PACKED: tl.constexpr,
     SHIFTED: tl.constexpr,
     ASM: tl.constexpr,
     RAW: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
@@ -201,6 +225,9 @@ def gemm(
     HAS_ROW   ROW_SCALE float32 [M] multiplies each pixel's outputs (POINT only)
     HAS_SHIFT SHIFT [B, N] with strides (shift_stride, 1) is added to each picture's outputs
     RAW       out is int32, the true accumulators
+    CODES     "rows" or "columns": out are the outputs' codes, int8 [B, N, code_stride] or [B, O,
+              code_stride]. TABLE float32 [4, N] and levels are as `quantize_kernels.quantize` has
+              them; otherwise "no"
     SPLIT     the programs of grid axis 1 share the reduction. PARTIAL int32 holds the shares, and
               ARRIVED int32 [tiles], zero before and after, how many of a tile's are there
     """
@@ -288,6 +315,7 @@ def gemm(
                 CORRECTION,
                 COMPENSATION,
                 SUMS,
+                TABLE,
                 rm,
                 rn,
                 pixel,
@@ -298,7 +326,10 @@ def gemm(
                 taps_x,
                 area,
                 shift_stride,
+                levels,
+                code_stride,
                 RAW,
+                CODES,
                 HAS_ROW,
                 HAS_BIAS,
                 HAS_SHIFT,
@@ -319,6 +350,7 @@ def gemm(
             CORRECTION,
             COMPENSATION,
             SUMS,
+            TABLE,
             rm,
             rn,
             pixel,
@@ -329,7 +361,10 @@ def gemm(
             taps_x,
             area,
             shift_stride,
+            levels,
+            code_stride,
             RAW,
+            CODES,
             HAS_ROW,
             HAS_BIAS,
             HAS_SHIFT,

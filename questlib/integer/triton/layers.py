@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -24,6 +26,15 @@ from questlib.integer.triton.quantizing import quantize
 from questlib.integer.triton.runtime import check_input
 from questlib.integer.triton.tiles import MOST_SPLIT
 from questlib.quantization.step_groups import StepGroups
+
+
+class Codes(NamedTuple):
+    """Of outputs that are written as codes, for a product that follows."""
+
+    table: torch.Tensor  # float32 [4, O]: `grid_table`
+    levels: int  # 2^bits - 1
+    transposed: bool  # whether the pixels are innermost
+
 
 Affine = tuple[torch.Tensor | None, torch.Tensor | None]  # float32 [B, C]: scale and shift
 
@@ -216,6 +227,7 @@ class TritonLayer(Flagged, IntegerLayer):
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
+        codes: Codes | None = None,
     ) -> torch.Tensor:
         """Part i of the output, [B, H', W', O]; with dtype int32 its accumulators."""
         part = self.parts[i]
@@ -235,6 +247,7 @@ class TritonLayer(Flagged, IntegerLayer):
             self.arrived,
             scales if len(scales) else None,
             shift,
+            *(codes or ()),
         )
 
     def forward(
@@ -245,6 +258,7 @@ class TritonLayer(Flagged, IntegerLayer):
         residual: torch.Tensor | None = None,
         shift: torch.Tensor | None = None,
         gated: bool = False,
+        codes: Codes | None = None,
     ) -> torch.Tensor:
         """Run the layer, and optionally what stands before and after it.
 
@@ -257,6 +271,7 @@ class TritonLayer(Flagged, IntegerLayer):
             shift: [B, O], added to each picture's outputs there.
             gated: whether x has 2 K channels, values and gates of a GEGLU before the layer, which
                 runs inside the quantizing kernel. For layers of one part.
+            codes: of a Linear's output, which is int8 [B, N, O'] or [B, O, N'] then.
         """
         rows = self.rows(x, gated)
         g = group_in_force(self.steps, self.name)
@@ -266,9 +281,11 @@ class TritonLayer(Flagged, IntegerLayer):
         last = len(self.parts) - 1
         for i in range(len(self.parts)):
             sent = self.quantized(rows, i, g, norm, silu, gated)
-            dtype = x.dtype if i == last else torch.float32
+            dtype = torch.float32 if i < last else x.dtype if codes is None else torch.int8
             once = (self.bias, out, shift) if i == 0 else (None, out, None)
-            out = self.multiplied(*sent, i, g, dtype, *once)
+            out = self.multiplied(*sent, i, g, dtype, *once, codes if i == last else None)
+        if codes is not None:
+            return out if codes.transposed else out[:, 0]
         return self._shaped(out, x)
 
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:

@@ -26,6 +26,21 @@ def integer(x):
 
 
 @triton.jit
+def carry(x, inverse, low, levels, multiplier):
+    """The integers (q - z) m of x, in float32: exact, and no slow conversion."""
+    # The clamp stands between product and sum, so that they cannot be fused. Its bounds are
+    # integers: clamping before rounding gives the same codes as clamping after it.
+    u = tl.minimum(tl.maximum(x * inverse, low), low + levels)
+    return ((u + ROUND) - ROUND) * multiplier
+
+
+@triton.jit
+def codes(x, inverse, low, levels, multiplier, constant):
+    """a' int8 of x."""
+    return integer(carry(x, inverse, low, levels, multiplier) + constant).to(tl.int8)
+
+
+@triton.jit
 def gelu(x):
     """x Phi(x), without branches, unlike tl.erf.
 
@@ -199,11 +214,7 @@ def quantize(
         if TOKEN:
             inverse = inverse_own[:, None] * inverse
             low = -zero[:, None]
-        # The clamp stands between product and sum, so that they cannot be fused. Its bounds are
-        # integers: clamping before rounding gives the same codes as clamping after it.
-        u = tl.minimum(tl.maximum(x * inverse, low), low + levels)
-        # Integers in float32 from here on: exact, and no slow conversion.
-        carried = ((u + ROUND) - ROUND) * multiplier
+        carried = carry(x, inverse, low, levels, multiplier)
         if HAS_SUMS:
             if ORDERED:
                 weighted = carried * tl.load(at + 3 * columns, mask=mask, other=0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from questlib.integer.triton import runtime
-from questlib.integer.triton.packing import CHANNEL_BLOCK
+from questlib.integer.triton.packing import CHANNEL_BLOCK, padded_to
 
 
 @torch.library.custom_op("questlib::quantize", mutates_args={"flag"})
@@ -126,7 +126,7 @@ def quantize_outputs(
 ):
     b, height, width, channels = _shape(x, gated)
     shape = (b, height + 2 * pad[0], width + 2 * pad[1])
-    padded = -(-channels // CHANNEL_BLOCK) * CHANNEL_BLOCK if order is None else len(order)
+    padded = padded_to(channels, CHANNEL_BLOCK) if order is None else len(order)
     a = torch.empty(*shape, padded, dtype=torch.int8, device=x.device)
     total = torch.empty(shape if sums else (0,), dtype=torch.int32, device=x.device)
     scales = torch.empty((0,) if clip is None else shape, dtype=torch.float32, device=x.device)
