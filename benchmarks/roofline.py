@@ -124,6 +124,11 @@ def quantize(of: dict) -> float:
     return moved((bytes_of(of["X"]) + bytes_of(of["OUT"])) * (1.6 if of["ORDERED"] else 1.0))
 
 
+def quantize_rows(of: dict) -> float:
+    size = bytes_of(of["X"]) + sum(bytes_of(of[f"OUT{i}"]) for i in range(of["RESULTS"]))
+    return moved(size * (1.6 if of["ORDERED"] else 1.0))
+
+
 def attention(of: dict) -> float:
     """Two passes over the scores, and one over the values."""
     heads = of["OUT"].shape[0] * of["heads"]
@@ -163,6 +168,8 @@ def launch_seconds(launch: Launch) -> tuple[str, float]:
         return "gemm", gemm(of | {"split": launch.grid[1]})
     if launch.kernel == "quantize":
         return "quantize", quantize(of)
+    if launch.kernel == "quantize_rows":
+        return "quantize", quantize_rows(of)
     if launch.kernel == "attention":
         return "attention", attention(of)
     if launch.kernel == "sdpa":

@@ -25,7 +25,16 @@ from questlib import QuantConfig
 from questlib.integer import synthetic
 from questlib.integer.form import integer_form
 from questlib.integer.time_table import tabulate_time
-from questlib.integer.triton import attention, fused, layers, products, quantizing, runtime, tiles
+from questlib.integer.triton import (
+    attention,
+    fused,
+    layers,
+    products,
+    quantizing,
+    runtime,
+    tiles,
+    together,
+)
 from questlib.integer.triton.attention import TritonAttnProcessor
 from questlib.integer.triton.layers import TritonLayer
 from questlib.quantization.act_quantizer import ActQuantizer
@@ -293,6 +302,8 @@ def _noted_kernels(
         (attention, "check_input", lambda *_: None),
         (layers, "quantize", quantizing.quantize._init_fn),
         (attention, "quantize", quantizing.quantize._init_fn),
+        (together, "check_input", lambda *_: None),
+        (together, "quantize_rows", quantizing.quantize_rows._init_fn),
         (layers, "integer_gemm", products.integer_gemm._init_fn),
         (attention, "integer_attention", products.integer_attention._init_fn),
         (quantizing, "group_norm_affine", quantizing.group_norm_affine._init_fn),
@@ -302,7 +313,14 @@ def _noted_kernels(
         kernels = getattr(runtime, module)
         own = {
             name: _Kernel(name, getattr(kernels, name), events)
-            for name in ("gemm", "quantize", "moments", "group_affine", "attention")
+            for name in (
+                "gemm",
+                "quantize",
+                "quantize_rows",
+                "moments",
+                "group_affine",
+                "attention",
+            )
             if hasattr(kernels, name)
         }
         patches.append((runtime, module, SimpleNamespace(**own)))

@@ -59,7 +59,8 @@ def test_every_layer_of_a_step_is_launched_once(steps):
     parts = sum(len(layer.parts) for layer in layers)
     assert kernels.count("gemm") == parts > len(layers)  # some inputs are split
     # The operands of attention are codes as the projections write them.
-    assert kernels.count("quantize") == parts
+    assert kernels.count("quantize") == parts - 3 * len(attentions)
+    assert kernels.count("quantize_rows") == len(attentions)
     assert kernels.count("attention") == len(attentions)
     products = [e for e in events if isinstance(e, Operator) and e.product]
     assert not products  # nothing is left in floating point

@@ -49,7 +49,14 @@ def test_every_kernel(arch, tmp_path):
     rows = emulate(arch, "quick", tmp_path)
     check(rows)
     kernels = {kernel["kernel"] for row in rows for kernel in row["kernels"]}
-    assert kernels == {"gemm", "quantize", "moments", "group_affine", "attention"}
+    assert kernels == {
+        "gemm",
+        "quantize",
+        "quantize_rows",
+        "moments",
+        "group_affine",
+        "attention",
+    }
 
 
 @pytest.mark.slow

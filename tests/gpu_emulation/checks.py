@@ -205,6 +205,66 @@ class CodesJob(NamedTuple):
         return [f"{different} of {expected.numel()} codes are wrong"] if different else []
 
 
+class TogetherJob(NamedTuple):
+    """Linears that take the same rows, quantized on a grid for each in one pass."""
+
+    channels: int
+    results: int
+    bits: int
+    shift: bool
+    layer_norm: bool
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        norm = "LayerNorm" if self.layer_norm else "GroupNorm"
+        return f"{norm} of {self.channels} into {self.results} linears, A{self.bits} {self.dtype}"
+
+    def run(self, parts: Parts) -> list[str]:
+        """What is wrong with their outputs."""
+        torch.manual_seed(self.channels)
+        x = (torch.randn(2, 19, self.channels) * 2 + 1).to(self.dtype)
+        weight, bias = torch.rand(2, self.channels) + 0.5, torch.randn(2, self.channels)
+        if self.layer_norm:
+            norm = nn.LayerNorm(self.channels).requires_grad_(False)
+            norm.weight.copy_(weight[0])
+            norm.bias.copy_(bias[0])
+            norm = norm.to(self.dtype)
+            normed = nn.functional.layer_norm(
+                x.float(), (self.channels,), norm.weight.float(), norm.bias.float(), norm.eps
+            )
+        else:
+            norm = (weight, bias)
+            normed = x.float() * weight[:, None] + bias[:, None]
+        layers, mine = [], []
+        for seed in range(self.results):
+            layer, steps = random_layer(
+                nn.Linear(self.channels, 32),
+                4,
+                self.bits,
+                carrier=self.bits <= 4,
+                shift=self.shift,
+                seed=seed,
+            )
+            steps.select_group(0)
+            layers.append(layer)
+            mine.append(parts.TritonLayer(parts.integer_form(layer, "layer"), steps))
+        assert parts.can_share(mine)
+        parts.use(Config(64, 64, 32, 4, 5))
+        wrong = []
+        for layer, own, sent in zip(
+            layers, mine, parts.quantized_together(mine, x, norm), strict=True
+        ):
+            wrong += flipped(own(x, sent=sent).float(), layer(normed))
+        if int(mine[0].flag):
+            wrong.append("finite input was flagged")
+        x[1, 18, self.channels - 1] = float("inf")
+        parts.quantized_together(mine, x, norm)
+        if not int(mine[0].flag):
+            wrong.append("infinity was not flagged")
+        return wrong
+
+
 class AttentionJob(NamedTuple):
     """Attention of one head width."""
 
@@ -311,4 +371,4 @@ class BrokenJob(NamedTuple):
         return [] if found else ["broken code was not noticed"]
 
 
-Job = LayerJob | NormJob | GatedJob | CodesJob | AttentionJob | BrokenJob
+Job = LayerJob | NormJob | GatedJob | CodesJob | TogetherJob | AttentionJob | BrokenJob

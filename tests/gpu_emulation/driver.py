@@ -176,11 +176,12 @@ def engine_on(arch: int) -> tuple[Driver, SimpleNamespace]:
     from questlib.integer.attention_form import attention_form
     from questlib.integer.form import integer_form
     from questlib.integer.oracle import layer_forward
-    from questlib.integer.triton import attention, layers, quantizing, runtime, tiles
+    from questlib.integer.triton import attention, layers, quantizing, runtime, tiles, together
 
     assert not runtime.INTERPRET
     # The tensors are of the CPU.
-    layers.check_input = attention.check_input = lambda *_: None
+    for module in (layers, attention, together):
+        module.check_input = lambda *_: None
     torch.cuda.get_device_properties = lambda *_: SimpleNamespace(
         multi_processor_count=driver.device.processors,
         shared_memory_per_block_optin=driver.device.shared,
@@ -196,10 +197,12 @@ def engine_on(arch: int) -> tuple[Driver, SimpleNamespace]:
         Codes=layers.Codes,
         TritonLayer=layers.TritonLayer,
         attention_form=attention_form,
+        can_share=together.can_share,
         driver=driver,
         group_norm_affine=quantizing.group_norm_affine,
         integer_form=integer_form,
         layer_forward=layer_forward,
+        quantized_together=together.quantized_together,
         gpu=tiles.Gpu.of(torch.device("cpu")),
         use=use,
     )

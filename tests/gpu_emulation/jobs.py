@@ -18,6 +18,7 @@ from checks import (
     LayerJob,
     Make,
     NormJob,
+    TogetherJob,
 )
 from torch import nn
 
@@ -67,6 +68,7 @@ def quick_jobs() -> list[Job]:
         GatedJob(100, Config(64, 64, 64, 4, 4), torch.float16),
         CodesJob(70, Config(64, 64, 64, 4, 4), False),
         CodesJob(48, Config(64, 64, 32, 4, 5, 2), True),
+        TogetherJob(75, 3, 4, True, True, torch.float16),
         AttentionJob(4, 8, 40, 140, 130),
         AttentionJob(8, 8, 80, 70, 77),
         AttentionJob(4, 4, 160, 70, 64, 1),
@@ -112,6 +114,10 @@ def shape_jobs(gpu: Gpu) -> Iterator[Job]:
             if serves(tile, 144, True, gpu):
                 yield from (CodesJob(144, tile, transposed, 80) for transposed in (True, False))
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for layer_norm in (True, False):
+            yield TogetherJob(320, 2, 8, False, layer_norm, dtype)
+            yield TogetherJob(600, 1, 4, False, layer_norm, dtype)
+            yield TogetherJob(320, 3, 4, True, layer_norm, dtype)
         for channels in (40, 320):
             for channels_last in (True, False):
                 yield NormJob(channels, channels_last, dtype)

@@ -1,12 +1,15 @@
 """Blocks that the Triton engine fuses, in its interpreter: the plain blocks' outputs, up to codes
 that flip."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from questlib import QuantConfig, convert
 from questlib.errors import EngineError
@@ -137,3 +140,37 @@ def test_what_lies_behind_the_last_key_does_not_count():
         for x in (v, other)
     ]
     assert torch.equal(*found) and found[0].unique().numel() > 10
+
+
+class Counted(TorchDispatchMode):
+    """Counts products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.products += func is torch.ops.questlib.integer_gemm.default
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_keys_and_values_of_a_context_are_computed_once():
+    fake = quantized(conditional(False), 8)
+    fused = convert(fake, "triton", fuse=True)
+
+    def step(unet: nn.Module, text: torch.Tensor) -> tuple[torch.Tensor, int]:
+        with Counted() as counted:
+            out = unet(x, 1, encoder_hidden_states=text).sample
+        return out, counted.products
+
+    x, text = torch.randn(2, 4, 4, 4), torch.randn(2, 5, 12)
+    step(fused, text)  # the tables of the timestep
+    (first, many), (second, few) = step(fused, text.clone()), step(fused, text)
+    assert many == few and torch.equal(first, second)
+    again, fewer = step(fused, text)
+    assert fewer == few - 2 and torch.equal(again, second)
+    text.mul_(-1)
+    changed, most = step(fused, text)
+    assert most == many and not torch.equal(changed, second)
+    assert torch.equal(step(copy.deepcopy(fused), text)[0], changed)

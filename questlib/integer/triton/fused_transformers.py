@@ -15,6 +15,7 @@ from questlib.errors import EngineError
 from questlib.integer.triton.fused_attention import FusedAttnProcessor
 from questlib.integer.triton.layers import TritonLayer
 from questlib.integer.triton.quantizing import affine_of
+from questlib.integer.triton.together import can_share, plain_norm, quantized_together
 
 
 class FusedTransformerBlock(BasicTransformerBlock):
@@ -39,10 +40,14 @@ class FusedTransformerBlock(BasicTransformerBlock):
             )
         x = hidden_states
         source = encoder_hidden_states if self.only_cross_attention else None
-        x = self.attn1(self.norm1(x), source, attention_mask, residual=x)
+        x = self.attn1(x, source, attention_mask, residual=x, norm=self.norm1)
         if self.attn2 is not None:
-            x = self.attn2(self.norm2(x), encoder_hidden_states, encoder_attention_mask, residual=x)
-        gated = self.ff.net[0].proj(self.norm3(x))  # [B, N, 2 F]: values and gates
+            x = self.attn2(
+                x, encoder_hidden_states, encoder_attention_mask, residual=x, norm=self.norm2
+            )
+        proj = self.ff.net[0].proj
+        (sent,) = quantized_together([proj], x, self.norm3)
+        gated = proj(x, sent=sent)  # [B, N, 2 F]: values and gates
         return self.ff.net[2](gated, gated=True, residual=x)
 
 
@@ -81,6 +86,7 @@ def can_fuse_block(block: nn.Module) -> bool:
         return False
     attentions = [a for a in (block.attn1, block.attn2) if a is not None]
     net = block.ff.net
+    norms = [block.norm1, block.norm3] + ([] if block.attn2 is None else [block.norm2])
     return (
         block.norm_type == "layer_norm"
         and block.pos_embed is None
@@ -90,6 +96,8 @@ def can_fuse_block(block: nn.Module) -> bool:
         and all(a.group_norm is None and not a.residual_connection for a in attentions)
         and len(net) == 3
         and isinstance(net[0], GEGLU)
+        and can_share([net[0].proj])
+        and all(plain_norm(norm) for norm in norms)
         and net[1].p == 0
         and isinstance(net[2], TritonLayer)
         and len(net[2].parts) == 1

@@ -36,6 +36,8 @@ class Codes(NamedTuple):
     transposed: bool  # whether the pixels are innermost
 
 
+# What a part multiplies: a', the sums of a, the scales of tokens.
+Sent = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Affine = tuple[torch.Tensor | None, torch.Tensor | None]  # float32 [B, C]: scale and shift
 
 
@@ -186,8 +188,8 @@ class TritonLayer(Flagged, IntegerLayer):
         norm: Affine = (None, None),
         silu: bool = False,
         gated: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What part i multiplies in step group g: (a', sums of a, scales of tokens).
+    ) -> Sent:
+        """What part i multiplies in step group g.
 
         Args:
             rows: [B, H, W, C], or 2 C with gates.
@@ -259,6 +261,7 @@ class TritonLayer(Flagged, IntegerLayer):
         shift: torch.Tensor | None = None,
         gated: bool = False,
         codes: Codes | None = None,
+        sent: Sent | None = None,
     ) -> torch.Tensor:
         """Run the layer, and optionally what stands before and after it.
 
@@ -272,6 +275,7 @@ class TritonLayer(Flagged, IntegerLayer):
             gated: whether x has 2 K channels, values and gates of a GEGLU before the layer, which
                 runs inside the quantizing kernel. For layers of one part.
             codes: of a Linear's output, which is int8 [B, N, O'] or [B, O, N'] then.
+            sent: what the layer multiplies, where x is quantized already (`quantized_together`).
         """
         rows = self.rows(x, gated)
         g = group_in_force(self.steps, self.name)
@@ -280,10 +284,19 @@ class TritonLayer(Flagged, IntegerLayer):
             out = (residual if self.linear else residual.permute(0, 2, 3, 1)).contiguous()
         last = len(self.parts) - 1
         for i in range(len(self.parts)):
-            sent = self.quantized(rows, i, g, norm, silu, gated)
+            operands = self.quantized(rows, i, g, norm, silu, gated) if sent is None else sent
             dtype = torch.float32 if i < last else x.dtype if codes is None else torch.int8
-            once = (self.bias, out, shift) if i == 0 else (None, out, None)
-            out = self.multiplied(*sent, i, g, dtype, *once, codes if i == last else None)
+            out = self.multiplied(
+                *operands,
+                i,
+                g,
+                dtype,
+                bias=self.bias if i == 0 else None,
+                residual=out,
+                shift=shift if i == 0 else None,
+                codes=codes if i == last else None,
+            )
+        assert out is not None  # a layer has one part at least
         if codes is not None:
             return out if codes.transposed else out[:, 0]
         return self._shaped(out, x)

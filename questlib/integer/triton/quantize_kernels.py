@@ -65,6 +65,9 @@ def values(
     b,
     mask,
     channels,
+    mean,
+    spread,
+    LAYER: tl.constexpr,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
     GATED: tl.constexpr,
@@ -77,10 +80,12 @@ def values(
     finite = tl.abs(x) < float("inf")
     bad = tl.sum((~finite).to(tl.int32), 1)
     x = tl.where(finite, x, 0.0)
+    if LAYER:
+        x = (x - mean[:, None]) * spread[:, None]
     if NORM:
         at = b[:, None] * channels + channel[None, :]
-        scale = tl.load(NORM_SCALE + at, mask=mask, other=0.0)
-        shift = tl.load(NORM_SHIFT + at, mask=mask, other=0.0)
+        scale = tl.load(NORM_SCALE + at, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(NORM_SHIFT + at, mask=mask, other=0.0).to(tl.float32)
         x = x * scale + shift
     if SILU:
         x = x / (1.0 + tl.exp(-x))
@@ -92,6 +97,63 @@ def values(
         gate = tl.where(finite, gate, 0.0)
         x = x * gelu(gate)
     return x, bad
+
+
+@triton.jit
+def write_codes(
+    x,
+    TABLE,
+    OUT,
+    r,
+    c,
+    mask,
+    rows,
+    channels,
+    padded,
+    levels,
+    inverse_own,
+    zero,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    TOKEN: tl.constexpr,
+):
+    """Store the codes of x [BR, BC], the rows r and columns c of a'; -> their sums, int32 [BR].
+
+    The rest is as `quantize` has it. inverse_own and zero [BR] are a token's own.
+    """
+    columns = padded if ORDERED else channels
+    total = 0 * r
+    if UNIFORM:
+        inverse = tl.load(TABLE)
+        low = tl.load(TABLE + 1)
+        multiplier = tl.load(TABLE + 2)
+        constant = tl.load(TABLE + 3)
+    else:
+        # Read in x's own layout [BR, BC] (from the cache), so that threads exchange nothing.
+        # Zeros where there is no x: its code is 0.
+        at = TABLE + c[None, :] + 0 * r[:, None]
+        inverse = tl.load(at, mask=mask, other=0.0)
+        low = tl.load(at + columns, mask=mask, other=0.0)
+        multiplier = tl.load(at + 2 * columns, mask=mask, other=0.0)
+        constant = 0.0
+    if TOKEN:
+        inverse = inverse_own[:, None] * inverse
+        low = -zero[:, None]
+    carried = carry(x, inverse, low, levels, multiplier)
+    if HAS_SUMS:
+        if ORDERED:
+            weighted = carried * tl.load(at + 3 * columns, mask=mask, other=0.0)
+        else:
+            weighted = carried
+        total = tl.sum(integer(weighted), 1)
+    a = integer(carried + constant).to(tl.int8)
+    tl.store(
+        OUT + r[:, None] * padded + c[None, :],
+        a,
+        mask=(r < rows)[:, None] & (c < padded)[None, :],
+    )
+    return total
 
 
 @triton.jit
@@ -158,6 +220,8 @@ def quantize(
     bad = tl.zeros((BR,), tl.int32)
     first = tl.program_id(1) * BC
     last = padded if HAS_SUMS or TOKEN else first + BC
+    inverse_own = tl.zeros((BR,), tl.float32)
+    zero = tl.zeros((BR,), tl.float32)
     if TOKEN:
         least = tl.zeros((BR,), tl.float32)
         most = tl.zeros((BR,), tl.float32)
@@ -174,6 +238,9 @@ def quantize(
                 b,
                 mask,
                 channels,
+                0.0,
+                0.0,
+                False,
                 NORM,
                 SILU,
                 GATED,
@@ -192,44 +259,258 @@ def quantize(
     for start in range(first, last, BC):
         c = start + tl.arange(0, BC)
         channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
-        columns = padded if ORDERED else channels
         mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
         x, wrong = values(
-            X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU, GATED
+            X,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            channel,
+            b,
+            mask,
+            channels,
+            0.0,
+            0.0,
+            False,
+            NORM,
+            SILU,
+            GATED,
         )
         bad += wrong
-        if UNIFORM:
-            inverse = tl.load(TABLE)
-            low = tl.load(TABLE + 1)
-            multiplier = tl.load(TABLE + 2)
-            constant = tl.load(TABLE + 3)
-        else:
-            # Read in x's own layout [BR, BC] (from the cache), so that threads exchange nothing.
-            # Zeros where there is no x: its code is 0.
-            at = TABLE + c[None, :] + 0 * r[:, None]
-            inverse = tl.load(at, mask=mask, other=0.0)
-            low = tl.load(at + columns, mask=mask, other=0.0)
-            multiplier = tl.load(at + 2 * columns, mask=mask, other=0.0)
-            constant = 0.0
-        if TOKEN:
-            inverse = inverse_own[:, None] * inverse
-            low = -zero[:, None]
-        carried = carry(x, inverse, low, levels, multiplier)
-        if HAS_SUMS:
-            if ORDERED:
-                weighted = carried * tl.load(at + 3 * columns, mask=mask, other=0.0)
-            else:
-                weighted = carried
-            total += tl.sum(integer(weighted), 1)
-        a = integer(carried + constant).to(tl.int8)
-        tl.store(
-            OUT + r[:, None] * padded + c[None, :],
-            a,
-            mask=(r < rows)[:, None] & (c < padded)[None, :],
+        total += write_codes(
+            x,
+            TABLE,
+            OUT,
+            r,
+            c,
+            mask,
+            rows,
+            channels,
+            padded,
+            levels,
+            inverse_own,
+            zero,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            TOKEN,
         )
     tl.store(FLAG + 0 * r, 1, mask=bad > 0)
     if HAS_SUMS:
         tl.store(SUMS + r, total, mask=r < rows)
+
+
+@triton.jit
+def quantize_row(
+    X,
+    TABLE,
+    ORDER,
+    OUT,
+    SUMS,
+    NORM_SCALE,
+    NORM_SHIFT,
+    source,
+    r,
+    b,
+    rows,
+    channels,
+    padded,
+    levels,
+    mean,
+    spread,
+    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One of the results of `quantize_rows`; -> the number of values a row that are not finite."""
+    total = 0 * r
+    bad = 0 * r
+    for start in range(0, padded, BC):
+        c = start + tl.arange(0, BC)
+        channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
+        mask = (r < rows)[:, None] & ((channel >= 0) & (channel < channels))[None, :]
+        x, wrong = values(
+            X,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            channel,
+            b,
+            mask,
+            channels,
+            mean,
+            spread,
+            LAYER,
+            NORM,
+            False,
+            False,
+        )
+        bad += wrong
+        total += write_codes(
+            x,
+            TABLE,
+            OUT,
+            r,
+            c,
+            mask,
+            rows,
+            channels,
+            padded,
+            levels,
+            mean,
+            mean,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            False,
+        )
+    if HAS_SUMS:
+        tl.store(SUMS + r, total, mask=r < rows)
+    return bad
+
+
+@triton.jit
+def quantize_rows(
+    X,
+    TABLE0,
+    ORDER0,
+    OUT0,
+    SUMS0,
+    TABLE1,
+    ORDER1,
+    OUT1,
+    SUMS1,
+    TABLE2,
+    ORDER2,
+    OUT2,
+    SUMS2,
+    FLAG,
+    NORM_SCALE,
+    NORM_SHIFT,
+    levels,
+    rows,
+    pixels,
+    stride_b,
+    stride_x,
+    channels,
+    padded0,
+    padded1,
+    padded2,
+    eps,
+    RESULTS: tl.constexpr,
+    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """x [B, pixels, C] -> up to three a', each on a grid of its own, as `quantize` writes them.
+
+    LAYER     first a LayerNorm: NORM_SCALE and NORM_SHIFT [C] are its weight and bias. Otherwise
+              NORM is as `quantize` has it
+
+    Grid (rows / BR).
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    b = r // pixels
+    source = b * stride_b + r % pixels * stride_x
+    mean = tl.zeros((BR,), tl.float32)
+    spread = tl.zeros((BR,), tl.float32)
+    if LAYER:
+        for start in range(0, channels, BC):
+            c = start + tl.arange(0, BC)
+            mask = (r < rows)[:, None] & (c < channels)[None, :]
+            x = tl.load(X + source[:, None] + c[None, :], mask=mask, other=0.0)
+            mean += tl.sum(x.to(tl.float32), 1)
+        mean = mean / channels
+        for start in range(0, channels, BC):
+            c = start + tl.arange(0, BC)
+            mask = (r < rows)[:, None] & (c < channels)[None, :]
+            x = tl.load(X + source[:, None] + c[None, :], mask=mask, other=0.0)
+            x = tl.where(mask, x.to(tl.float32) - mean[:, None], 0.0)
+            spread += tl.sum(x * x, 1)
+        spread = 1.0 / tl.sqrt(spread / channels + eps)
+        b = 0 * b
+    bad = quantize_row(
+        X,
+        TABLE0,
+        ORDER0,
+        OUT0,
+        SUMS0,
+        NORM_SCALE,
+        NORM_SHIFT,
+        source,
+        r,
+        b,
+        rows,
+        channels,
+        padded0,
+        levels,
+        mean,
+        spread,
+        LAYER,
+        NORM,
+        UNIFORM,
+        ORDERED,
+        HAS_SUMS,
+        BC,
+    )
+    if RESULTS > 1:
+        quantize_row(
+            X,
+            TABLE1,
+            ORDER1,
+            OUT1,
+            SUMS1,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            r,
+            b,
+            rows,
+            channels,
+            padded1,
+            levels,
+            mean,
+            spread,
+            LAYER,
+            NORM,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            BC,
+        )
+    if RESULTS > 2:
+        quantize_row(
+            X,
+            TABLE2,
+            ORDER2,
+            OUT2,
+            SUMS2,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            r,
+            b,
+            rows,
+            channels,
+            padded2,
+            levels,
+            mean,
+            spread,
+            LAYER,
+            NORM,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            BC,
+        )
+    tl.store(FLAG + 0 * r, 1, mask=bad > 0)
 
 
 @triton.jit

@@ -133,6 +133,88 @@ def quantize_outputs(
     return a, total, scales
 
 
+@torch.library.custom_op("questlib::quantize_rows", mutates_args={"flag"})
+def quantize_rows(
+    x: torch.Tensor,
+    tables: list[torch.Tensor],
+    orders: list[torch.Tensor],
+    flag: torch.Tensor,
+    levels: int,
+    sums: bool,
+    norm_scale: torch.Tensor | None = None,
+    norm_shift: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> list[torch.Tensor]:
+    """Quantize the same rows on up to three grids, in one pass.
+
+    Args:
+        x: [B, N, C].
+        tables: of each grid, as `quantize` takes them.
+        orders: of each grid; empty for none.
+        flag: as in `quantize`.
+        levels: as in `quantize`.
+        sums: as in `quantize`.
+        norm_scale: float [B, C]: first x * norm_scale + norm_shift. With eps [C]: the weight of a
+            LayerNorm.
+        norm_shift: float [B, C], or [C].
+        eps: of a LayerNorm before the quantization.
+
+    Returns:
+        a' int8 [B, 1, N, C'] and the sums of a, as `quantize` gives them, one after the other.
+    """
+    out = rows_outputs(x, tables, orders, flag, levels, sums)
+    if not x.numel():
+        return out
+    batch, pixels, channels = x.shape
+    rows = batch * pixels
+    given = [
+        (
+            tables[i],
+            orders[i] if orders else flag,
+            out[2 * i],
+            out[2 * i + 1] if sums else flag,
+        )
+        for i in range(len(tables))
+    ]
+    given += given[:1] * (3 - len(given))  # a kernel takes a pointer even where it reads none
+    block = 128 if runtime.INTERPRET else 4
+    with runtime.on_device(x):
+        runtime.quantize_kernels.quantize_rows[(runtime.triton.cdiv(rows, block),)](
+            x,
+            *(pointer for four in given for pointer in four),
+            flag,
+            tables[0] if norm_scale is None else norm_scale,
+            tables[0] if norm_shift is None else norm_shift,
+            float(levels),
+            rows,
+            pixels,
+            x.stride(0),
+            x.stride(1),
+            channels,
+            *(four[2].shape[-1] for four in given),
+            0.0 if eps is None else eps,
+            RESULTS=len(tables),
+            LAYER=eps is not None,
+            NORM=norm_scale is not None,
+            UNIFORM=tables[0].shape[1] == 1,
+            ORDERED=bool(orders),
+            HAS_SUMS=sums,
+            BR=block,
+            BC=256,
+            num_warps=4,
+        )
+    return out
+
+
+@quantize_rows.register_fake
+def rows_outputs(x, tables, orders, flag, levels, sums, norm_scale=None, norm_shift=None, eps=None):
+    found = []
+    for i in range(len(tables)):
+        order = orders[i] if orders else None
+        found += quantize_outputs(x[:, None], tables[i], flag, levels, [0, 0], sums, order)[:2]
+    return found
+
+
 @torch.library.custom_op("questlib::group_norm_affine", mutates_args=())
 def group_norm_affine(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, groups: int, eps: float
