@@ -15,7 +15,7 @@ from reproduce.results import ResultError
 FILE = "support.json"
 SIGNS = {"works": "✅ works", "refused": "🟡 refused", "fails": "❌ fails"}
 FIGURES = ("minmax", "quest", "finetune")
-COLUMNS = ["pipeline", "", "min-max W8A8", "QuEST W8A8", "QuEST W4A4", "why not"]
+COLUMNS = ["pipeline", "", "min-max W8A8", "QuEST W8A8", "QuEST W4A4"]
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -46,13 +46,26 @@ def counts(folder: Path) -> str:
 
 
 def table(folder: Path) -> str:
-    """A line for each pipeline."""
+    """A line for each pipeline, and why some do not work."""
+    rows = read(folder)
     lines = []
-    for group, rows in groupby(read(folder), key=lambda row: row["group"]):
+    for group, members in groupby(rows, key=lambda row: row["group"]):
         lines.append([f"**{group}**"] + [""] * (len(COLUMNS) - 1))
-        for row in rows:
+        for row in members:
             figures = [f"{row[name]:.1f}" if name in row else "-" for name in FIGURES]
-            reason = report.as_text(str(row.get("reason", ""))).replace("\n", " ")
-            why = f"{row['stage']}: {reason}" if reason else ""
-            lines.append([row["name"], SIGNS[row["outcome"]], *figures, why])
-    return f"{counts(folder)}\n\n{report.as_markdown(pd.DataFrame(lines, columns=COLUMNS))}"
+            lines.append([row["name"], SIGNS[row["outcome"]], *figures])
+    reasons = [
+        f"- {row['group']}, {row['name']}: {_why(row['stage'], row['reason'])}"
+        for row in rows
+        if row.get("reason")
+    ]
+    parts = [counts(folder), report.as_markdown(pd.DataFrame(lines, columns=COLUMNS))]
+    if reasons:
+        parts += ["Those that are refused say why:", "\n".join(reasons)]
+    return "\n\n".join(parts)
+
+
+def _why(stage: str, reason: str) -> str:
+    """A reason in one line, which begins with its stage."""
+    said = reason.removeprefix(f"{stage}: ")
+    return report.as_text(f"{stage}: {said}").replace("\n", " ")
