@@ -6,17 +6,17 @@ comes. The constants are assumptions and are printed; none was measured on this 
 
     python benchmarks/roofline.py                    # every model and batch
     python benchmarks/roofline.py --models sd14 --batches 2
+    python benchmarks/roofline.py --write            # for docs/integer-engine.md
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import common
 import torch
@@ -32,6 +32,7 @@ from roofline_launches import (
     sd14,
 )
 
+RESULT = common.RESULTS / "roofline.json"
 MODELS: dict[str, Callable[[], Models]] = {"sd14": sd14, "ldm4": ldm4}
 
 
@@ -264,33 +265,50 @@ def main() -> None:
     parser = common.parser_of(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 8])
-    report(parser.parse_args())
+    parser.add_argument("--write", action="store_true", help=f"also write {RESULT}")
+    arguments = parser.parse_args()
+    rows = list(estimates(arguments.models, arguments.batches))
+    if arguments.write:
+        common.write_json(RESULT, {"assumed": GPU._asdict(), "rows": rows})
 
 
-def report(arguments: argparse.Namespace) -> None:
-    """Print the table."""
+def estimates(models: list[str], batches: list[int]) -> Iterator[dict[str, Any]]:
+    """Each model and batch, printed as it comes."""
     print(f"assumed: {GPU}")
     gpu = SimpleNamespace(
         multi_processor_count=GPU.processors, shared_memory_per_block_optin=GPU.shared, major=9
     )
     kinds = ("gemm", "quantize", "attention", "norm", "other")
-    for name in arguments.models:
-        models = MODELS[name]()
-        plain = models.full.eval().requires_grad_(False).half()
-        base = {
-            batch: estimate(events_of(plain, models, batch, gpu, seconds_of), compiled=True)
-            for batch in arguments.batches
+    for name in models:
+        of = MODELS[name]()
+        plain = of.full.eval().requires_grad_(False).half()
+        found = {
+            ("fp16 compiled", batch): estimate(
+                events_of(plain, of, batch, gpu, seconds_of), compiled=True
+            )
+            for batch in batches
         }
-        unet = converted(models)
-        for batch in arguments.batches:
-            mine = estimate(events_of(unet, models, batch, gpu, seconds_of))
-            for what, of in (("fp16 compiled", base[batch]), ("W4A4 fused", mine)):
-                parts = ", ".join(f"{k} {of.seconds[k] * 1e3:.2f}/{of.kernels[k]}" for k in kinds)
-                print(
-                    f"{name} batch {batch} {what:13s} {of.total * 1e3:6.2f} ms, "
-                    f"{of.count:4d} kernels (ms/kernels: {parts})"
-                )
-            print(f"{name} batch {batch} speed-up {base[batch].total / mine.total:.2f}")
+        for weights in ("packed", "int8"):
+            of = MODELS[name]()
+            unet = converted(of, weights=weights)
+            for batch in batches:
+                events = events_of(unet, of, batch, gpu, seconds_of)
+                found[f"W4A4 fused, {weights} weights", batch] = estimate(events)
+        for (what, batch), mine in sorted(found.items(), key=lambda pair: pair[0][1]):
+            speed_up = found["fp16 compiled", batch].total / mine.total
+            parts = ", ".join(f"{k} {mine.seconds[k] * 1e3:.2f}/{mine.kernels[k]}" for k in kinds)
+            print(
+                f"{name} batch {batch} {what:26s} {mine.total * 1e3:6.2f} ms, "
+                f"{mine.count:4d} kernels, x {speed_up:.2f} (ms/kernels: {parts})"
+            )
+            yield {
+                "model": name,
+                "batch": batch,
+                "what": what,
+                "ms": round(mine.total * 1e3, 3),
+                "kernels": mine.count,
+                "speed_up": round(speed_up, 3),
+            }
 
 
 if __name__ == "__main__":

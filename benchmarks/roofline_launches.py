@@ -113,7 +113,9 @@ def ldm4() -> Models:
 # ---- the UNet in integers ----
 
 
-def converted(models: Models, preset: str = "quest", bits: int = 4) -> nn.Module:
+def converted(
+    models: Models, preset: str = "quest", bits: int = 4, weights: str = "packed"
+) -> nn.Module:
     """The full UNet as `questlib.convert(..., "triton", dtype=float16, fuse=True)` makes it."""
     config = QuantConfig.preset(preset, bits, bits, weight_range="minmax", step_groups=2)
     narrow = prepare(models.narrow, config, torch.arange(0, 1000, 20))
@@ -121,7 +123,7 @@ def converted(models: Models, preset: str = "quest", bits: int = 4) -> nn.Module
     unet = models.full.eval().requires_grad_(False).half()
     for name, of in quant_layers(narrow).items():
         plain = unet.get_submodule(name)
-        unet.set_submodule(name, _layer(plain, of, name, steps))
+        unet.set_submodule(name, _layer(plain, of, name, steps, weights))
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
             of = narrow.get_submodule(name).processor
@@ -134,7 +136,9 @@ def converted(models: Models, preset: str = "quest", bits: int = 4) -> nn.Module
     return unet
 
 
-def _layer(plain: nn.Module, of: QuantLayer, name: str, steps: StepGroups) -> nn.Module:
+def _layer(
+    plain: nn.Module, of: QuantLayer, name: str, steps: StepGroups, weights: str
+) -> nn.Module:
     """The layer in integers, on "meta"; `of` is the same layer of the narrow UNet."""
     linear = isinstance(plain, nn.Linear)
     inputs = plain.in_features if linear else plain.in_channels
@@ -160,7 +164,7 @@ def _layer(plain: nn.Module, of: QuantLayer, name: str, steps: StepGroups) -> nn
     )
     layer.input_quantizer.shifts = act.shifts
     synthetic.random_grids(layer)
-    made = TritonLayer(integer_form(layer, name), steps).to("meta")
+    made = TritonLayer(integer_form(layer, name), steps, weights).to("meta")
     made.outputs = outputs
     for module in made.modules():
         for key, table in module.named_buffers(recurse=False):

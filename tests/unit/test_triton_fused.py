@@ -37,7 +37,7 @@ def quantized(unet: nn.Module, bits: int) -> nn.Module:
         if isinstance(norm, nn.GroupNorm | nn.LayerNorm):
             nn.init.normal_(norm.weight, 1.0, 0.2)
             nn.init.normal_(norm.bias, 0.0, 0.2)
-    config = QuantConfig.preset("quest", 4, bits, weight_range="minmax")
+    config = QuantConfig.preset("quest", 4, bits, weight_range="minmax", step_groups=2)
     fake = prepare(unet.eval(), config, torch.arange(4))
     random_grids(fake)
     return fake.requires_grad_(False)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-KeysAndValues = tuple[torch.Tensor, torch.Tensor]
+KeysAndValues = tuple[torch.Tensor, ...]
 
 
 class _Held(NamedTuple):

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from questlib.integer.time_table import TimeTable
+from questlib.integer.time_table import time_of
 from questlib.integer.triton.fused_attention import can_fuse_attention, fuse_attention
 from questlib.integer.triton.fused_transformers import (
     FusedTransformer,
@@ -36,7 +36,7 @@ class FusedResnetBlock(ResnetBlock2D):
         self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs
     ) -> torch.Tensor:
         """input [B, C, H, W], temb [B, E] -> [B, O, H, W]"""
-        time = self.time_of(temb)
+        time = time_of(self, temb)
         added = time if self.time_embedding_norm == "default" else None
         x = self.conv1(
             input_tensor, norm=affine_of(input_tensor, self.norm1), silu=True, shift=added
@@ -47,17 +47,6 @@ class FusedResnetBlock(ResnetBlock2D):
             norm = (norm[0] * (1 + scale), norm[1] * (1 + scale) + shift)
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return self.conv2(x, norm=norm, silu=True, residual=skip)
-
-    def time_of(self, temb: torch.Tensor | None) -> torch.Tensor | None:
-        """What the block takes of the timestep: [B, O] or [B, 2 O]."""
-        layer = self.time_emb_proj
-        if layer is None:
-            return None
-        inner = layer.layer if isinstance(layer, TimeTable) else layer
-        if self.skip_time_act or not isinstance(inner, TritonLayer):
-            return layer(temb if self.skip_time_act else self.nonlinearity(temb))
-        # The SiLU runs when the layer does: once a timestep, where there is a table.
-        return layer(temb, (None, None), True)
 
 
 def fuse(unet: nn.Module) -> int:

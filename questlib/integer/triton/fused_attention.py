@@ -54,13 +54,17 @@ class FusedAttnProcessor(TritonAttnProcessor):
             key, value = self.contexts.get(
                 group_in_force(self.kernel.steps, self.name),
                 encoder_hidden_states,
-                lambda: self.projected(attn, "kv", encoder_hidden_states, (None, None)),
+                lambda: self.of_context(attn, encoder_hidden_states),
             )
         out = self.kernel.attend_codes(query, key, value, attn.heads, attn.scale, x.dtype)
         out = attn.to_out[0](out, residual=residual)
         if hidden_states.ndim == 4:
             out = out.transpose(1, 2).reshape(hidden_states.shape)  # -> [B, C, H, W]
         return out
+
+    def of_context(self, attn: Attention, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The codes of a context's keys and values."""
+        return self.projected(attn, "kv", context, (None, None))
 
     def _apply(self, *args, **kwargs) -> nn.Module:
         self.contexts = Contexts()  # what it holds is of another device

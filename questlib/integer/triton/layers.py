@@ -126,6 +126,7 @@ class TritonLayer(Flagged, IntegerLayer):
     """
 
     engine = "triton"
+    takes_silu = True  # `forward` has it
 
     def __init__(self, form: IntegerForm, steps: StepGroups, weights: str = "packed") -> None:
         super().__init__(form, steps)

@@ -90,7 +90,7 @@ def serves(c: Config, o: int, packed: bool, gpu: Gpu) -> bool:
         packed: whether a byte of w holds two codes.
         gpu: where it is to run.
     """
-    most = 32 if o % 16 else 128  # accumulators a thread
+    most = 32 if o % 16 else 128 if gpu.wgmma else 64  # accumulators a thread
     if c.split > 1:
         most = min(most, 64)
     planes = 2 if packed else 1
@@ -98,8 +98,7 @@ def serves(c: Config, o: int, packed: bool, gpu: Gpu) -> bool:
     buffers = c.stages * c.bm * planes + (c.stages - packed) * c.bn
     # In the end the int32 or float32 outputs are there instead.
     needed = max(buffers * c.bk, 4 * c.bm * c.bn)
-    fits = c.bm * c.bn <= most * 32 * c.warps and needed <= gpu.shared
-    return fits and (gpu.wgmma or max(c.bm, c.bn) < 256)
+    return c.bm * c.bn <= most * 32 * c.warps and needed <= gpu.shared
 
 
 def fitting(
