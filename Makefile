@@ -120,7 +120,7 @@ notebook-tests: $(STAMP)  ## the notebooks alone, at smoke scale
 
 # The system's own memory settings: here memory counts more than time.
 test-slow: export GLIBC_TUNABLES =
-test-slow: $(STAMP)  ## what takes long: full-size models (20 GB), launches killed at random
+test-slow: $(STAMP)  ## what takes long: full-size models (20 GB), GPU tiles, killed launches
 	"$(PY)" -m pytest -m slow tests
 
 coverage: $(STAMP)  ## the share of questlib and reproduce that the tests run

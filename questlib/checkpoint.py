@@ -59,7 +59,7 @@ from questlib.diffusers_quantizer import (
 from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.integer.conversion import convert
-from questlib.integer.engines import choose_engine
+from questlib.integer.engines import choose_engine, fastest
 from questlib.integrity import Tensors, digest_of_json, fail_if_any, read_tensors, with_digests
 from questlib.packing import (
     CLASSES,
@@ -158,7 +158,8 @@ def from_pretrained(
     *,
     dtype: torch.dtype | None = None,
     weights: str = "packed",
-    fuse: bool = False,
+    fuse: bool | None = None,
+    graphs: bool | None = None,
     fallback: bool = False,
 ) -> nn.Module:
     """Load what `save_pretrained` wrote: a frozen quantized UNet.
@@ -167,10 +168,13 @@ def from_pretrained(
         path: the checkpoint's folder.
         engine: "fake" is simulated quantization, with the outputs of the saved model bit for bit.
             Others run in integers: "cpu", "triton", "reference", or "auto"; see
-            `questlib.convert`, also for the other arguments.
-        dtype: of what is not quantized; None: as it was saved.
+            `questlib.convert`, also for the other arguments. Where "triton" finds a GPU, the UNet
+            is put there.
+        dtype: of what is not quantized; None: float16 for "triton" on a GPU, otherwise as it was
+            saved.
         weights: for an integer engine: how weights are kept in memory.
-        fuse: for an integer engine: whether layers that follow each other are fused.
+        fuse: for engine "triton": whether layers that follow each other are fused; None: on a GPU.
+        graphs: for engine "triton": whether steps run as CUDA graphs; None: on a GPU.
         fallback: for an integer engine: whether layers without an integer form are simulated.
 
     Raises:
@@ -182,10 +186,12 @@ def from_pretrained(
         >>> pipe.unet = questlib.from_pretrained("ldm4-w4a4", engine="auto")
     """
     if engine != "fake":
-        choose_engine(engine)  # an engine that cannot run is refused before any long work
-    elif weights != "packed" or fuse or fallback:
+        # An engine that cannot run is refused before any long work.
+        defaults = fastest(choose_engine(engine))
+    elif weights != "packed" or fuse or graphs or fallback:
         raise ConfigError(
-            "weights, fuse and fallback are choices of the integer engines, not of engine 'fake'"
+            "weights, fuse, graphs and fallback are choices of the integer engines, "
+            "not of engine 'fake'"
         )
     path = Path(path)
     config, state = read_files(path)
@@ -193,12 +199,19 @@ def from_pretrained(
     load_tensors(path, unet, state)
     check_calibrated(path, unet)
     saved = check_saved_dtype(path, config, state)
-    dtype = saved if dtype is None else dtype
     if engine == "fake":
-        return cast(freeze(unet), dtype)
-    return convert(
-        unet, engine, dtype=dtype, weights=weights, fuse=fuse, fallback=fallback, inplace=True
+        return cast(freeze(unet), saved if dtype is None else dtype)
+    made = convert(
+        unet,
+        engine,
+        dtype=dtype or defaults.dtype or saved,
+        weights=weights,
+        fuse=defaults.fuse if fuse is None else fuse,
+        graphs=defaults.graphs if graphs is None else graphs,
+        fallback=fallback,
+        inplace=True,
     )
+    return made if defaults.device == "cpu" else nn.Module.to(made, defaults.device)
 
 
 def check_saved_dtype(path: Path, config: dict[str, Any], state: Tensors) -> torch.dtype:

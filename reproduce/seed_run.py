@@ -237,7 +237,12 @@ class SeedRun:
         if self.checkpoint is None:
             return self.pipe.unet
         unet = questlib.from_pretrained(
-            self.checkpoint.folder / "unet", engine=self.plan.choices.engine
+            self.checkpoint.folder / "unet",
+            engine=self.plan.choices.engine,
+            # The tables' numbers are of single precision, layer by layer, on every machine.
+            dtype=torch.float32,
+            fuse=False,
+            graphs=False,
         )
         return unet.to(self.pipe.device)
 

@@ -193,6 +193,8 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor, batch_size: int = 64)
     if vae is None:
         return to_uint8(latents)
     scale = vae.config.scaling_factor
+    # A UNet in half precision may stand before a decoder in single precision.
+    latents = latents.to(vae.dtype)
     images = [vae.decode(z / scale).sample for z in latents.split(batch_size)]
     return to_uint8(torch.cat(images))
 

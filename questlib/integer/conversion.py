@@ -26,6 +26,7 @@ def convert(
     dtype: torch.dtype | None = None,
     weights: str = "packed",
     fuse: bool = False,
+    graphs: bool = False,
     fallback: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
@@ -43,7 +44,10 @@ def convert(
         weights: how the Triton engine holds weights in memory: "packed", two 4-bit codes a byte,
             or "int8", twice as large with nothing to unpack.
         fuse: whether the Triton engine runs norm, SiLU and quantization of a ResNet block's input
-            in one kernel. Values are then rounded in another order before the codes are taken.
+            in one kernel, and so on. Values are then rounded in another order before the codes
+            are taken.
+        graphs: whether the Triton engine runs a step as one CUDA graph, captured at the first call
+            of each step group and shape.
         fallback: whether layers without integer form stay simulated, which `engine_report` shows.
         inplace: whether to convert `unet` itself, layer by layer, in half the memory.
 
@@ -61,7 +65,7 @@ def convert(
     """
     chosen = choose_engine(engine)
     step_groups(unet)
-    options = {"weights": weights, "fuse": fuse}
+    options = {"weights": weights, "fuse": fuse, "graphs": graphs}
     chosen.check_options(options)
     if unet.device.type not in ("cpu", chosen.device):
         raise EngineError(

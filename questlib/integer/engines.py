@@ -10,10 +10,15 @@ Importing this module loads neither torch nor any kernel.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 from questlib.errors import ConfigError, unknown
 from questlib.integer.cpu.engine import CPU, REFERENCE
 from questlib.integer.interface import Engine
 from questlib.integer.triton.engine import TRITON
+
+if TYPE_CHECKING:
+    import torch
 
 ENGINES: dict[str, Engine] = {}
 
@@ -33,6 +38,25 @@ def register(engine: Engine) -> None:
 register(CPU)
 register(REFERENCE)
 register(TRITON)
+
+
+class Defaults(NamedTuple):
+    """How an engine is fastest on this machine."""
+
+    device: str
+    dtype: torch.dtype | None  # of what stays in floating point; None: as it is
+    fuse: bool
+    graphs: bool
+
+
+def fastest(engine: Engine) -> Defaults:
+    """Half precision, fused and as CUDA graphs on a GPU; otherwise as the model is."""
+    import torch
+
+    if engine.device == "cuda" and torch.cuda.is_available():
+        return Defaults("cuda", torch.float16, True, True)
+    return Defaults("cpu", None, False, False)
+
 
 CPU_ENGINES = tuple(name for name, engine in ENGINES.items() if engine.device == "cpu")
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from questlib.quantization.step_groups import StepGroups
 
 # Choices of `convert` that only some engines take, and their values; the first is the default.
-OPTIONS: dict[str, tuple[Any, ...]] = {"weights": ("packed", "int8"), "fuse": (False, True)}
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "weights": ("packed", "int8"),
+    "fuse": (False, True),
+    "graphs": (False, True),
+}
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class QuantAttnProcessor(nn.Module):
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)  # -> [B, C, H, W]
         if attn.residual_connection:
             hidden_states = hidden_states + residual
-        return hidden_states / attn.rescale_output_factor
+        factor = attn.rescale_output_factor
+        return hidden_states if factor == 1 else hidden_states / factor
 
     def with_added(
         self,

@@ -101,6 +101,25 @@ def engines(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def estimate(folder: Path) -> str:
+    """A step on a GPU as benchmarks/roofline.py estimates it."""
+    found = _benchmark(folder, "roofline")
+    if found is None:
+        return _not_measured("roofline")
+    rows = [
+        {
+            "model": row["model"],
+            "batch": row["batch"],
+            "": row["what"],
+            "kernels": row["kernels"],
+            "step, ms": f"{row['ms']:.2f}",
+            "x fp16": f"{row['speed_up']:.2f}",
+        }
+        for row in found["rows"]
+    ]
+    return report.as_markdown(pd.DataFrame(rows))
+
+
 def full_size(folder: Path) -> str:
     """Full-size models: what quantization takes here, and finetuning on a GPU."""
     parts = []

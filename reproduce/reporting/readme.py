@@ -41,6 +41,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "findings": findings.answers,
     "commands": run_times.commands,
     "engines": benchmarks.engines,
+    "estimate": benchmarks.estimate,
     "full-size": benchmarks.full_size,
     "machines": benchmarks.machines,
     "adaround": benchmarks.adaround,

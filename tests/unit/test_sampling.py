@@ -114,3 +114,11 @@ def test_another_step_count_uses_the_nearest_group(ldm, calib, fast):
         and groups == sorted(groups)
         and set(groups) == {0, 1, 2, 3, 4}
     )
+
+
+def test_a_unet_in_half_precision_before_a_decoder_in_single_precision(ldm):
+    half = draw(ldm, 2, unet=copy.deepcopy(ldm.unet).bfloat16())
+    whole = draw(ldm, 2)
+    error = (half.latents.float() - whole.latents).square().mean() / whole.latents.square().mean()
+    assert 0 < error.item() < 1e-3
+    assert half.images.shape == whole.images.shape

@@ -10,7 +10,8 @@ from questlib.integer.attention_form import Operands
 from questlib.integer.form import group_in_force
 from questlib.integer.modules import IntegerAttention
 from questlib.integer.triton.flags import Flagged
-from questlib.integer.triton.packing import grid_table, sent_constant
+from questlib.integer.triton.layers import Codes
+from questlib.integer.triton.packing import grid_table, padded_to, sent_constant
 from questlib.integer.triton.products import integer_attention
 from questlib.integer.triton.quantizing import quantize
 from questlib.integer.triton.runtime import check_input
@@ -91,16 +92,52 @@ class TritonAttention(Flagged):
             rows = rows if rows.stride(-1) == 1 else rows.contiguous()
             a, *_ = quantize(rows, table[g], self.flag, levels, [0, 0], False)
             sent.append(a.reshape(*x.shape[:2], -1))
+        q, k, v = sent
+        # The tensor core wants the index that is summed over innermost.
+        turned = v.new_empty(v.shape[0], self.width, padded_to(v.shape[1], 16))
+        turned[..., : v.shape[1]] = v[..., : self.width].transpose(1, 2)
+        return self.attend_codes(q, k, turned, heads, scale, query.dtype)
+
+    def attend_codes(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        heads: int,
+        scale: float,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The attention of operands that are codes, as `integer_attention` takes them."""
+        g = group_in_force(self.steps, self.name)
         return integer_attention(
-            *sent,
+            q,
+            k,
+            v,
             self.v_scale[g],
             heads,
             self.constants[g],
             self.factors[g] * scale,
             self.p_inverses[g],
             self.levels[3],
-            query.dtype,
+            dtype,
         )
+
+    def hold_codes(self) -> None:
+        """Hold tables [G, 4, C] of q, k and v, with which products write the codes themselves."""
+        for x in "qkv":
+            table = getattr(self, f"table_{x}")
+            self.hold(f"codes_{x}", table.expand(-1, -1, self.width).contiguous())
+
+    def codes(self, x: str) -> Codes:
+        """The codes that the attention takes of "q", "k" or "v"."""
+        g = group_in_force(self.steps, self.name)
+        table = getattr(self, f"codes_{x}")[g]
+        return Codes(table, self.levels["qkv".index(x)], transposed=x == "v")
+
+
+def masked(name: str) -> EngineError:
+    """What an attention says to a mask."""
+    return EngineError(f"{name}: engine triton: attention masks are not served")
 
 
 class TritonAttnProcessor(IntegerAttention):
@@ -126,5 +163,5 @@ class TritonAttnProcessor(IntegerAttention):
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if attention_mask is not None:
-            raise EngineError(f"{self.name}: engine triton: attention masks are not served")
+            raise masked(self.name)
         return self.kernel.attend(query, key, value, attn.heads, attn.scale)

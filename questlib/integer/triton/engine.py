@@ -35,10 +35,15 @@ def _make_attention(processor: QuantAttnProcessor, name: str, heads: int) -> Int
 
 
 def _finish(unet: nn.Module, options: Mapping[str, Any]) -> None:
+    from questlib.integer.triton.flags import hold_flagged
     from questlib.integer.triton.fused import fuse
+    from questlib.integer.triton.graphs import use_graphs
 
     if options["fuse"]:
         fuse(unet)
+    hold_flagged(unet)
+    if options["graphs"]:
+        use_graphs(unet)
 
 
 def _after_call(unet: nn.Module) -> None:
@@ -54,7 +59,7 @@ TRITON = Engine(
     check=_check,
     make_layer=_make_layer,
     make_attention=_make_attention,
-    options=frozenset({"weights", "fuse"}),
+    options=frozenset({"weights", "fuse", "graphs"}),
     finish=_finish,
     after_call=_after_call,
 )

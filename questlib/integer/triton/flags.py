@@ -18,7 +18,11 @@ class Tables(nn.Module):
         """Register a buffer that `.to(device)` moves and the state_dict leaves out."""
         self.register_buffer(name, value, persistent=False)
 
+    moves = 0  # how often the tables were moved
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        self.moves += 1
+
         def move(t: torch.Tensor) -> torch.Tensor:
             return t.to(fn(t).device) if t.is_floating_point() else fn(t)
 
@@ -35,6 +39,19 @@ class Flagged(Tables):
         self.hold("flag", torch.zeros(1, dtype=torch.int32, device=device))
 
 
+HELD = "quest_flagged"  # where a converted model keeps the list of its flagged modules
+
+
+def flagged(model: nn.Module) -> list[Flagged]:
+    """The modules of a model that have flags."""
+    return [m for m in model.modules() if isinstance(m, Flagged)]
+
+
+def hold_flagged(model: nn.Module) -> None:
+    """Keep the list, for models whose modules stay in their places: to walk them takes longer."""
+    model.__dict__[HELD] = flagged(model)
+
+
 def check_finite(model: nn.Module) -> None:
     """Check the inputs of all layers since the last check.
 
@@ -46,7 +63,7 @@ def check_finite(model: nn.Module) -> None:
     """
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
-    layers = [m for m in model.modules() if isinstance(m, Flagged)]
+    layers = model.__dict__.get(HELD) or flagged(model)
     if not layers:
         return
     flags = torch.cat([layer.flag for layer in layers])

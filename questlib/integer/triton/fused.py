@@ -1,59 +1,74 @@
-"""ResNet blocks that run norm and activation inside the quantizing kernel, and add the shortcut in
-the product's epilogue."""
+"""Blocks that run norms and activations inside the quantizing kernels, and add residuals and shifts
+in the products' epilogues.
+
+In exact arithmetic they are the same blocks. Float rounding differs, so that single codes can
+differ from the simulation's by one.
+"""
 
 from __future__ import annotations
 
 import torch
+from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from questlib.integer.time_table import time_of
+from questlib.integer.triton.fused_attention import can_fuse_attention, fuse_attention
+from questlib.integer.triton.fused_transformers import (
+    FusedTransformer,
+    FusedTransformerBlock,
+    can_fuse_block,
+    can_fuse_transformer,
+)
 from questlib.integer.triton.layers import TritonLayer
-from questlib.integer.triton.quantizing import group_norm_affine
+from questlib.integer.triton.quantizing import affine_of
 
 
 class FusedResnetBlock(ResnetBlock2D):
     """A ResnetBlock2D as `fuse` turns it into.
 
     GroupNorm becomes a scale and a shift for each channel, applied with the SiLU and the
-    quantization in one pass over the activations. In exact arithmetic it is the same block; float
-    rounding differs, so that single codes can differ from the simulation's by one.
+    quantization in one pass over the activations. The timestep's shift and the shortcut are added
+    by the products.
     """
 
     def forward(
         self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args, **kwargs
     ) -> torch.Tensor:
         """input [B, C, H, W], temb [B, E] -> [B, O, H, W]"""
-        x = self.conv1(input_tensor, norm=_affine(input_tensor, self.norm1), silu=True)
-        shift = None
-        if self.time_emb_proj is not None:
-            shift = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
-        if shift is not None and self.time_embedding_norm == "default":
-            x = x + shift[:, :, None, None]
-        norm = _affine(x, self.norm2)
-        if shift is not None and self.time_embedding_norm == "scale_shift":
-            scale, shift = (v.float() for v in shift.chunk(2, dim=1))  # [B, O] each
+        time = time_of(self, temb)
+        added = time if self.time_embedding_norm == "default" else None
+        x = self.conv1(
+            input_tensor, norm=affine_of(input_tensor, self.norm1), silu=True, shift=added
+        )
+        norm = affine_of(x, self.norm2)
+        if time is not None and added is None:
+            scale, shift = (v.float() for v in time.chunk(2, dim=1))  # [B, O] each
             norm = (norm[0] * (1 + scale), norm[1] * (1 + scale) + shift)
         skip = input_tensor if self.conv_shortcut is None else self.conv_shortcut(input_tensor)
         return self.conv2(x, norm=norm, silu=True, residual=skip)
 
 
-def _affine(x: torch.Tensor, norm: nn.GroupNorm) -> tuple[torch.Tensor, torch.Tensor]:
-    return group_norm_affine(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
-
-
 def fuse(unet: nn.Module) -> int:
-    """Turn every ResNet block that can be into a FusedResnetBlock, in place.
+    """Turn every block that can be into a fused one, in place.
 
     Returns:
         The number of such blocks.
     """
-    blocks = [block for block in unet.modules() if _can_fuse(block)]
-    for block in blocks:
-        block.__class__ = FusedResnetBlock
-    return len(blocks)
+    fused = 0
+    for module in unet.modules():
+        if isinstance(module, Attention) and can_fuse_attention(module):
+            fuse_attention(module)
+            fused += 1
+    for block in unet.modules():
+        for can_fuse, kind in KINDS:
+            if can_fuse(block):
+                block.__class__ = kind
+                fused += 1
+    return fused
 
 
-def _can_fuse(block: nn.Module) -> bool:
+def _can_fuse_resnet(block: nn.Module) -> bool:
     """Whether a block has two Triton layers, each right behind a plain GroupNorm and a SiLU."""
     if not isinstance(block, ResnetBlock2D):
         return False
@@ -69,3 +84,10 @@ def _can_fuse(block: nn.Module) -> bool:
         and block.downsample is None
         and block.time_embedding_norm in ("default", "scale_shift")
     )
+
+
+KINDS = (
+    (_can_fuse_resnet, FusedResnetBlock),
+    (can_fuse_block, FusedTransformerBlock),
+    (can_fuse_transformer, FusedTransformer),
+)

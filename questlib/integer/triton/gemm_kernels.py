@@ -6,7 +6,8 @@ Layouts (channels innermost everywhere)
           uint8   [O, taps, C' / 2]    kind "packed": byte j holds the codes of channels j (low
                                        nibble) and j + C'/2 (high), so that both halves of a' are
                                        read as they stand
-    out   float   [B, H', W', O], or int32 accumulators
+    out   float   [B, H', W', O], or int32 accumulators, or int8 codes for the next product:
+                  [B, N, O'], or transposed [B, O, N'], with padding that nobody writes
 
 With block shifts 2^e, the channels of packed w' are in the same order as those of a'.
 
@@ -20,6 +21,8 @@ R are the sums of a under the kernel's window, and d_o is the zero-point compens
 
 import triton
 import triton.language as tl
+
+from questlib.integer.triton.quantize_kernels import codes
 
 
 @triton.jit
@@ -79,6 +82,87 @@ def shift_at(k, end1, end2, end3):
 
 
 @triton.jit
+def finish(
+    acc,
+    OUT,
+    SCALE,
+    ROW_SCALE,
+    BIAS,
+    SHIFT,
+    RESIDUAL,
+    CORRECTION,
+    COMPENSATION,
+    SUMS,
+    TABLE,
+    rm,
+    rn,
+    pixel,
+    M,
+    N,
+    wide,
+    taps_y,
+    taps_x,
+    area,
+    shift_stride,
+    levels,
+    code_stride,
+    RAW: tl.constexpr,
+    CODES: tl.constexpr,
+    HAS_ROW: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    HAS_CORRECTION: tl.constexpr,
+    HAS_COMPENSATION: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Sums [BN, BM] -> out, for the output channels rn and the output pixels rm.
+
+    pixel [BM] is where their windows begin.
+    """
+    in_m = rm < M
+    in_n = rn < N
+    if HAS_CORRECTION:
+        acc += tl.load(CORRECTION + rn, mask=in_n, other=0)[:, None]
+    if HAS_COMPENSATION:
+        r = tl.zeros((BM,), tl.int32)
+        for ty in range(taps_y):
+            for x in range(taps_x):
+                r += tl.load(SUMS + pixel + ty * wide + x)
+        acc += tl.load(COMPENSATION + rn, mask=in_n, other=0)[:, None] * r[None, :]
+    place = rm[None, :] * N + rn[:, None]
+    mask = in_m[None, :] & in_n[:, None]
+    if RAW:
+        tl.store(OUT + place, acc, mask=mask)
+    else:
+        out = acc.to(tl.float32) * tl.load(SCALE + rn, mask=in_n, other=0.0)[:, None]
+        if HAS_ROW:
+            out *= tl.load(ROW_SCALE + rm, mask=in_m, other=0.0)[None, :]
+        if HAS_BIAS:
+            out += tl.load(BIAS + rn, mask=in_n, other=0.0)[:, None]
+        if HAS_SHIFT:
+            at = tl.where(in_m, rm, 0) // area * shift_stride
+            shift = tl.load(SHIFT + at[None, :] + rn[:, None], mask=mask, other=0.0)
+            out += shift.to(tl.float32)
+        if HAS_RESIDUAL:
+            out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
+        if CODES == "no":
+            tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
+        else:
+            inverse = tl.load(TABLE + rn, mask=in_n, other=0.0)[:, None]
+            low = tl.load(TABLE + N + rn, mask=in_n, other=0.0)[:, None]
+            multiplier = tl.load(TABLE + 2 * N + rn, mask=in_n, other=0.0)[:, None]
+            constant = tl.load(TABLE + 3 * N + rn, mask=in_n, other=0.0)[:, None]
+            code = codes(out, inverse, low, levels, multiplier, constant)
+            if CODES == "rows":
+                place = rm[None, :] * code_stride + rn[:, None]
+            else:
+                of_picture = (rm // area * N)[None, :] + rn[:, None]
+                place = of_picture * code_stride + (rm % area)[None, :]
+            tl.store(OUT + place, code, mask=mask)
+
+
+@triton.jit
 def gemm(
     A,
     W,
@@ -86,10 +170,14 @@ def gemm(
     SCALE,
     ROW_SCALE,
     BIAS,
+    SHIFT,
     RESIDUAL,
     CORRECTION,
     COMPENSATION,
     SUMS,
+    TABLE,
+    PARTIAL,
+    ARRIVED,
     M,
     N,
     span,
@@ -105,20 +193,25 @@ def gemm(
     end1,
     end2,
     end3,
+    shift_stride,
+    levels,
+    code_stride,
     POINT: tl.constexpr,
     PACKED: tl.constexpr,
     SHIFTED: tl.constexpr,
     ASM: tl.constexpr,
     RAW: tl.constexpr,
+    CODES: tl.constexpr,
     HAS_ROW: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_CORRECTION: tl.constexpr,
     HAS_COMPENSATION: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
-    ATOMIC: tl.constexpr,
+    SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     """out^T [N, M] = w x a^T as an implicit GEMM over the taps of the window.
@@ -130,9 +223,13 @@ def gemm(
     POINT     1 x 1 with stride 1, pixel to pixel
     SHIFTED   packed codes of the columns before end_j count 2^j fold
     HAS_ROW   ROW_SCALE float32 [M] multiplies each pixel's outputs (POINT only)
+    HAS_SHIFT SHIFT [B, N] with strides (shift_stride, 1) is added to each picture's outputs
     RAW       out is int32, the true accumulators
-    ATOMIC    the programs of grid axis 1 share the reduction and add to out, which is int32 and
-              zeroed before; integer sums do not depend on the order
+    CODES     "rows" or "columns": out are the outputs' codes, int8 [B, N, code_stride] or [B, O,
+              code_stride]. TABLE float32 [4, N] and levels are as `quantize_kernels.quantize` has
+              them; otherwise "no"
+    SPLIT     the programs of grid axis 1 share the reduction. PARTIAL int32 holds the shares, and
+              ARRIVED int32 [tiles], zero before and after, how many of a tile's are there
     """
     m_tiles = tl.cdiv(M, BM)
     n_tiles = tl.cdiv(N, BN)
@@ -150,9 +247,9 @@ def gemm(
     if POINT:
         pixel = own_m
     else:
-        area = out_high * out_wide
+        at = own_m % (out_high * out_wide)
         pixel = (
-            own_m // area * high + own_m % area // out_wide * stride_y
+            own_m // (out_high * out_wide) * high + at // out_wide * stride_y
         ) * wide + own_m % out_wide * stride_x
 
     blocks = span // BK  # of one tap
@@ -191,65 +288,88 @@ def gemm(
             tx = tl.where(turn, 0, tx)
             at += tl.where(done, padded - span, 0) + tl.where(turn, (wide - taps_x) * padded, 0)
 
-    in_m = rm < M
-    in_n = rn < N
-    # The corrections once, however many programs share the reduction.
-    if tl.program_id(1) == 0:
-        if HAS_CORRECTION:
-            acc += tl.load(CORRECTION + rn, mask=in_n, other=0)[:, None]
-        if HAS_COMPENSATION:
-            r = tl.zeros((BM,), tl.int32)
-            for ty in range(taps_y):
-                for x in range(taps_x):
-                    r += tl.load(SUMS + pixel + ty * wide + x)
-            acc += tl.load(COMPENSATION + rn, mask=in_n, other=0)[:, None] * r[None, :]
-    place = rm[None, :] * N + rn[:, None]
-    mask = in_m[None, :] & in_n[:, None]
-    if ATOMIC:
-        tl.atomic_add(OUT + place, acc, mask=mask, sem="relaxed")
-    elif RAW:
-        tl.store(OUT + place, acc, mask=mask)
+    area = out_high * out_wide
+    if SPLIT:
+        # Every program leaves its share in memory, and the last to arrive adds them up.
+        parts = tl.num_programs(1)
+        each: tl.constexpr = BN * BM
+        within = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        shares = PARTIAL + pid * parts * each
+        tl.store(shares + tl.program_id(1) * each + within, acc)
+        # All threads have stored when one of them counts; what it reads first is the others'.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(ARRIVED + pid, 1, sem="acq_rel")
+        if arrived == parts - 1:
+            acc = tl.zeros((BN, BM), tl.int32)
+            for i in range(parts):
+                acc += tl.load(shares + i * each + within)
+            tl.store(ARRIVED + pid, 0)
+            finish(
+                acc,
+                OUT,
+                SCALE,
+                ROW_SCALE,
+                BIAS,
+                SHIFT,
+                RESIDUAL,
+                CORRECTION,
+                COMPENSATION,
+                SUMS,
+                TABLE,
+                rm,
+                rn,
+                pixel,
+                M,
+                N,
+                wide,
+                taps_y,
+                taps_x,
+                area,
+                shift_stride,
+                levels,
+                code_stride,
+                RAW,
+                CODES,
+                HAS_ROW,
+                HAS_BIAS,
+                HAS_SHIFT,
+                HAS_RESIDUAL,
+                HAS_CORRECTION,
+                HAS_COMPENSATION,
+                BM,
+            )
     else:
-        out = acc.to(tl.float32) * tl.load(SCALE + rn, mask=in_n, other=0.0)[:, None]
-        if HAS_ROW:
-            out *= tl.load(ROW_SCALE + rm, mask=in_m, other=0.0)[None, :]
-        if HAS_BIAS:
-            out += tl.load(BIAS + rn, mask=in_n, other=0.0)[:, None]
-        if HAS_RESIDUAL:
-            out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def finish(
-    ACC,
-    OUT,
-    SCALE,
-    ROW_SCALE,
-    BIAS,
-    RESIDUAL,
-    M,
-    N,
-    HAS_ROW: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-):
-    """The epilogue of `gemm` for int32 accumulators in memory (after a split reduction)."""
-    rm = tl.program_id(0) * BM + tl.arange(0, BM)
-    rn = tl.program_id(1) * BN + tl.arange(0, BN)
-    in_n = rn < N
-    place = rm[:, None] * N + rn[None, :]
-    mask = (rm < M)[:, None] & in_n[None, :]
-    out = (
-        tl.load(ACC + place, mask=mask, other=0).to(tl.float32)
-        * tl.load(SCALE + rn, mask=in_n, other=0.0)[None, :]
-    )
-    if HAS_ROW:
-        out *= tl.load(ROW_SCALE + rm, mask=rm < M, other=0.0)[:, None]
-    if HAS_BIAS:
-        out += tl.load(BIAS + rn, mask=in_n, other=0.0)[None, :]
-    if HAS_RESIDUAL:
-        out += tl.load(RESIDUAL + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(OUT + place, out.to(OUT.dtype.element_ty), mask=mask)
+        finish(
+            acc,
+            OUT,
+            SCALE,
+            ROW_SCALE,
+            BIAS,
+            SHIFT,
+            RESIDUAL,
+            CORRECTION,
+            COMPENSATION,
+            SUMS,
+            TABLE,
+            rm,
+            rn,
+            pixel,
+            M,
+            N,
+            wide,
+            taps_y,
+            taps_x,
+            area,
+            shift_stride,
+            levels,
+            code_stride,
+            RAW,
+            CODES,
+            HAS_ROW,
+            HAS_BIAS,
+            HAS_SHIFT,
+            HAS_RESIDUAL,
+            HAS_CORRECTION,
+            HAS_COMPENSATION,
+            BM,
+        )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -22,8 +24,20 @@ from questlib.integer.triton.packing import (
 from questlib.integer.triton.products import integer_gemm
 from questlib.integer.triton.quantizing import quantize
 from questlib.integer.triton.runtime import check_input
+from questlib.integer.triton.tiles import MOST_SPLIT
 from questlib.quantization.step_groups import StepGroups
 
+
+class Codes(NamedTuple):
+    """Of outputs that are written as codes, for a product that follows."""
+
+    table: torch.Tensor  # float32 [4, O]: `grid_table`
+    levels: int  # 2^bits - 1
+    transposed: bool  # whether the pixels are innermost
+
+
+# What a part multiplies: a', the sums of a, the scales of tokens.
+Sent = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Affine = tuple[torch.Tensor | None, torch.Tensor | None]  # float32 [B, C]: scale and shift
 
 
@@ -112,6 +126,7 @@ class TritonLayer(Flagged, IntegerLayer):
     """
 
     engine = "triton"
+    takes_silu = True  # `forward` has it
 
     def __init__(self, form: IntegerForm, steps: StepGroups, weights: str = "packed") -> None:
         super().__init__(form, steps)
@@ -134,6 +149,7 @@ class TritonLayer(Flagged, IntegerLayer):
         self.outputs = len(form.parts[0].weight)
         self.hold("bias", form.bias)
         self.hold_flag(form.parts[0].weight.device)
+        self.hold("arrived", self.flag.new_zeros(MOST_SPLIT))
         self.parts = nn.ModuleList(
             TritonPart(part, [group[i] for group in form.grids], self.levels, packed)
             for i, part in enumerate(form.parts)
@@ -143,19 +159,26 @@ class TritonLayer(Flagged, IntegerLayer):
     def resident_bytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers())
 
-    def rows(self, x: torch.Tensor) -> torch.Tensor:
-        """x -> [B, H, W, C] with C innermost, copied only when it is not so already.
+    def rows(self, x: torch.Tensor, gated: bool = False) -> torch.Tensor:
+        """x -> [B, H, W, C], C innermost, copied only when it is not so already.
+
+        With gates C is twice the number of channels.
 
         Raises:
             EngineError: the engine cannot run on x.
         """
         found: int | str
         if self.linear:
-            found = x.shape[-1]
+            found = x.shape[-1] // 2 if gated else x.shape[-1]
         else:
             found = x.shape[1] if x.ndim == 4 else f"{x.ndim} dimensions"
         check_input(x, self.name, found, self.channels)
-        rows = x.reshape(1, 1, -1, x.shape[-1]) if self.linear else x.permute(0, 2, 3, 1)
+        if not self.linear:
+            rows = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        elif x.ndim == 3:
+            rows = x[:, None]  # [B, N, C] -> [B, 1, N, C]
+        else:
+            rows = x.reshape(1, 1, -1, x.shape[-1])
         return rows if rows.stride(-1) == 1 else rows.contiguous()
 
     def quantized(
@@ -165,21 +188,24 @@ class TritonLayer(Flagged, IntegerLayer):
         g: int,
         norm: Affine = (None, None),
         silu: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What part i multiplies in step group g: (a', sums of a, scales of tokens).
+        gated: bool = False,
+    ) -> Sent:
+        """What part i multiplies in step group g.
 
         Args:
-            rows: [B, H, W, C].
+            rows: [B, H, W, C], or 2 C with gates.
             i: the part.
             g: the step group.
             norm: as in `forward`.
             silu: as in `forward`.
+            gated: as in `forward`.
         """
         part = self.parts[i]
         start, stop = part.span
+        own = rows if gated else rows[..., start:stop]
         scale, shift = (v if v is None else v[:, start:stop].float().contiguous() for v in norm)
         return quantize(
-            rows[..., start:stop],
+            own,
             part.table[g],
             self.flag,
             self.levels,
@@ -190,6 +216,7 @@ class TritonLayer(Flagged, IntegerLayer):
             shift,
             silu,
             None if part.clip is None else part.clip[g],
+            gated,
         )
 
     def multiplied(
@@ -202,6 +229,8 @@ class TritonLayer(Flagged, IntegerLayer):
         dtype: torch.dtype,
         bias: torch.Tensor | None = None,
         residual: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        codes: Codes | None = None,
     ) -> torch.Tensor:
         """Part i of the output, [B, H', W', O]; with dtype int32 its accumulators."""
         part = self.parts[i]
@@ -218,7 +247,10 @@ class TritonLayer(Flagged, IntegerLayer):
             self.stride,
             part.ends,
             dtype,
+            self.arrived,
             scales if len(scales) else None,
+            shift,
+            *(codes or ()),
         )
 
     def forward(
@@ -227,6 +259,10 @@ class TritonLayer(Flagged, IntegerLayer):
         norm: Affine = (None, None),
         silu: bool = False,
         residual: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        gated: bool = False,
+        codes: Codes | None = None,
+        sent: Sent | None = None,
     ) -> torch.Tensor:
         """Run the layer, and optionally what stands before and after it.
 
@@ -236,17 +272,34 @@ class TritonLayer(Flagged, IntegerLayer):
                 inside the quantizing kernel.
             silu: whether a SiLU stands between that norm and the layer; it runs there as well.
             residual: like the output; added in the product's epilogue.
+            shift: [B, O], added to each picture's outputs there.
+            gated: whether x has 2 K channels, values and gates of a GEGLU before the layer, which
+                runs inside the quantizing kernel. For layers of one part.
+            codes: of a Linear's output, which is int8 [B, N, O'] or [B, O, N'] then.
+            sent: what the layer multiplies, where x is quantized already (`quantized_together`).
         """
-        rows = self.rows(x)
+        rows = self.rows(x, gated)
         g = group_in_force(self.steps, self.name)
         out = residual
         if residual is not None:
             out = (residual if self.linear else residual.permute(0, 2, 3, 1)).contiguous()
         last = len(self.parts) - 1
         for i in range(len(self.parts)):
-            sent = self.quantized(rows, i, g, norm, silu)
-            dtype = x.dtype if i == last else torch.float32
-            out = self.multiplied(*sent, i, g, dtype, self.bias if i == 0 else None, out)
+            operands = self.quantized(rows, i, g, norm, silu, gated) if sent is None else sent
+            dtype = torch.float32 if i < last else x.dtype if codes is None else torch.int8
+            out = self.multiplied(
+                *operands,
+                i,
+                g,
+                dtype,
+                bias=self.bias if i == 0 else None,
+                residual=out,
+                shift=shift if i == 0 else None,
+                codes=codes if i == last else None,
+            )
+        assert out is not None  # a layer has one part at least
+        if codes is not None:
+            return out if codes.transposed else out[:, 0]
         return self._shaped(out, x)
 
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:

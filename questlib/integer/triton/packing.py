@@ -10,6 +10,11 @@ from questlib.integer.form import BYTE, INT32, Grid, WeightPart
 CHANNEL_BLOCK = 64  # channels are padded to a multiple, so that no loop over them needs a mask
 
 
+def padded_to(n: int, block: int) -> int:
+    """n rounded up to a multiple of the block."""
+    return -(-n // block) * block
+
+
 def unshifted(part: WeightPart) -> torch.Tensor:
     """The part's weight without its shifts 2^e, int16."""
     return part.weight.short() >> part.shift.short().reshape(1, -1, *[1] * (part.weight.ndim - 2))

@@ -26,6 +26,36 @@ def integer(x):
 
 
 @triton.jit
+def carry(x, inverse, low, levels, multiplier):
+    """The integers (q - z) m of x, in float32: exact, and no slow conversion."""
+    # The clamp stands between product and sum, so that they cannot be fused. Its bounds are
+    # integers: clamping before rounding gives the same codes as clamping after it.
+    u = tl.minimum(tl.maximum(x * inverse, low), low + levels)
+    return ((u + ROUND) - ROUND) * multiplier
+
+
+@triton.jit
+def codes(x, inverse, low, levels, multiplier, constant):
+    """a' int8 of x."""
+    return integer(carry(x, inverse, low, levels, multiplier) + constant).to(tl.int8)
+
+
+@triton.jit
+def gelu(x):
+    """x Phi(x), without branches, unlike tl.erf.
+
+    Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26: |error| of erf <= 1.5e-7.
+    """
+    z = tl.abs(x) * 0.7071067811865476
+    t = 1.0 / (1.0 + 0.3275911 * z)
+    series = 1.061405429 * t - 1.453152027
+    series = (series * t + 1.421413741) * t - 0.284496736
+    series = (series * t + 0.254829592) * t
+    tail = 0.5 * series * tl.exp(-z * z)  # Phi(-|x|)
+    return x * tl.where(x > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
 def values(
     X,
     NORM_SCALE,
@@ -35,10 +65,14 @@ def values(
     b,
     mask,
     channels,
+    mean,
+    spread,
+    LAYER: tl.constexpr,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
+    GATED: tl.constexpr,
 ):
-    """What is quantized: x, normalized and activated, in float32.
+    """What is quantized: x, normalized and activated, or multiplied by its gate, in float32.
 
     Also the number of values of each row that were NaN or infinite; they are 0 here.
     """
@@ -46,14 +80,80 @@ def values(
     finite = tl.abs(x) < float("inf")
     bad = tl.sum((~finite).to(tl.int32), 1)
     x = tl.where(finite, x, 0.0)
+    if LAYER:
+        x = (x - mean[:, None]) * spread[:, None]
     if NORM:
         at = b[:, None] * channels + channel[None, :]
-        scale = tl.load(NORM_SCALE + at, mask=mask, other=0.0)
-        shift = tl.load(NORM_SHIFT + at, mask=mask, other=0.0)
+        scale = tl.load(NORM_SCALE + at, mask=mask, other=0.0).to(tl.float32)
+        shift = tl.load(NORM_SHIFT + at, mask=mask, other=0.0).to(tl.float32)
         x = x * scale + shift
     if SILU:
         x = x / (1.0 + tl.exp(-x))
+    if GATED:
+        gate_at = X + source[:, None] + (channel + channels)[None, :]
+        gate = tl.load(gate_at, mask=mask, other=0.0).to(tl.float32)
+        finite = tl.abs(gate) < float("inf")
+        bad += tl.sum((~finite).to(tl.int32), 1)
+        gate = tl.where(finite, gate, 0.0)
+        x = x * gelu(gate)
     return x, bad
+
+
+@triton.jit
+def write_codes(
+    x,
+    TABLE,
+    OUT,
+    r,
+    c,
+    mask,
+    rows,
+    channels,
+    padded,
+    levels,
+    inverse_own,
+    zero,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    TOKEN: tl.constexpr,
+):
+    """Store the codes of x [BR, BC], the rows r and columns c of a'; -> their sums, int32 [BR].
+
+    The rest is as `quantize` has it. inverse_own and zero [BR] are a token's own.
+    """
+    columns = padded if ORDERED else channels
+    total = 0 * r
+    if UNIFORM:
+        inverse = tl.load(TABLE)
+        low = tl.load(TABLE + 1)
+        multiplier = tl.load(TABLE + 2)
+        constant = tl.load(TABLE + 3)
+    else:
+        # Read in x's own layout [BR, BC] (from the cache), so that threads exchange nothing.
+        # Zeros where there is no x: its code is 0.
+        at = TABLE + c[None, :] + 0 * r[:, None]
+        inverse = tl.load(at, mask=mask, other=0.0)
+        low = tl.load(at + columns, mask=mask, other=0.0)
+        multiplier = tl.load(at + 2 * columns, mask=mask, other=0.0)
+        constant = 0.0
+    if TOKEN:
+        inverse = inverse_own[:, None] * inverse
+        low = -zero[:, None]
+    carried = carry(x, inverse, low, levels, multiplier)
+    if HAS_SUMS:
+        if ORDERED:
+            weighted = carried * tl.load(at + 3 * columns, mask=mask, other=0.0)
+        else:
+            weighted = carried
+        total = tl.sum(integer(weighted), 1)
+    a = integer(carried + constant).to(tl.int8)
+    tl.store(
+        OUT + r[:, None] * padded + c[None, :],
+        a,
+        mask=(r < rows)[:, None] & (c < padded)[None, :],
+    )
+    return total
 
 
 @triton.jit
@@ -84,6 +184,7 @@ def quantize(
     HAS_SUMS: tl.constexpr,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
+    GATED: tl.constexpr,
     TOKEN: tl.constexpr,
     MIDDLE: tl.constexpr,
     BR: tl.constexpr,
@@ -97,6 +198,8 @@ def quantize(
               the order of a', and its last row holds the weights 2^e of the channels in the sums
     NORM      first x * NORM_SCALE[b, c] + NORM_SHIFT[b, c], as a GroupNorm does, in float32
     SILU      then a SiLU, in float32
+    GATED     x has 2 C channels, the second half of which are gates: x * GELU(gate), as a GEGLU
+              computes it, in float32
     TOKEN     each row has a grid of its own (`quantization.token_grid`), and TABLE's first row is
               1 / ratio. CLIP float32 [2]: 1 / clip and clip / levels. SCALES float32 [rows] is
               written
@@ -117,6 +220,8 @@ def quantize(
     bad = tl.zeros((BR,), tl.int32)
     first = tl.program_id(1) * BC
     last = padded if HAS_SUMS or TOKEN else first + BC
+    inverse_own = tl.zeros((BR,), tl.float32)
+    zero = tl.zeros((BR,), tl.float32)
     if TOKEN:
         least = tl.zeros((BR,), tl.float32)
         most = tl.zeros((BR,), tl.float32)
@@ -124,7 +229,22 @@ def quantize(
             c = start + tl.arange(0, BC)
             channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
             mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
-            x, _ = values(X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU)
+            x, _ = values(
+                X,
+                NORM_SCALE,
+                NORM_SHIFT,
+                source,
+                channel,
+                b,
+                mask,
+                channels,
+                0.0,
+                0.0,
+                False,
+                NORM,
+                SILU,
+                GATED,
+            )
             at = TABLE + (0 if UNIFORM else c[None, :]) + 0 * r[:, None]
             u = x * tl.load(at, mask=mask, other=0.0)
             least = tl.minimum(least, tl.min(u, 1))
@@ -139,46 +259,258 @@ def quantize(
     for start in range(first, last, BC):
         c = start + tl.arange(0, BC)
         channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
-        columns = padded if ORDERED else channels
         mask = inside[:, None] & ((channel >= 0) & (channel < channels))[None, :]
-        x, wrong = values(X, NORM_SCALE, NORM_SHIFT, source, channel, b, mask, channels, NORM, SILU)
+        x, wrong = values(
+            X,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            channel,
+            b,
+            mask,
+            channels,
+            0.0,
+            0.0,
+            False,
+            NORM,
+            SILU,
+            GATED,
+        )
         bad += wrong
-        if UNIFORM:
-            inverse = tl.load(TABLE)
-            low = tl.load(TABLE + 1)
-            multiplier = tl.load(TABLE + 2)
-            constant = tl.load(TABLE + 3)
-        else:
-            # Read in x's own layout [BR, BC] (from the cache), so that threads exchange nothing.
-            # Zeros where there is no x: its code is 0.
-            at = TABLE + c[None, :] + 0 * r[:, None]
-            inverse = tl.load(at, mask=mask, other=0.0)
-            low = tl.load(at + columns, mask=mask, other=0.0)
-            multiplier = tl.load(at + 2 * columns, mask=mask, other=0.0)
-            constant = 0.0
-        if TOKEN:
-            inverse = inverse_own[:, None] * inverse
-            low = -zero[:, None]
-        # The clamp stands between product and sum, so that they cannot be fused. Its bounds are
-        # integers: clamping before rounding gives the same codes as clamping after it.
-        u = tl.minimum(tl.maximum(x * inverse, low), low + levels)
-        # Integers in float32 from here on: exact, and no slow conversion.
-        carried = ((u + ROUND) - ROUND) * multiplier
-        if HAS_SUMS:
-            if ORDERED:
-                weighted = carried * tl.load(at + 3 * columns, mask=mask, other=0.0)
-            else:
-                weighted = carried
-            total += tl.sum(integer(weighted), 1)
-        a = integer(carried + constant).to(tl.int8)
-        tl.store(
-            OUT + r[:, None] * padded + c[None, :],
-            a,
-            mask=(r < rows)[:, None] & (c < padded)[None, :],
+        total += write_codes(
+            x,
+            TABLE,
+            OUT,
+            r,
+            c,
+            mask,
+            rows,
+            channels,
+            padded,
+            levels,
+            inverse_own,
+            zero,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            TOKEN,
         )
     tl.store(FLAG + 0 * r, 1, mask=bad > 0)
     if HAS_SUMS:
         tl.store(SUMS + r, total, mask=r < rows)
+
+
+@triton.jit
+def quantize_row(
+    X,
+    TABLE,
+    ORDER,
+    OUT,
+    SUMS,
+    NORM_SCALE,
+    NORM_SHIFT,
+    source,
+    r,
+    b,
+    rows,
+    channels,
+    padded,
+    levels,
+    mean,
+    spread,
+    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """One of the results of `quantize_rows`; -> the number of values a row that are not finite."""
+    total = 0 * r
+    bad = 0 * r
+    for start in range(0, padded, BC):
+        c = start + tl.arange(0, BC)
+        channel = tl.load(ORDER + c, mask=c < padded, other=-1) if ORDERED else c
+        mask = (r < rows)[:, None] & ((channel >= 0) & (channel < channels))[None, :]
+        x, wrong = values(
+            X,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            channel,
+            b,
+            mask,
+            channels,
+            mean,
+            spread,
+            LAYER,
+            NORM,
+            False,
+            False,
+        )
+        bad += wrong
+        total += write_codes(
+            x,
+            TABLE,
+            OUT,
+            r,
+            c,
+            mask,
+            rows,
+            channels,
+            padded,
+            levels,
+            mean,
+            mean,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            False,
+        )
+    if HAS_SUMS:
+        tl.store(SUMS + r, total, mask=r < rows)
+    return bad
+
+
+@triton.jit
+def quantize_rows(
+    X,
+    TABLE0,
+    ORDER0,
+    OUT0,
+    SUMS0,
+    TABLE1,
+    ORDER1,
+    OUT1,
+    SUMS1,
+    TABLE2,
+    ORDER2,
+    OUT2,
+    SUMS2,
+    FLAG,
+    NORM_SCALE,
+    NORM_SHIFT,
+    levels,
+    rows,
+    pixels,
+    stride_b,
+    stride_x,
+    channels,
+    padded0,
+    padded1,
+    padded2,
+    eps,
+    RESULTS: tl.constexpr,
+    LAYER: tl.constexpr,
+    NORM: tl.constexpr,
+    UNIFORM: tl.constexpr,
+    ORDERED: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    BR: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """x [B, pixels, C] -> up to three a', each on a grid of its own, as `quantize` writes them.
+
+    LAYER     first a LayerNorm: NORM_SCALE and NORM_SHIFT [C] are its weight and bias. Otherwise
+              NORM is as `quantize` has it
+
+    Grid (rows / BR).
+    """
+    r = tl.program_id(0) * BR + tl.arange(0, BR)
+    b = r // pixels
+    source = b * stride_b + r % pixels * stride_x
+    mean = tl.zeros((BR,), tl.float32)
+    spread = tl.zeros((BR,), tl.float32)
+    if LAYER:
+        for start in range(0, channels, BC):
+            c = start + tl.arange(0, BC)
+            mask = (r < rows)[:, None] & (c < channels)[None, :]
+            x = tl.load(X + source[:, None] + c[None, :], mask=mask, other=0.0)
+            mean += tl.sum(x.to(tl.float32), 1)
+        mean = mean / channels
+        for start in range(0, channels, BC):
+            c = start + tl.arange(0, BC)
+            mask = (r < rows)[:, None] & (c < channels)[None, :]
+            x = tl.load(X + source[:, None] + c[None, :], mask=mask, other=0.0)
+            x = tl.where(mask, x.to(tl.float32) - mean[:, None], 0.0)
+            spread += tl.sum(x * x, 1)
+        spread = 1.0 / tl.sqrt(spread / channels + eps)
+        b = 0 * b
+    bad = quantize_row(
+        X,
+        TABLE0,
+        ORDER0,
+        OUT0,
+        SUMS0,
+        NORM_SCALE,
+        NORM_SHIFT,
+        source,
+        r,
+        b,
+        rows,
+        channels,
+        padded0,
+        levels,
+        mean,
+        spread,
+        LAYER,
+        NORM,
+        UNIFORM,
+        ORDERED,
+        HAS_SUMS,
+        BC,
+    )
+    if RESULTS > 1:
+        quantize_row(
+            X,
+            TABLE1,
+            ORDER1,
+            OUT1,
+            SUMS1,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            r,
+            b,
+            rows,
+            channels,
+            padded1,
+            levels,
+            mean,
+            spread,
+            LAYER,
+            NORM,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            BC,
+        )
+    if RESULTS > 2:
+        quantize_row(
+            X,
+            TABLE2,
+            ORDER2,
+            OUT2,
+            SUMS2,
+            NORM_SCALE,
+            NORM_SHIFT,
+            source,
+            r,
+            b,
+            rows,
+            channels,
+            padded2,
+            levels,
+            mean,
+            spread,
+            LAYER,
+            NORM,
+            UNIFORM,
+            ORDERED,
+            HAS_SUMS,
+            BC,
+        )
+    tl.store(FLAG + 0 * r, 1, mask=bad > 0)
 
 
 @triton.jit

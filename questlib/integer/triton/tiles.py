@@ -1,8 +1,8 @@
 """Tile sizes of the Triton product, chosen by timing at the first call of a shape class.
 
 The choices are remembered on disk. `triton.autotune` does not serve here: a configuration with a
-split reduction needs a zeroed int32 buffer, another grid and a second kernel, so that what is timed
-and chosen is the whole operator and not one launch; and the candidates depend on the estimate of
+split reduction needs another grid and a buffer, so that what is timed and chosen is the whole
+operator and not one launch; and the candidates depend on the estimate of
 `fitting`, and on whether a CUDA graph is being captured.
 """
 
@@ -59,12 +59,56 @@ CANDIDATES = [
     Config(16, 64, 32, 4, 5),
 ]
 SPLITS = (2, 4, 8)
+MOST_SPLIT = 1024  # tiles of one product whose reductions are split
 TRIALS = 6  # the candidates of least estimated time are timed
 INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
 
 
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    processors: int  # multiprocessors
+    shared: int  # bytes of shared memory that a block can have
+    wgmma: bool  # sm_90's products, whose operands take fewer registers
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu:
+        """The GPU of a device."""
+        has = torch.cuda.get_device_properties(device)
+        return cls(has.multi_processor_count, has.shared_memory_per_block_optin, has.major == 9)
+
+
+def serves(c: Config, o: int, packed: bool, gpu: Gpu) -> bool:
+    """Whether a tile fits a multiprocessor: its shared memory, and the registers of its threads.
+
+    Found by compiling them all (tests/gpu_emulation): more would spill. A split reduction takes
+    more registers a value, and so do outputs that are no multiple of 16.
+
+    Args:
+        c: the tile.
+        o: output channels.
+        packed: whether a byte of w holds two codes.
+        gpu: where it is to run.
+    """
+    most = 32 if o % 16 else 128 if gpu.wgmma else 64  # accumulators a thread
+    if c.split > 1:
+        most = min(most, 64)
+    planes = 2 if packed else 1
+    # Packed weights go through registers, and wait in one buffer less.
+    buffers = c.stages * c.bm * planes + (c.stages - packed) * c.bn
+    # In the end the int32 or float32 outputs are there instead.
+    needed = max(buffers * c.bk, 4 * c.bm * c.bn)
+    return c.bm * c.bn <= most * 32 * c.warps and needed <= gpu.shared
+
+
 def fitting(
-    m: int, o: int, span: int, taps: int, packed: bool, processors: int, longest: int = 128
+    m: int,
+    o: int,
+    span: int,
+    taps: int,
+    packed: bool,
+    gpu: Gpu,
+    longest: int = 128,
 ) -> list[Config]:
     """Candidates for a product, those of least estimated time first.
 
@@ -74,28 +118,33 @@ def fitting(
         span: bytes of w a tap.
         taps: of the window.
         packed: whether a byte of w holds two codes.
-        processors: the GPU's multiprocessors.
+        gpu: where it is to run.
         longest: the largest `bk`.
     """
     planes = 2 if packed else 1  # bytes of a for one byte of w
+
+    def tiles_of(c: Config) -> int:
+        return -(-m // c.bm) * -(-o // c.bn)
 
     def cycles(c: Config) -> float:
         """The time of a wave of tiles: its steps, and then its stores.
 
         A step is bound by arithmetic (4096 products a cycle), by the L2 cache (28 bytes a cycle) or
-        by latency. A split reduction adds to memory and needs a second kernel.
+        by latency. A split reduction leaves its shares in memory, and one program adds them up.
         """
         arithmetic = c.bm * c.bn * planes * c.bk / 4096
         cache = (c.bm * planes + c.bn) * c.bk / 28
         step = 60 + max(arithmetic, cache, 150)
-        waves = -(-(-(-m // c.bm) * -(-o // c.bn) * c.split) // processors)
-        store = 1500 + (c.bm * c.bn / 4 if c.split > 1 else 0)
-        finish = 3000 + m * o / 300 if c.split > 1 else 0
-        return waves * (taps * span / c.bk / c.split * step + store) + finish
+        waves = -(-tiles_of(c) * c.split // gpu.processors)
+        alone = min(64, 28 * gpu.processors / tiles_of(c))  # bytes a cycle of a tile's last program
+        finish = 1500 + 4 * c.bm * c.bn * (1 / 28 + c.split / alone) if c.split > 1 else 0
+        return waves * (taps * span / c.bk / c.split * step + 1500) + finish
 
     whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= longest]
     split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
-    return sorted(whole + split, key=cycles)[:TRIALS]
+    split = [c for c in split if tiles_of(c) <= MOST_SPLIT]
+    served = [c for c in whole + split if serves(c, o, packed, gpu)]
+    return sorted(served, key=cycles)[:TRIALS]
 
 
 class ConfigCache:
