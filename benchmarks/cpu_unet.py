@@ -1,10 +1,12 @@
-"""One UNet step on this CPU: floating point, eager and compiled, against the integer engine.
+"""One UNet step on this CPU: floating point, eager and compiled, OpenVINO, and the integer engine.
 
     python benchmarks/cpu_unet.py [--models mini-ldm4,sd14] [--variants fp32,bf16,...] [--repeats 3]
 
-Time, memory, and bytes on disk. `sd14` is a full-size Stable Diffusion v1.4 UNet with random
-weights, batch 2 (classifier-free guidance), 64x64 latents; speed does not depend on the values.
-`mini-ldm4` is the embedded model, batch 100.
+Time, memory, and bytes on disk. OpenVINO's variants need `pip install -e '.[benchmarks]'`.
+
+`sd14` is a full-size Stable Diffusion v1.4 UNet with random weights, batch 2 (classifier-free
+guidance), 64x64 latents; speed does not depend on the values. `mini-ldm4` is the embedded model,
+batch 100.
 
 Each variant runs in processes of its own, once in the given order and once in reverse (A B B A), so
 that a machine that warms up or is disturbed favours none. Values are medians over both.
@@ -21,9 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import openvino_unet
 import psutil
 import torch
 from common import RESULTS, parser_of, read_models, write_json
@@ -74,26 +78,43 @@ def make_checkpoint(model: str, bits: tuple[int, int], folder: Path) -> int:
     return questlib.save_pretrained(unet, folder)
 
 
+def inputs_of(model: str, config: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+    """A call of the UNet: sample [B, C, H, W], timestep [1], and text [B, 77, 768] for `sd14`."""
+    size = config.sample_size
+    sample = torch.randn(MODELS[model], config.in_channels, size, size, dtype=dtype)
+    text = [torch.randn(len(sample), 77, 768, dtype=dtype)] if model == "sd14" else []
+    return [sample, torch.ones(1), *text]
+
+
+def load(model: str, variant: str, folder: Path) -> tuple[Callable[[], object], dict[str, Any]]:
+    """One variant: a function that runs a step, and the engines of its layers."""
+    if variant in openvino_unet.VARIANTS:
+        config = float_unet(model).config
+        run = openvino_unet.load(variant, folder, torch.get_num_threads())
+        inputs = inputs_of(model, config, torch.float32)
+        return (lambda: run(inputs)), {}
+    if variant in FLOAT:
+        dtype = FLOAT[variant]
+        unet = float_unet(model).to(dtype=dtype)
+        unet = torch.compile(unet) if variant.endswith("compiled") else unet
+        engines = {}
+    else:
+        dtype = torch.bfloat16 if variant.endswith("bf16") else torch.float32
+        unet = questlib.from_pretrained(folder, engine="cpu", dtype=dtype)
+        engines = questlib.engine_report(unet).engines()
+    sample, _, *text = inputs_of(model, unet.config, dtype)
+    return (lambda: unet(sample, 1, *text)), engines
+
+
 def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, Any]:
     """Load one variant and time its steps; in a process of its own."""
     start = time.perf_counter()
-    dtype = FLOAT.get(variant, torch.bfloat16 if variant.endswith("bf16") else torch.float32)
-    if variant in FLOAT:
-        unet = float_unet(model).to(dtype=dtype)
-        unet = torch.compile(unet) if variant.endswith("compiled") else unet
-    else:
-        unet = questlib.from_pretrained(folder, engine="cpu", dtype=dtype)
+    run, engines = load(model, variant, folder)
     loaded = time.perf_counter() - start
-
-    size = unet.config.sample_size
-    x = torch.randn(MODELS[model], unet.config.in_channels, size, size, dtype=dtype)
-    args = {}
-    if model == "sd14":
-        args["encoder_hidden_states"] = torch.randn(len(x), 77, 768, dtype=dtype)
 
     def step() -> float:
         start = time.perf_counter()
-        unet(x, 1, **args)
+        run()
         return time.perf_counter() - start
 
     with torch.inference_mode():
@@ -111,7 +132,7 @@ def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, An
         "resident_bytes": resident,
         "peak_bytes": resident + memory.bytes,
         "threads": torch.get_num_threads(),
-        "engines": {} if variant in FLOAT else questlib.engine_report(unet).engines(),
+        "engines": engines,
     }
 
 
@@ -134,21 +155,28 @@ def run_worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str
 def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str, Any]:
     """All variants of one model."""
     parameters = sum(p.numel() for p in float_unet(model).parameters())
-    sizes = {
+    sizes: dict[Any, int] = {
         bits: make_checkpoint(model, bits, folder / f"{model}-{bits}")
         for bits in {INTEGER[v] for v in variants if v in INTEGER}
     }
+    models = folder / f"{model}-openvino"
+    if others := [v for v in variants if v in openvino_unet.VARIANTS]:
+        unet = float_unet(model)
+        inputs = inputs_of(model, unet.config, torch.float32)
+        written = openvino_unet.write_models(unet, inputs, models, others)
+        sizes |= {v: written[openvino_unet.VARIANTS[v][0]] for v in others}
+        del unet
     gc.collect()
     rows: dict[str, list[dict[str, Any]]] = {v: [] for v in variants}
     for variant in [*variants, *reversed(variants)]:
-        checkpoint = folder / f"{model}-{INTEGER.get(variant)}"
-        rows[variant].append(run_worker(model, variant, checkpoint, repeats))
+        place = models if variant in others else folder / f"{model}-{INTEGER.get(variant)}"
+        rows[variant].append(run_worker(model, variant, place, repeats))
     result: dict[str, dict[str, Any]] = {}
     for variant, runs in rows.items():
-        if variant in INTEGER:
-            disk = sizes[INTEGER[variant]]
-        else:
+        if variant in FLOAT:
             disk = parameters * FLOAT[variant].itemsize
+        else:
+            disk = sizes[INTEGER.get(variant, variant)]
         result[variant] = {
             "step_s": statistics.median(s for r in runs for s in r["step_s"]),
             "resident_bytes": min(r["resident_bytes"] for r in runs),
@@ -172,7 +200,9 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--variants", default=",".join([*FLOAT, *INTEGER]))
+    known = [*FLOAT, *openvino_unet.VARIANTS, *INTEGER]
+    missing = () if openvino_unet.is_there() else openvino_unet.VARIANTS
+    parser.add_argument("--variants", default=",".join(v for v in known if v not in missing))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument(
@@ -188,12 +218,15 @@ def main() -> None:
         return
     models = args.models.split(",")
     variants = args.variants.split(",")
-    known = [*FLOAT, *INTEGER]
     unknown = sorted(set(models) - set(MODELS)) + sorted(set(variants) - set(known))
     if unknown:
         parser.error(
             f"models are {', '.join(MODELS)}, variants {', '.join(known)}; "
             f"found {', '.join(unknown)}"
+        )
+    if absent := sorted(set(variants) & set(missing)):
+        parser.error(
+            f"{', '.join(absent)}: expected openvino and nncf; pip install -e '.[benchmarks]'"
         )
     found = read_models(args.out)
     with tempfile.TemporaryDirectory(prefix="quest-") as folder:
