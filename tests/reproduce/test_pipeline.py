@@ -260,8 +260,8 @@ def test_measured_model_is_the_one_on_disk(tiny_plan, monkeypatch):
     loaded, used = [], []
     real, real_sample = questlib.from_pretrained, drawing.sample
 
-    def load(path, engine):
-        loaded.append(real(path, engine))
+    def load(path, **how):
+        loaded.append(real(path, **how))
         return loaded[-1]
 
     def sample(*args, **kwargs):
