@@ -40,6 +40,7 @@ from reproduce.seed_run import load
 from reproduce.table_results import TableResults
 
 NOTEBOOKS = ROOT / "notebooks"
+QUIET = ["--log-level=ERROR"]  # kernels warn of TCP, which does not leave this machine
 
 
 def preflight(plan: Plan) -> None:
@@ -136,7 +137,7 @@ def execute(plan: Plan) -> None:
                 str(partial),
                 str(partial),
                 kernel_name="python3",  # in the folder of the command: paths may be relative
-                extra_arguments=["--log-level=ERROR"],  # nothing about TCP, which is local here
+                extra_arguments=QUIET,
                 progress_bar=False,
                 log_output=False,
                 stdout_file=sys.stderr,
@@ -248,6 +249,7 @@ def execute_in_place(paths: list[Path]) -> None:
             notebook,
             timeout=1200,
             kernel_name="python3",
+            extra_arguments=QUIET,
             resources={"metadata": {"path": str(path.parent)}},
         ).execute()
         for cell in notebook.cells:
