@@ -70,9 +70,9 @@ class _State:
             found["generator"] = self.generator.get_state()
         for n, param in enumerate(self.params):
             found[f"{n}.value"] = param.detach()
-            moments = self.optimizer.state.get(param, {})
+            moments = self.optimizer.state.get(param)
             for name in MOMENTS:
-                found[f"{n}.{name}"] = moments.get(name, torch.zeros_like(param))
+                found[f"{n}.{name}"] = moments[name] if moments else torch.zeros_like(param)
         return found
 
     def restore(self, unfinished: Unfinished) -> int:

@@ -58,11 +58,7 @@ class Unfinished:
         """
         if self.path is None or not self.path.exists():
             return None
-        found, self.seconds_before, _ = _open(self.path, self.model)
-        try:
-            check_like(self.path, found, like)
-        except CheckpointError as error:
-            raise _damaged(error) from error
+        found, self.seconds_before, _ = _open_like(self.path, self.model, like)
         return found
 
     def is_due(self) -> bool:
@@ -229,11 +225,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor], filled: Filled, model: 
 
 def _read(path: Path, tensors: dict[str, torch.Tensor], model: str | None) -> Filled:
     """Copy a file's values into `tensors`, once it is clear that all of them fit."""
-    found, seconds, record = _open(path, model)
-    try:
-        check_like(path, found, tensors)
-    except CheckpointError as error:
-        raise _damaged(error) from error
+    found, seconds, record = _open_like(path, model, tensors)
     for name, tensor in tensors.items():
         tensor.copy_(found[name])
     return Filled(seconds, True, record)
@@ -253,6 +245,16 @@ def _open(path: Path, model: str | None) -> tuple[Tensors, float, Any]:
             f"quantize: {path} is of another model (weights {about['model']}); name another folder"
         )
     return found, float(seconds), record
+
+
+def _open_like(path: Path, model: str | None, like: Tensors) -> tuple[Tensors, float, Any]:
+    """`_open`, once it is clear that the tensors have the names, shapes and types of `like`."""
+    found, seconds, record = _open(path, model)
+    try:
+        check_like(path, found, like)
+    except CheckpointError as error:
+        raise _damaged(error) from error
+    return found, seconds, record
 
 
 def _damaged(error: Exception) -> CheckpointError:

@@ -6,16 +6,13 @@ Its process is killed, or its disk is full.
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import random
 import resource
-import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kills import SERVER, kill_at, survive
 from tiny_bedrooms import tiny_bedrooms
 
 from questlib.errors import StorageError
@@ -27,11 +24,6 @@ from reproduce.plan import make_plan
 from reproduce.results import Result
 
 ROW = "bedrooms-w4a4-quest"
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["reproduce.pipeline"])
-
-# What Python tells of a process's work with files; a process is killed at one of these moments.
-MOMENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "os.scandir")
 
 
 def row_of(tiny: Path, folder: Path) -> Result:
@@ -47,16 +39,7 @@ def row_of(tiny: Path, folder: Path) -> Result:
 
 def killed(tiny: Path, folder: Path, moment: int) -> None:
     """`row_of`, but the process is killed at its n-th moment of working with files."""
-    seen = 0
-
-    def watch(event: str, args: tuple) -> None:
-        nonlocal seen
-        if event in MOMENTS and str(folder) in str(args):
-            seen += 1
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
+    kill_at(folder, moment)
     row_of(tiny, folder)
 
 
@@ -92,20 +75,12 @@ def numbers(tiny: Path, folder: Path) -> list:
 def test_a_row_that_is_killed_again_and_again_has_the_same_numbers(tiny, tmp_path, kills):
     expected = numbers(tiny, tmp_path / "whole")
     assert expected
-    rng = random.Random(kills)
-    survived = 0
-    folder = tmp_path / "killed"
-    while survived < kills:
-        process = SERVER.Process(target=killed, args=(tiny, folder, rng.randrange(1, 120)))
-        process.start()
-        process.join(300)
-        if process.exitcode == 0:  # the row has come to its end: another one begins
-            assert numbers(tiny, folder) == expected
-            folder = tmp_path / f"killed-{survived}"
-        else:
-            assert process.exitcode == -signal.SIGKILL
-            survived += 1
-    assert numbers(tiny, folder) == expected
+
+    def check(folder: Path) -> None:
+        assert numbers(tiny, folder) == expected
+
+    folder = survive(killed, lambda folder: (tiny, folder), tmp_path, kills, 120, check)
+    check(folder)
     left = [p for p in folder.rglob("*.tmp*")]
     assert not left, left
 

@@ -1,23 +1,13 @@
 """A whole run that is killed again and again comes to its end, with the same bytes."""
 
-import multiprocessing
-import os
-import random
-import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+from kills import SERVER, kill_at, survive
 
 from questlib import QuantConfig, calibrate, finetune, quantize, save_pretrained, stage_cache
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["questlib.calibration", "questlib.post_training"])
-
-# What Python tells of a process's work with files; a process is killed at one of these moments.
-MOMENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "os.scandir")
 
 FAST = dict(
     adaround_iters=4,
@@ -69,16 +59,7 @@ def run(folder: Path, preset: str, save_seconds: float = 0.0) -> None:
 
 def killed(folder: Path, preset: str, moment: int) -> None:
     """`run`, but the process is killed at its n-th moment of working with files."""
-    seen = 0
-
-    def watch(event: str, args: tuple) -> None:
-        nonlocal seen
-        if event in MOMENTS and str(folder) in str(args):
-            seen += 1
-            if seen == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(watch)
+    kill_at(folder, moment)
     run(folder, preset)
 
 
@@ -96,21 +77,13 @@ def checkpoint(folder: Path) -> dict[str, bytes]:
 )
 def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, preset, kills):
     run(tmp_path / "whole", preset)
-    rng = random.Random(kills)
-    survived = 0
-    folder = tmp_path / "killed"
-    while survived < kills:
-        process = SERVER.Process(target=killed, args=(folder, preset, rng.randrange(1, 40)))
-        process.start()
-        process.join(300)
-        if process.exitcode == 0:  # it has come to its end: another one begins
-            assert checkpoint(folder) == checkpoint(tmp_path / "whole")
-            folder = tmp_path / f"killed-{survived}"
-        else:
-            assert process.exitcode == -signal.SIGKILL
-            survived += 1
+
+    def check(folder: Path) -> None:
+        assert checkpoint(folder) == checkpoint(tmp_path / "whole")
+
+    folder = survive(killed, lambda folder: (folder, preset), tmp_path, kills, 40, check)
     run(folder, preset)
-    assert checkpoint(folder) == checkpoint(tmp_path / "whole")
+    check(folder)
     left = [p for p in folder.rglob("*.tmp*")]
     assert not left, left
 
