@@ -51,7 +51,7 @@ FLOAT = {
     "fp32-compiled": torch.float32,
     "bf16-compiled": torch.bfloat16,
 }
-# bits; -bf16: norms and residuals in bf16; -torch: without the compiled kernels
+# bits; -fused: fuse=True; -bf16: norms and residuals in bf16; -torch: without the compiled kernels
 INTEGER = {
     "w8a8": (8, 8),
     "w8a8-torch": (8, 8),
@@ -59,6 +59,10 @@ INTEGER = {
     "w4a4": (4, 4),
     "w4a4-torch": (4, 4),
     "w4a4-bf16": (4, 4),
+    "w8a8-fused": (8, 8),
+    "w4a4-fused": (4, 4),
+    "w8a8-fused-bf16": (8, 8),
+    "w4a4-fused-bf16": (4, 4),
 }
 TIMESTEPS = torch.arange(1, 1000, 50)
 
@@ -100,7 +104,8 @@ def load(model: str, variant: str, folder: Path) -> tuple[Callable[[], object], 
         engines = {}
     else:
         dtype = torch.bfloat16 if variant.endswith("bf16") else torch.float32
-        unet = questlib.from_pretrained(folder, engine="cpu", dtype=dtype)
+        fuse = "fused" in variant
+        unet = questlib.from_pretrained(folder, engine="cpu", dtype=dtype, fuse=fuse)
         engines = questlib.engine_report(unet).engines()
     sample, _, *text = inputs_of(model, unet.config, dtype)
     return (lambda: unet(sample, 1, *text)), engines

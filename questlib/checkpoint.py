@@ -173,7 +173,8 @@ def from_pretrained(
         dtype: of what is not quantized; None: float16 for "triton" on a GPU, otherwise as it was
             saved.
         weights: for an integer engine: how weights are kept in memory.
-        fuse: for engine "triton": whether layers that follow each other are fused; None: on a GPU.
+        fuse: for engines "cpu" and "triton": whether layers that follow each other are fused; None:
+            on a GPU.
         graphs: for engine "triton": whether steps run as CUDA graphs; None: on a GPU.
         fallback: for an integer engine: whether layers without an integer form are simulated.
 

@@ -43,9 +43,10 @@ def convert(
             the UNet's own.
         weights: how the Triton engine holds weights in memory: "packed", two 4-bit codes a byte,
             or "int8", twice as large with nothing to unpack.
-        fuse: whether the Triton engine runs norm, SiLU and quantization of a ResNet block's input
-            in one kernel, and so on. Values are then rounded in another order before the codes
-            are taken.
+        fuse: whether the CPU and Triton engines run norm, SiLU and quantization of a ResNet
+            block's input in one kernel, and so on. Values are then rounded in another order before
+            the codes are taken, so that single codes differ by one from those of the unfused
+            model. On the CPU it needs the compiled kernels.
         graphs: whether the Triton engine runs a step as one CUDA graph, captured at the first call
             of each step group and shape.
         fallback: whether layers without integer form stay simulated, which `engine_report` shows.
@@ -56,8 +57,8 @@ def convert(
 
     Raises:
         ConfigError: a plain UNet, an unknown engine, or a choice that the engine does not have.
-        EngineError: the engine cannot run here, or a layer has no integer form and there is no
-            fallback; the message names the layer.
+        EngineError: the engine cannot run here or cannot fuse, or a layer has no integer form and
+            there is no fallback; the message names the layer.
 
     Example:
         >>> unet = convert(questlib.quantize(pipe.unet, config, calib), "cpu")

@@ -29,20 +29,6 @@ struct Problem {
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// 2^y for y <= 0, by the operations of softmax.py
-inline float power(float y) {
-  y = std::max(y, -126.0f);
-  const float n = std::rint(y);
-  const float r = y - n;
-  float p = r * 1.326472731e-03f;
-  p = (p + 9.671512991e-03f) * r;
-  p = (p + 5.550733581e-02f) * r;
-  p = (p + 2.402224243e-01f) * r;
-  p = (p + 6.931470037e-01f) * r;
-  p = p + 1.0f;
-  return p * float_of(uint32_t(int32_t(n) + 127) << 23);
-}
-
 inline float largest(const float* x, int64_t n) {
   // Sixteen side by side: the compiler does not reorder one maximum by itself.
   float lanes[16];

@@ -10,7 +10,7 @@ import torch
 from questlib.kernels.library import call
 
 
-class _View(ctypes.Structure):
+class View(ctypes.Structure):
     """An activation [batch, pixels, channels]; neighbours lie along pixels or channels."""
 
     _fields_ = [
@@ -22,7 +22,7 @@ class _View(ctypes.Structure):
     ]
 
 
-class _Pointers(ctypes.Structure):
+class Pointers(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("inverse", "low", "high", "multiplier")]
 
 
@@ -38,8 +38,8 @@ class Table(NamedTuple):
     def uniform(self) -> bool:
         return len(self.inverse) == 1
 
-    def pointers(self) -> _Pointers:
-        return _Pointers(*(x.data_ptr() for x in self))
+    def pointers(self) -> Pointers:
+        return Pointers(*(x.data_ptr() for x in self))
 
 
 def table(
@@ -99,7 +99,7 @@ def quantize(
     return out, scales, bool(finite)
 
 
-def _view(x: torch.Tensor, image: bool, rows: bool) -> _View | None:
+def _view(x: torch.Tensor, image: bool, rows: bool) -> View | None:
     """How x lies in memory; None where a kernel cannot read it so.
 
     Args:
@@ -111,13 +111,13 @@ def _view(x: torch.Tensor, image: bool, rows: bool) -> _View | None:
         batch, channels, height, width = x.shape
         if height > 1 and x.stride(2) != width * x.stride(3):
             return None
-        view = _View(batch, height * width, channels, x.stride(0), x.stride(3), x.stride(1))
+        view = View(batch, height * width, channels, x.stride(0), x.stride(3), x.stride(1))
     elif x.ndim == 3:
-        view = _View(*x.shape, *x.stride())
+        view = View(*x.shape, *x.stride())
     else:
         channels = x.shape[-1]
         if not x.is_contiguous():
             return None
-        view = _View(1, x.numel() // channels, channels, 0, channels, 1)
+        view = View(1, x.numel() // channels, channels, 0, channels, 1)
     planes = view.pixel_stride == 1 and not rows
     return view if view.channel_stride == 1 or planes else None

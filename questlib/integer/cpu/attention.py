@@ -163,7 +163,7 @@ class CpuAttnProcessor(IntegerAttention):
             inputs = weight.shape[1]
             shift = torch.zeros(inputs, dtype=torch.int64)
             part = WeightPart(0, inputs, weight, None, factor, shift)
-            return prepack(part, None, rows, self.exact)
+            return prepack(part, None, (rows, inputs), self.exact)
 
         for b, h in itertools.product(range(batch), range(x.heads)):
             own = slice(h * dim, (h + 1) * dim)

@@ -12,17 +12,46 @@ from torch import nn
 from questlib.integer.cpu.products import (
     MIDDLE,
     Geometry,
+    Packed,
     multiply,
     nibbles,
     prepack,
     saturates,
 )
-from questlib.integer.cpu.quantizing import Sender, Sent, engine_name, uses_kernels
+from questlib.integer.cpu.quantizing import Prepared, Sender, Sent, engine_name, uses_kernels
 from questlib.integer.form import Grid, IntegerForm, WeightPart, group_in_force
 from questlib.integer.modules import IntegerLayer
+from questlib.kernels.rows import Target
 from questlib.quantization.step_groups import StepGroups
 
 INT16 = 2**15 - 1
+
+
+class PartWeights:
+    """The weights of a part, laid out at the first call, when the activation's shape is known.
+
+    Attributes:
+        part: the part, whose own weights are dropped when they have been laid out.
+        index: its number among the layer's activations.
+    """
+
+    def __init__(
+        self, part: WeightPart, index: int, geometry: Geometry | None, exact: bool
+    ) -> None:
+        self.part = part
+        self.index = index
+        self.geometry = geometry
+        self.exact = exact
+        self.packed: Packed | None = None
+
+    def of(self, codes: torch.Tensor) -> Packed:
+        """The weights as the product with `codes` takes them."""
+        if self.packed is None:
+            k = codes.shape[-1]
+            shape = (codes.numel() // k, k) if self.geometry is None else codes.shape
+            self.packed = prepack(self.part, self.geometry, shape, self.exact)
+            self.part = self.part._replace(weight=self.part.weight.new_empty(0))
+        return self.packed
 
 
 class CpuLayer(IntegerLayer):
@@ -59,7 +88,7 @@ class CpuLayer(IntegerLayer):
             )
             self.dim = 1
             self.shape = (-1, 1, 1)
-        compiled = uses_kernels(exact, kernels)
+        self.compiled = compiled = uses_kernels(exact, kernels)
         self.senders = [
             [Sender(grid, self.dim, self.name, compiled) for grid in group] for group in self.grids
         ]
@@ -70,9 +99,8 @@ class CpuLayer(IntegerLayer):
                 parts += [(nibble, i) for nibble in nibbles(part)]
             else:
                 parts.append((part, i))
-        self.parts = [
-            (p.start, p.stop, i, prepack(p, self.geometry, exact=exact)) for p, i in parts
-        ]
+        self.parts = [PartWeights(part, i, self.geometry, exact) for part, i in parts]
+        self.bounds = [(part.start, part.stop) for part in form.parts]
         self.engine = engine_name(exact, compiled, split=len(parts) > len(form.parts))
         self._resident_bytes = sum(p.weight.numel() for p, _ in parts)
 
@@ -80,27 +108,49 @@ class CpuLayer(IntegerLayer):
     def resident_bytes(self) -> int:
         return self._resident_bytes
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Prepared) -> torch.Tensor:
+        """x [..., K] or [B, C, H, W], or what a fused norm has made of it."""
+        sent = x.of[self.name] if isinstance(x, Prepared) else self.send(x)
+        return self.multiply(sent, x.dtype)
+
+    def send(self, x: torch.Tensor) -> list[Sent]:
+        """The bytes of each part of an activation."""
+        whole = len(self.grids[0]) == 1
+        return [
+            sender(x if whole else x.narrow(self.dim, start, stop - start))
+            for sender, (start, stop) in zip(self.own_senders(), self.bounds, strict=True)
+        ]
+
+    def targets(self) -> list[Target]:
+        """Where a fused kernel sends each part of the layer's input."""
+        return [
+            sender.target(*bounds)
+            for sender, bounds in zip(self.own_senders(), self.bounds, strict=True)
+        ]
+
+    def own_senders(self) -> list[Sender]:
+        """What quantizes each part in the step group of the present call."""
+        return self.senders[group_in_force(self.steps, self.name)]
+
+    def multiply(self, sent: list[Sent], dtype: torch.dtype) -> torch.Tensor:
+        """The layer's output, of `dtype`, from the bytes of each part of its input."""
         g = group_in_force(self.steps, self.name)
-        grids = self.grids[g]
         # The kernels write bfloat16 themselves where nothing is added to their output.
-        native = x.dtype in (torch.float32, torch.bfloat16)
-        dtype = x.dtype if native and len(self.parts) == 1 and not self.token else torch.float32
+        native = dtype in (torch.float32, torch.bfloat16)
+        inner = dtype if native and len(self.parts) == 1 and not self.token else torch.float32
         out: torch.Tensor | None = None
-        sent: dict[int, Sent] = {}
-        for start, stop, i, packed in self.parts:
-            if i not in sent:
-                sent[i] = self.senders[g][i](self._own(x, start, stop))
-            codes, scale = sent[i]
-            zero = self.senders[g][i].offset
+        for part in self.parts:
+            codes, scale = sent[part.index]
+            zero = self.senders[g][part.index].offset
+            base = self.grids[g][part.index].base
             bias = self.bias if out is None else None
             fused = None if self.token else bias
-            y = multiply(codes, zero, grids[i].base, packed, self.geometry, fused, dtype)
+            y = multiply(codes, zero, base, part.of(codes), self.geometry, fused, inner)
             if scale is not None:
                 y = y * scale if bias is None else torch.addcmul(bias.reshape(self.shape), y, scale)
             out = y if out is None else out.add_(y)
         assert out is not None
-        return out.to(x.dtype)
+        return out.to(dtype)
 
     @torch.no_grad()
     def accumulators(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -108,10 +158,13 @@ class CpuLayer(IntegerLayer):
 
         The kernels hand them over in float32: exact below 2^24.
         """
-        senders = self.senders[group_in_force(self.steps, self.name)]
+        senders = self.own_senders()
+        sent = self.send(x)
         found: dict[int, torch.Tensor] = {}
-        for start, stop, i, packed in self.parts:
-            codes, _ = senders[i](self._own(x, start, stop))
+        for part in self.parts:
+            i = part.index
+            codes = sent[i].bytes
+            packed = part.of(codes)
             plain = packed._replace(scale=torch.ones_like(packed.scale), compensation=None)
             y = multiply(codes, senders[i].offset, 1.0, plain, self.geometry, None, torch.float32)
             y = y.movedim(self.dim, -1).long()
@@ -121,11 +174,6 @@ class CpuLayer(IntegerLayer):
             # the high nibbles come first
             found[i] = y if i not in found else found[i] * 16 + y
         return [y.movedim(-1, self.dim) for y in found.values()]
-
-    def _own(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """The channels of a part."""
-        whole = len(self.grids[0]) == 1
-        return x if whole else x.narrow(self.dim, start, stop - start)
 
 
 def _largest_byte(form: IntegerForm, part: int) -> int:

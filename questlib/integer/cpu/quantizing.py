@@ -14,6 +14,7 @@ from questlib.integer.cpu.products import MIDDLE
 from questlib.integer.form import BYTE, Grid
 from questlib.kernels.library import kernels
 from questlib.kernels.quantize import Table, TokenRule, quantize, table
+from questlib.kernels.rows import Target
 from questlib.quantization.primitives import EPS
 from questlib.quantization.token_grid import token_grid
 
@@ -40,6 +41,17 @@ class Sent(NamedTuple):
 
     bytes: torch.Tensor  # uint8 like x
     scale: torch.Tensor | None  # of tokens, float32 with one entry where x has channels
+
+
+class Prepared(NamedTuple):
+    """An activation that a fused kernel has quantized already, for the layers that take it.
+
+    Layers take it in place of the tensor: of the tensor it has the shape and the precision.
+    """
+
+    of: dict[str, list[Sent]]  # by layer, the bytes of each part
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 class Sender:
@@ -85,6 +97,11 @@ class Sender:
         """What the bytes of a signed operand lack: a = byte + compensation."""
         return -self.offset
 
+    def target(self, start: int, stop: int) -> Target:
+        """Where a fused kernel sends these channels of its rows."""
+        assert self.table is not None
+        return Target(self.table, self.offset, start, stop, self.rule)
+
     def __call__(self, x: torch.Tensor) -> Sent:
         """
         Args:
@@ -96,7 +113,7 @@ class Sender:
         if self.table is not None:
             sent, scale, finite = quantize(x, self.table, self.offset, self.dim, self.rule)
             if not finite:
-                raise _not_finite(self.name)
+                raise not_finite(self.name)
             return Sent(sent, scale)
         check_finite(x, self.name)
         a, scale = self._on_token_grids(x) if self.rule else (self._on_grid(x), None)
@@ -145,8 +162,8 @@ def check_finite(x: torch.Tensor, name: str) -> None:
     """
     # The sum is one cheap pass, but it can overflow where all values are finite.
     if not torch.isfinite(x.sum(dtype=torch.float32)) and not torch.isfinite(x).all():
-        raise _not_finite(name)
+        raise not_finite(name)
 
 
-def _not_finite(name: str) -> EngineError:
+def not_finite(name: str) -> EngineError:
     return EngineError(f"{name}: the input has NaN or infinite values")
