@@ -94,6 +94,19 @@ def _split_numbers(text: str) -> list[int]:
         raise ValueError("whole numbers separated by commas") from None
 
 
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError("a whole number from 1 on")
+    return value
+
+
+def _parse_count(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("a whole number from 1 on") from None
+
+
 def _flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise ValueError("True or False")
@@ -178,6 +191,13 @@ class Choices:
         None,
         "prompts of Stable Diffusion: COCO's captions_val2014.json (default: the scale's)",
         for_a_run=True,
+    )
+    jobs: int = _choice(
+        1,
+        "seeds that are made at a time, each by a process with its share of the threads",
+        _count,
+        parse=_parse_count,
+        in_command=False,
     )
     results: Path | None = _choice(
         None,

@@ -22,6 +22,7 @@ from reproduce.reporting import report, run_times, what_we_see
 from reproduce.seed_run import load
 from reproduce.table_results import TableResults
 from reproduce.verdicts import LEGEND
+from reproduce.workers import make_seeds
 
 
 class TableRun:
@@ -91,6 +92,8 @@ class TableRun:
         if self.plan.choices.stored:
             self._results = TableResults.stored(self.plan)
         else:
+            if self.plan.choices.jobs > 1:
+                make_seeds(self.plan)
             for row in tqdm(self.plan.rows, desc=self.plan.table.name):
                 run_row(row, self.plan)
             self._results = report.finish(self.plan)

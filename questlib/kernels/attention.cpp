@@ -6,10 +6,14 @@
 
 #include "dot.h"
 
+#if defined(__AMX_INT8__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
-constexpr int ROWS = Dot::ROWS, LANES = Dot::LANES, WIDTH = Dot::WIDTH;
-constexpr int64_t PAIR = 2 * LANES;  // keys whose scores are computed side by side
+constexpr int LANES = Dot::LANES;
 
 // q [batch, queries, heads * dim], k and v likewise with keys; out like q.
 struct Problem {
@@ -52,41 +56,54 @@ inline float sum_by_halves(const float* __restrict e, int64_t n, float* __restri
   return half[0];
 }
 
+// How products lay out what they multiply.
+struct Layout {
+  int64_t rows;   // queries at a time
+  int64_t side;   // keys whose scores are computed side by side
+  int64_t keys;   // a multiple of which keys are padded to
+  int64_t depth;  // likewise for the head width
+};
+
 // What one thread works in.
 struct Room {
+  Layout layout;
   int64_t keys, depth, blocks;  // keys and head width, padded; vectors of output channels
   std::unique_ptr<int8_t[], Free> k, v;
   std::unique_ptr<int32_t[], Free> start;
   std::unique_ptr<uint8_t[], Free> q, codes;
   std::unique_ptr<float[], Free> scores, half;
 
-  explicit Room(const Problem& of)
-      : keys(up(of.keys, PAIR)),
-        depth(up(of.dim, 4)),
+  Room(const Problem& of, const Layout& layout)
+      : layout(layout),
+        keys(up(of.keys, layout.keys)),
+        depth(up(of.dim, layout.depth)),
         blocks(up(of.dim, LANES) / LANES),
         k(aligned<int8_t>(keys * depth)),
         v(aligned<int8_t>(keys * blocks * LANES)),
         start(aligned<int32_t>(keys)),
-        q(aligned<uint8_t>(ROWS * depth)),
-        codes(aligned<uint8_t>(ROWS * keys)),
-        scores(aligned<float>(ROWS * keys)),
-        half(aligned<float>(keys)) {}
+        q(aligned<uint8_t>(layout.rows * depth)),
+        codes(aligned<uint8_t>(layout.rows * keys)),
+        scores(aligned<float>(layout.rows * keys)),
+        half(aligned<float>(keys)) {
+    std::fill(q.get(), q.get() + layout.rows * depth, uint8_t(0));
+    std::fill(codes.get(), codes.get() + layout.rows * keys, uint8_t(0));
+  }
 
-  // One head's k as [keys / PAIR][dim / 4][PAIR][4], v as [blocks][keys / 4][LANES][4].
+  // One head's k as [keys / side][depth / 4][side][4], v as [blocks][keys / 4][LANES][4].
   void pack(const Problem& of, int64_t b, int64_t h) {
-    const int64_t width = of.heads * of.dim;
+    const int64_t width = of.heads * of.dim, side = layout.side;
     const int8_t* own_k = of.k + b * of.keys * width + h * of.dim;
     const int8_t* own_v = of.v + b * of.keys * width + h * of.dim;
     std::fill(k.get(), k.get() + keys * depth, int8_t(0));
     std::fill(v.get(), v.get() + keys * blocks * LANES, int8_t(0));
     std::fill(start.get(), start.get() + keys, 0);
     for (int64_t m = 0; m < of.keys; ++m) {
-      int8_t* to_k = k.get() + m / PAIR * depth * PAIR + m % PAIR * 4;
+      int8_t* to_k = k.get() + m / side * depth * side + m % side * 4;
       int8_t* to_v = v.get() + m / 4 * LANES * 4 + m % 4;
       int32_t sum = 0;
       for (int64_t d = 0; d < of.dim; ++d) {
         const int8_t key = own_k[m * width + d];
-        to_k[d / 4 * PAIR * 4 + d % 4] = key;
+        to_k[d / 4 * side * 4 + d % 4] = key;
         sum += key;
         to_v[d / LANES * keys * LANES + d % LANES * 4] = own_v[m * width + d];
       }
@@ -95,31 +112,213 @@ struct Room {
   }
 };
 
-// scores [R, keys] of R queries
-template <int R>
-void score(const Room& room, float scale) {
-  for (int64_t m = 0; m < room.keys; m += PAIR) {
-    Dot a[R], b[R];
-    for (int r = 0; r < R; ++r) {
-      a[r].load(room.start.get() + m);
-      b[r].load(room.start.get() + m + LANES);
-    }
-    const int8_t* k = room.k.get() + m * room.depth;
-    for (int64_t d = 0; d < room.depth; d += 4, k += PAIR * 4)
-      for (int r = 0; r < R; ++r) {
-        const auto x = Dot::splat(room.q.get() + r * room.depth + d);
-        a[r].add(x, k);
-        b[r].add(x, k + LANES * 4);
-      }
-    for (int r = 0; r < R; ++r) {
-      int32_t sums[PAIR];
-      a[r].store(sums);
-      b[r].store(sums + LANES);
-      float* to = room.scores.get() + r * room.keys + m;
-      for (int64_t i = 0; i < PAIR; ++i) to[i] = float(sums[i]) * scale;
-    }
+// One query's sums of one vector of output channels, rescaled.
+inline void rescale(const Problem& of, const int32_t* sums, int64_t head, int64_t first,
+                    float code_sum, float* out) {
+  for (int64_t i = 0; i < LANES && first + i < of.dim; ++i) {
+    const int64_t c = head * of.dim + first + i;
+    float y = float(sums[i]) * of.factor[c];
+    if (of.codes_add) y += code_sum * of.codes_add[c];
+    out[first + i] = y;
   }
 }
+
+// ---- products by vectors ----
+
+struct Vectors {
+  static constexpr int ROWS = Dot::ROWS, WIDTH = Dot::WIDTH;
+  static constexpr int64_t PAIR = 2 * LANES;
+  static constexpr Layout LAYOUT = {ROWS, PAIR, PAIR, 4};
+
+  // scores [count, keys]
+  static void score(const Room& room, float scale, int64_t count) {
+    if (count == ROWS)
+      score_of<ROWS>(room, scale, 0);
+    else
+      for (int64_t r = 0; r < count; ++r) score_of<1>(room, scale, r);
+  }
+
+  // out [count, dim], rows `width` apart
+  static void output(const Problem& of, const Room& room, int64_t head, const float* code_sum,
+                     float* out, int64_t width, int64_t count) {
+    if (count == ROWS)
+      output_of<ROWS>(of, room, head, code_sum, out, width, 0);
+    else
+      for (int64_t r = 0; r < count; ++r) output_of<1>(of, room, head, code_sum, out, width, r);
+  }
+
+ private:
+  template <int R>
+  static void score_of(const Room& room, float scale, int64_t row) {
+    for (int64_t m = 0; m < room.keys; m += PAIR) {
+      Dot a[R], b[R];
+      for (int r = 0; r < R; ++r) {
+        a[r].load(room.start.get() + m);
+        b[r].load(room.start.get() + m + LANES);
+      }
+      const int8_t* k = room.k.get() + m * room.depth;
+      for (int64_t d = 0; d < room.depth; d += 4, k += PAIR * 4)
+        for (int r = 0; r < R; ++r) {
+          const auto x = Dot::splat(room.q.get() + (row + r) * room.depth + d);
+          a[r].add(x, k);
+          b[r].add(x, k + LANES * 4);
+        }
+      for (int r = 0; r < R; ++r) {
+        int32_t sums[PAIR];
+        a[r].store(sums);
+        b[r].store(sums + LANES);
+        float* to = room.scores.get() + (row + r) * room.keys + m;
+        for (int64_t i = 0; i < PAIR; ++i) to[i] = float(sums[i]) * scale;
+      }
+    }
+  }
+
+  template <int R>
+  static void output_of(const Problem& of, const Room& room, int64_t head, const float* code_sum,
+                        float* out, int64_t width, int64_t row) {
+    for (int64_t block = 0; block < room.blocks;) {
+      const int64_t left = room.blocks - block;
+      if (WIDTH >= 3 && left >= 3) {
+        vectors<R, WIDTH>(of, room, block, head, code_sum, out, width, row);
+        block += WIDTH;
+      } else if (left >= 2) {
+        vectors<R, 2>(of, room, block, head, code_sum, out, width, row);
+        block += 2;
+      } else {
+        vectors<R, 1>(of, room, block, head, code_sum, out, width, row);
+        block += 1;
+      }
+    }
+  }
+
+  // N vectors of output channels from `block` on, for R queries
+  template <int R, int N>
+  static void vectors(const Problem& of, const Room& room, int64_t block, int64_t head,
+                      const float* code_sum, float* out, int64_t width, int64_t row) {
+    const int32_t zeros[LANES] = {0};
+    Dot sum[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < N; ++j) sum[r][j].load(zeros);
+    const int8_t* v = room.v.get() + block * room.keys * LANES;
+    const uint8_t* codes = room.codes.get() + row * room.keys;
+    for (int64_t m = 0; m < up(of.keys, 4); m += 4)
+      for (int r = 0; r < R; ++r) {
+        const auto x = Dot::splat(codes + r * room.keys + m);
+        for (int j = 0; j < N; ++j) sum[r][j].add(x, v + (j * room.keys + m) * LANES);
+      }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < N; ++j) {
+        int32_t sums[LANES];
+        sum[r][j].store(sums);
+        rescale(of, sums, head, (block + j) * LANES, code_sum[row + r], out + (row + r) * width);
+      }
+  }
+};
+
+#if defined(__AMX_INT8__)
+// ---- products by tiles (Intel AMX): sixteen rows of 64 bytes times 64 of sixteen columns ----
+
+struct Tiles {
+  static constexpr int ROWS = 16, WIDE = 64;
+  static constexpr Layout LAYOUT = {ROWS, LANES, WIDE, WIDE};
+
+  // Linux gives tiles to processes that ask for them.
+  static bool allowed() {
+    constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+    return granted;
+  }
+
+  static void score(const Room& room, float scale, int64_t count) {
+    alignas(64) int32_t sums[ROWS * WIDE];
+    const Configured configured;
+    for (int64_t m = 0; m < room.keys; m += WIDE) {
+      const int32_t* start = room.start.get() + m;  // the same for all rows: a stride of 0
+      _tile_loadd(0, start, 0);
+      _tile_loadd(1, start + 16, 0);
+      _tile_loadd(2, start + 32, 0);
+      _tile_loadd(3, start + 48, 0);
+      const int64_t next = room.depth * LANES;  // of sixteen keys
+      for (int64_t d = 0; d < room.depth; d += WIDE) {
+        const int8_t* k = room.k.get() + m * room.depth + d * LANES;
+        _tile_loadd(4, room.q.get() + d, room.depth);
+        _tile_loadd(5, k, WIDE);
+        _tile_dpbusd(0, 4, 5);
+        _tile_loadd(6, k + next, WIDE);
+        _tile_dpbusd(1, 4, 6);
+        _tile_loadd(5, k + 2 * next, WIDE);
+        _tile_dpbusd(2, 4, 5);
+        _tile_loadd(6, k + 3 * next, WIDE);
+        _tile_dpbusd(3, 4, 6);
+      }
+      store(sums);
+      for (int64_t r = 0; r < count; ++r) {
+        float* to = room.scores.get() + r * room.keys + m;
+        for (int64_t i = 0; i < WIDE; ++i) to[i] = float(sums[r * WIDE + i]) * scale;
+      }
+    }
+  }
+
+  static void output(const Problem& of, const Room& room, int64_t head, const float* code_sum,
+                     float* out, int64_t width, int64_t count) {
+    alignas(64) int32_t sums[ROWS * WIDE];
+    const Configured configured;
+    for (int64_t block = 0; block < room.blocks; block += 4) {
+      const int64_t n = std::min<int64_t>(4, room.blocks - block);
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      const int64_t next = room.keys * LANES;  // of sixteen channels
+      for (int64_t m = 0; m < room.keys; m += WIDE) {
+        const int8_t* v = room.v.get() + block * next + m * LANES;
+        _tile_loadd(4, room.codes.get() + m, room.keys);
+        _tile_loadd(5, v, WIDE);
+        _tile_dpbusd(0, 4, 5);
+        if (n > 1) {
+          _tile_loadd(6, v + next, WIDE);
+          _tile_dpbusd(1, 4, 6);
+        }
+        if (n > 2) {
+          _tile_loadd(5, v + 2 * next, WIDE);
+          _tile_dpbusd(2, 4, 5);
+        }
+        if (n > 3) {
+          _tile_loadd(6, v + 3 * next, WIDE);
+          _tile_dpbusd(3, 4, 6);
+        }
+      }
+      store(sums);
+      for (int64_t r = 0; r < count; ++r)
+        for (int64_t j = 0; j < n; ++j)
+          rescale(of, sums + r * WIDE + j * LANES, head, (block + j) * LANES, code_sum[r],
+                  out + r * width);
+    }
+  }
+
+ private:
+  // All tiles whole; oneDNN configures its own before each product.
+  struct Configured {
+    Configured() {
+      alignas(64) uint8_t config[64] = {1};  // the palette; tiles' columns in bytes, then rows
+      for (int i = 0; i < 8; ++i) {
+        config[16 + 2 * i] = WIDE;
+        config[48 + i] = ROWS;
+      }
+      _tile_loadconfig(config);
+    }
+    ~Configured() { _tile_release(); }
+  };
+
+  // Tiles 0 to 3 side by side, [ROWS, 64].
+  static void store(int32_t* sums) {
+    _tile_stored(0, sums, 4 * WIDE);
+    _tile_stored(1, sums + 16, 4 * WIDE);
+    _tile_stored(2, sums + 32, 4 * WIDE);
+    _tile_stored(3, sums + 48, 4 * WIDE);
+  }
+};
+#endif
 
 // Scores -> codes of the softmax, of one query. Returns whether its scores have a softmax.
 bool softmax(const Problem& of, const float* mask, float* __restrict s, uint8_t* __restrict codes,
@@ -137,77 +336,33 @@ bool softmax(const Problem& of, const float* mask, float* __restrict s, uint8_t*
   return true;
 }
 
-// N vectors of output channels from `block` on, for R queries
-template <int R, int N>
-void output(const Problem& of, const Room& room, int64_t block, int64_t head, const float* code_sum,
-            float* out) {
-  const int32_t zeros[LANES] = {0};
-  Dot sum[R][N];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) sum[r][j].load(zeros);
-  const int8_t* v = room.v.get() + block * room.keys * LANES;
-  for (int64_t m = 0; m < up(of.keys, 4); m += 4)
-    for (int r = 0; r < R; ++r) {
-      const auto x = Dot::splat(room.codes.get() + r * room.keys + m);
-      for (int j = 0; j < N; ++j) sum[r][j].add(x, v + (j * room.keys + m) * LANES);
-    }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < N; ++j) {
-      int32_t sums[LANES];
-      sum[r][j].store(sums);
-      const int64_t first = (block + j) * LANES;
-      for (int64_t i = 0; i < LANES && first + i < of.dim; ++i) {
-        const int64_t c = head * of.dim + first + i;
-        float y = float(sums[i]) * of.factor[c];
-        if (of.codes_add) y += code_sum[r] * of.codes_add[c];
-        out[r * of.heads * of.dim + first + i] = y;
-      }
-    }
-}
+// ---- attention ----
 
-template <int R>
-bool rows(const Problem& of, Room& room, int64_t b, int64_t h, int64_t n) {
+// `count` queries of one head, from query n on.
+template <class Products>
+bool rows(const Problem& of, Room& room, int64_t b, int64_t h, int64_t n, int64_t count) {
   const int64_t width = of.heads * of.dim;
-  for (int r = 0; r < R; ++r) {
+  for (int64_t r = 0; r < count; ++r) {
     const uint8_t* from = of.q + (b * of.queries + n + r) * width + h * of.dim;
-    uint8_t* to = room.q.get() + r * room.depth;
-    std::copy(from, from + of.dim, to);
-    std::fill(to + of.dim, to + room.depth, uint8_t(0));
+    std::copy(from, from + of.dim, room.q.get() + r * room.depth);
   }
-  score<R>(room, of.scale);
-  float code_sum[R] = {0};
-  for (int r = 0; r < R; ++r) {
+  Products::score(room, of.scale, count);
+  float code_sum[Products::ROWS] = {0};
+  for (int64_t r = 0; r < count; ++r) {
     const float* mask = of.mask;
     if (mask) mask += (b * of.heads + h) * of.mask_head + (n + r) * of.mask_query;
     uint8_t* codes = room.codes.get() + r * room.keys;
     if (!softmax(of, mask, room.scores.get() + r * room.keys, codes, room.half.get())) return false;
-    std::fill(codes + of.keys, codes + room.keys, uint8_t(0));
     if (of.codes_add) code_sum[r] = float(std::accumulate(codes, codes + of.keys, int32_t(0)));
   }
   float* out = of.out + (b * of.queries + n) * width + h * of.dim;
-  for (int64_t block = 0; block < room.blocks;) {
-    const int64_t left = room.blocks - block;
-    float* to = out;
-    if (WIDTH >= 3 && left >= 3) {
-      output<R, WIDTH>(of, room, block, h, code_sum, to);
-      block += WIDTH;
-    } else if (left >= 2) {
-      output<R, 2>(of, room, block, h, code_sum, to);
-      block += 2;
-    } else {
-      output<R, 1>(of, room, block, h, code_sum, to);
-      block += 1;
-    }
-  }
+  Products::output(of, room, h, code_sum, out, width, count);
   return true;
 }
 
-}  // namespace
-
-extern "C" {
-
-// Returns whether every query has a finite largest score; if not, `out` is not filled.
-int attention(Problem of, int threads) {
+template <class Products>
+int attend(const Problem& of, int threads) {
+  constexpr int64_t ROWS = Products::ROWS;
   const int64_t all = of.batch * of.heads;
   // Few heads are divided among the threads, each part with its own copy of k and v.
   const int64_t groups = (of.queries + ROWS - 1) / ROWS;
@@ -216,19 +371,30 @@ int attention(Problem of, int threads) {
   int finite = 1;
 #pragma omp parallel num_threads(threads) if (parallel) reduction(min : finite)
   {
-    Room room(of);
+    Room room(of, Products::LAYOUT);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < all * parts; ++i) {
       const int64_t head = i / parts, part = i % parts;
       const int64_t b = head / of.heads, h = head % of.heads;
       room.pack(of, b, h);
       const int64_t end = std::min(of.queries, groups * (part + 1) / parts * ROWS);
-      int64_t n = groups * part / parts * ROWS;
-      for (; finite && n + ROWS <= end; n += ROWS) finite &= rows<ROWS>(of, room, b, h, n);
-      for (; finite && n < end; ++n) finite &= rows<1>(of, room, b, h, n);
+      for (int64_t n = groups * part / parts * ROWS; finite && n < end; n += ROWS)
+        finite &= rows<Products>(of, room, b, h, n, std::min(ROWS, end - n));
     }
   }
   return finite;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Returns whether every query has a finite largest score; if not, `out` is not filled.
+int attention(Problem of, int threads) {
+#if defined(__AMX_INT8__)
+  if (Tiles::allowed()) return attend<Tiles>(of, threads);
+#endif
+  return attend<Vectors>(of, threads);
 }
 
 }  // extern "C"
