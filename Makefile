@@ -149,12 +149,11 @@ WHERE = --scale $(SCALE) --results "$(RESULTS)"
 
 # A table alone makes JOBS seeds at a time. reproduce-all has JOBS tables at a time instead, and a
 # large model fills the machine by itself.
-SEEDS_AT_A_TIME = $(if $(QUEST_JOBS)$(filter paper,$(SCALE)),1,$(JOBS))
+AT_A_TIME = $(if $(QUEST_JOBS)$(filter paper,$(SCALE)),, --jobs $(JOBS))
 
 # reproduce-NAME for each of them. What two of them share is made once.
 $(addprefix reproduce-,$(REPRODUCE)): reproduce-%: $(STAMP)
-	"$(PY)" -m reproduce $(or $($*),$*) $(WHERE) --jobs $(SEEDS_AT_A_TIME) \
-	  $(if $(UNFINISHED),--unfinished)
+	"$(PY)" -m reproduce $(or $($*),$*) $(WHERE)$(AT_A_TIME)$(if $(UNFINISHED), --unfinished)
 
 # show-NAME likewise: its notebook with rows that are there, in a minute. It writes to RESULTS.
 $(addprefix show-,$(REPRODUCE)): show-%: $(STAMP)

@@ -228,4 +228,5 @@ def test_make_uses_the_active_environment(tmp_path, active, expected):
     )
     last = plan.stdout.strip().splitlines()[-1]
     used = tmp_path if expected else ROOT / ".venv"
-    assert last == f'"{used}/bin/python" -m reproduce table2 --scale mini --results "runs/results"'
+    command = "-m reproduce table2 --scale mini --results"
+    assert last == f'"{used}/bin/python" {command} "runs/results" --jobs 2'
