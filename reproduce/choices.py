@@ -220,7 +220,7 @@ class Choices:
             value = getattr(self, field.name)
             if value is None:
                 value = field.default
-            elif value != field.default:
+            elif value != field.default or type(value) is not type(field.default):  # True == 1
                 value = _checked(field.name, option, value)
             object.__setattr__(self, field.name, value)
 
