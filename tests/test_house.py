@@ -64,7 +64,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"pipeline", "sample", "seed_run"},
         {"figures"},
         {"reporting"},
-        {"estimate", "table_run", "opening"},
+        {"estimate", "table_run", "opening", "workers"},
         {"notebooks"},
         {"__init__", "__main__"},
     ],
