@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -24,24 +25,22 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.alignment import alignment_error
-from questlib.calibration import Calibration, TimeCalls
+from questlib.calibration import Calibration
 from questlib.calls import Batch, put_tensors, take_tensors
 from questlib.capture import Call, capture_calls, capture_outputs, execution_order
 from questlib.config import QuantConfig
+from questlib.minimization import Loss, minimize
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers, set_mode
 from questlib.quantization.roles import TIME_ROLES
 from questlib.quantization.time_path import run_time_layers
-from questlib.stage_cache import Parts
+from questlib.stage_cache import Parts, Unfinished
 
 BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
 
 BETA_START = 20.0
 BETA_END = 2.0
 WARMUP = 0.2  # share of the iterations that run without the regularizer
-
-Loss = Callable[[int], torch.Tensor]  # of an iteration
-
 
 # ---- blocks and their data ----
 
@@ -156,56 +155,44 @@ class BlockRecorder:
         return found
 
 
-# ---- one minimization for all ----
+# ---- the error of a block ----
 
 
-def minimize(
-    loss: Loss,
-    groups: list[dict[str, Any]],
-    iters: int,
-    regularize: Callable[[int], None] | None = None,
-) -> None:
-    """Minimize `loss` by Adam.
-
-    Args:
-        loss: called with the number of each iteration.
-        groups: Adam's parameter groups.
-        iters: number of iterations.
-        regularize: called with the number of each iteration after the backward pass; may add to
-            the gradients.
-    """
-    # one fused step for all tensors, where PyTorch has a kernel for it
-    devices = {tensor.device.type for group in groups for tensor in group["params"]}
-    optimizer = torch.optim.Adam(groups, fused=devices <= {"cpu", "cuda"})
-    for i in range(iters):
-        value = loss(i)
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
-        if regularize is not None:
-            regularize(i)
-        optimizer.step()
-
-
-def block_loss(student: nn.Module, tables: list[BlockData], batch_size: int, seed: int) -> Loss:
+class BlockLoss:
     """The mean squared error of the block's output on random batches of `batch_size` calls.
 
     It is divided by the mean square of the targets, so that one weight of the regularizer serves
     every block. The tables take turns.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    scales = [1.0 / data.targets.pow(2).mean().clamp_min(1e-8) for data in tables]
 
-    def loss(i: int) -> torch.Tensor:
-        data = tables[i % len(tables)]
-        scale = scales[i % len(tables)]
-        size = min(batch_size, len(data.targets))
-        index = torch.randint(len(data.targets), (size,), generator=generator)
+    Args:
+        student: the quantized UNet.
+        tables: the block's data.
+        batch_size: calls a batch.
+        seed: of the batches.
+    """
+
+    def __init__(
+        self, student: nn.Module, tables: list[BlockData], batch_size: int, seed: int
+    ) -> None:
+        self.student = student
+        self.tables = tables
+        self.batch_size = batch_size
+        self.generator = torch.Generator().manual_seed(seed)
+        self.scales = [1.0 / data.targets.pow(2).mean().clamp_min(1e-8) for data in tables]
+
+    def __call__(self, i: int) -> torch.Tensor:
+        """The loss of iteration i."""
+        data = self.tables[i % len(self.tables)]
+        scale = self.scales[i % len(self.tables)]
+        size = min(self.batch_size, len(data.targets))
+        index = torch.randint(len(data.targets), (size,), generator=self.generator)
         # The block runs alone, without the UNet's hook that selects the step groups.
-        student.quest_steps.select_group(data.groups[index])
+        self.student.quest_steps.select_group(data.groups[index])
         args, kwargs = data.calls.rows(index)
         return (data.block(*args, **kwargs) - data.targets[index]).pow(2).mean() * scale
 
-    return loss
+
+# ---- learned rounding ----
 
 
 def round_beta(i: int, iters: int) -> float | None:
@@ -237,11 +224,18 @@ class Rounding(NamedTuple):
     """Number of its roundings."""
 
 
-def learn_rounding(layers: list[QuantLayer], loss: Loss, config: QuantConfig) -> Rounding:
+def learn_rounding(
+    layers: list[QuantLayer],
+    loss: Loss,
+    config: QuantConfig,
+    generator: torch.Generator | None = None,
+    unfinished: Unfinished | None = None,
+) -> Rounding:
     """Learn the rounding of the layers' weights, then move each weight to where it was rounded.
 
     The weight ends inside its learned rounding cell: rounding it to nearest gives AdaRound's code.
-    Layers whose weights are not quantized are left alone.
+    Layers whose weights are not quantized are left alone. For `generator` and `unfinished` see
+    `minimize`.
     """
     pairs = [(x, x.weight_quantizer) for x in layers if x.weight_quantizer is not None]
     if not pairs:
@@ -257,7 +251,14 @@ def learn_rounding(layers: list[QuantLayer], loss: Loss, config: QuantConfig) ->
         for quantizer in quantizers if beta is not None else ():
             quantizer.regularize(beta, choices.round_weight)
 
-    minimize(loss, [{"params": alphas, "lr": choices.lr}], choices.iters, regularize)
+    minimize(
+        loss,
+        [{"params": alphas, "lr": choices.lr}],
+        choices.iters,
+        regularize,
+        generator=generator,
+        unfinished=unfinished,
+    )
     decided = sum(quantizer.count_decided() for quantizer in quantizers)
     for layer, quantizer in pairs:
         layer.weight.data.copy_(quantizer.harden(layer.weight))
@@ -302,9 +303,11 @@ def reconstruct_weights(
         layer.freeze()
     record: dict[str, list[int]] = {}
 
-    def fill(name: str, layers: list[QuantLayer], compute: Callable[[], Rounding]) -> None:
+    def fill(
+        name: str, layers: list[QuantLayer], compute: Callable[[Unfinished], Rounding]
+    ) -> None:
         tensors = {str(i): layer.weight.data for i, layer in enumerate(layers)}
-        filled = parts.fill(name, tensors, lambda: list(compute()))
+        filled = parts.fill(name, tensors, lambda unfinished: list(compute(unfinished)))
         record[name] = filled.record
         for layer in layers if filled.cached else ():
             layer.freeze()
@@ -313,7 +316,7 @@ def reconstruct_weights(
     if config.adaround.temporal_block:
         done = TIME_ROLES
         layers = [layer for layer in quant_layers(student).values() if layer.role in TIME_ROLES]
-        fill("time", layers, lambda: reconstruct_time(student, teacher, calib, config))
+        fill("time", layers, partial(reconstruct_time, student, teacher, calib, config))
     recorder = BlockRecorder(student, teacher, calib, config)
     for name in tqdm(recorder.names, desc="adaround", disable=not progress, mininterval=2):
         layers = [
@@ -322,10 +325,12 @@ def reconstruct_weights(
             if isinstance(module, QuantLayer) and module.role not in done
         ]
 
-        def learn(name: str = name, layers: list[QuantLayer] = layers) -> Rounding:
+        def learn(
+            unfinished: Unfinished, name: str = name, layers: list[QuantLayer] = layers
+        ) -> Rounding:
             data = recorder.record(name)
-            loss = block_loss(student, data, config.adaround.batch_size, config.seed)
-            return learn_rounding(layers, loss, config)
+            loss = BlockLoss(student, data, config.adaround.batch_size, config.seed)
+            return learn_rounding(layers, loss, config, loss.generator, unfinished)
 
         fill(name, layers, learn)
     set_mode(student, weights=True, acts=True)
@@ -333,23 +338,24 @@ def reconstruct_weights(
 
 
 def reconstruct_time(
-    student: nn.Module, teacher: nn.Module, calib: Calibration, config: QuantConfig
+    student: nn.Module,
+    teacher: nn.Module,
+    calib: Calibration,
+    config: QuantConfig,
+    unfinished: Unfinished | None = None,
 ) -> Rounding:
     """AdaRound of all time-embedding layers as one block (TFMQ-DM, Huang et al. 2024).
 
     Its outputs are the temporal features that the ResBlocks receive, at every calibrated step.
+    For `unfinished` see `minimize`.
     """
     layers = quant_layers(student)
     projections = [name for name, layer in layers.items() if layer.role == "time_proj"]
     time_layers = [layer for layer in layers.values() if layer.role in TIME_ROLES]
-
-    def calls_for(unet: nn.Module) -> list[TimeCalls]:
-        # the same calls for both, each in its own precision
-        return calib.time_calls(unet, torch.Generator().manual_seed(config.seed))
-
-    calls = calls_for(student)
+    rows = calib.time_rows(student, torch.Generator().manual_seed(config.seed))
+    calls = [row.on(student) for row in rows]
     goals = []
-    for t, arguments in calls_for(teacher):
+    for t, arguments in (row.on(teacher) for row in rows):
         with torch.no_grad(), capture_outputs(teacher, projections) as targets:
             run_time_layers(teacher, t, arguments)
         goals.append(targets)
@@ -360,7 +366,7 @@ def reconstruct_time(
             run_time_layers(student, t, arguments)
         return alignment_error(outputs, goals[i % len(calls)], relative=True)
 
-    return learn_rounding(time_layers, loss, config)
+    return learn_rounding(time_layers, loss, config, unfinished=unfinished)
 
 
 def reconstruct_acts(
@@ -386,16 +392,20 @@ def reconstruct_acts(
         quantizers = act_quantizers(student.get_submodule(name))
         scales = [quantizer.scale for quantizer in quantizers if quantizer.enabled]
 
-        def train(name: str = name, scales: list[nn.Parameter] = scales) -> None:
+        def train(
+            unfinished: Unfinished, name: str = name, scales: list[nn.Parameter] = scales
+        ) -> None:
             data = recorder.record(name)
-            loss = block_loss(student, data, config.batch_size, config.seed)
-            train_scales(scales, loss, config)
+            loss = BlockLoss(student, data, config.batch_size, config.seed)
+            train_scales(scales, loss, config, unfinished)
 
         if scales:
             parts.fill(name, {str(i): scale.data for i, scale in enumerate(scales)}, train)
 
 
-def train_scales(scales: list[nn.Parameter], loss: Loss, config: QuantConfig) -> None:
+def train_scales(
+    scales: list[nn.Parameter], loss: BlockLoss, config: QuantConfig, unfinished: Unfinished
+) -> None:
     """Train the activation scales of one block."""
     groups = [
         {"params": [scale], "lr": config.act_recon.lr * scale.detach().mean().item()}
@@ -403,6 +413,12 @@ def train_scales(scales: list[nn.Parameter], loss: Loss, config: QuantConfig) ->
     ]
     for scale in scales:
         scale.requires_grad_(True)
-    minimize(loss, groups, config.act_recon.iters)
+    minimize(
+        loss,
+        groups,
+        config.act_recon.iters,
+        generator=loss.generator,
+        unfinished=unfinished,
+    )
     for scale in scales:
         scale.requires_grad_(False)

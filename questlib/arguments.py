@@ -23,9 +23,9 @@ from questlib.files import storage_reason
 # Python's version.
 UNKNOWN_COMMAND = re.compile(r"invalid choice: '(?P<found>[^']*)' \(choose from (?P<known>.*)\)")
 
-# Exit codes, as shells have them for a process that a signal has ended.
 KEPT = "what was finished is kept, and the same command goes on from it"
 
+# Exit codes, as shells have them for a process that a signal has ended.
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 

@@ -48,6 +48,20 @@ class TimeCalls(NamedTuple):
     """The other arguments of R samples; empty where the timestep is all that is needed."""
 
 
+class TimeRows(NamedTuple):
+    """The same calls as they were recorded, for UNets of any device and precision."""
+
+    t: torch.Tensor
+    """Timesteps [R]."""
+    batch: Batch | None
+    """R samples; None where the timestep is all that is needed."""
+
+    def on(self, unet: nn.Module) -> TimeCalls:
+        """The calls on a UNet's device, in its precision."""
+        arguments = {} if self.batch is None else self.batch.arguments(unet)
+        return TimeCalls(self.t.to(unet.device), arguments)
+
+
 class Calibration:
     """Calls of a full-precision denoiser, on the CPU, or in files where they are large.
 
@@ -123,7 +137,13 @@ class Calibration:
     def time_calls(
         self, unet: nn.Module, generator: torch.Generator, only: torch.Tensor | None = None
     ) -> list[TimeCalls]:
-        """Calls for the time path of a UNet, on its device: one for each step, by table.
+        """`time_rows` on the UNet's device, in its precision."""
+        return [rows.on(unet) for rows in self.time_rows(unet, generator, only)]
+
+    def time_rows(
+        self, unet: nn.Module, generator: torch.Generator, only: torch.Tensor | None = None
+    ) -> list[TimeRows]:
+        """Calls for the time path of a UNet: one for each step, by table.
 
         Where the timestep alone enters the embedding, all steps are together. Else the sample at
         each step is drawn.
@@ -134,7 +154,7 @@ class Calibration:
         """
         if not needs_arguments(unet):
             t = self.t if only is None else self.t[self.t == only]
-            return [TimeCalls(t.to(unet.device), {})]
+            return [TimeRows(t, None)]
         found = []
         for table in self.tables:
             steps = torch.arange(len(table.t))
@@ -143,7 +163,7 @@ class Calibration:
             if len(steps):
                 which = torch.randint(table.width, (len(steps),), generator=generator)
                 batch = table.batch(steps, which).without(*RESIDUALS)
-                found.append(TimeCalls(batch.t.to(unet.device), batch.arguments(unet)))
+                found.append(TimeRows(batch.t, batch))
         return found
 
     # ---- one table ----

@@ -18,7 +18,7 @@ from torch import nn
 from questlib.denoisers import predict
 from questlib.diffusion.sampling import device_of
 from questlib.errors import CheckpointError, ConfigError
-from questlib.integrity import check_finite, fail_if_any
+from questlib.integrity import LATEST, check_finite, fail_if_any
 
 # ---- trees of arguments ----
 
@@ -301,7 +301,7 @@ class CallTable:
         wrong = {
             "t": self.t.ndim != 1 or len(grid) != 2 or len(self.t) != grid[0] or 0 in grid,
             "t's type": self.t.dtype not in (torch.int64, torch.float32),
-            "t's range": bool((self.t < 0).any()),
+            "t's range": bool(((self.t >= LATEST) | (self.t <= -LATEST)).any()),
             "its arguments": slots != self.inputs.keys() | self.constants.keys(),
             "sample": "sample" not in self.inputs,
             "constants": bool(self.inputs.keys() & self.constants.keys()),

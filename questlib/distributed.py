@@ -5,6 +5,8 @@ With a single process every function here returns what it was given.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -33,6 +35,17 @@ def device() -> torch.device:
     """
     found = processes().device
     return torch.device("cpu") if found.type == "cpu" else found
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """torch computes with `count` CPU threads in the block; the order of its sums depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def use_full_float32() -> None:

@@ -25,6 +25,8 @@ Tensors = dict[str, torch.Tensor]
 DIGESTS = "digests"  # the entry of the metadata
 SOME = 5  # names that a message lists
 
+LATEST = 2**31  # no timestep is as late; those of EDM are logarithms and can be negative
+
 
 # ---- digests ----
 

@@ -17,10 +17,11 @@ from questlib.config import QuantConfig
 from questlib.denoisers import TRANSFORMERS, UNETS
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from questlib.errors import CheckpointError, ConfigError, QuestError
-from questlib.integrity import Tensors, check_finite, check_like, fail_if_any
+from questlib.integrity import LATEST, Tensors, check_finite, check_like, fail_if_any
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import act_quantizers, quant_layers
+from questlib.quantization.packed_codes import pack, packed_size, unpack
 from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.seal import check_whole
 from questlib.quantization.step_groups import StepGroups
@@ -40,45 +41,6 @@ FREEU = ("s1", "s2", "b1", "b2")
 
 PRECISIONS = (torch.float32, torch.float16, torch.bfloat16)  # of what is not quantized
 
-LATEST = 2**31  # no timestep is as late
-
-
-# ---- codes of weights ----
-
-
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 codes of any shape -> uint8 [n] bytes.
-
-    Up to 4 bits two consecutive codes share a byte, the first in the low nibble.
-    """
-    flat = codes.flatten()
-    if bits > 4:
-        return flat.contiguous()
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return flat[0::2] | (flat[1::2] << 4)
-
-
-def unpack(
-    packed: torch.Tensor, bits: int, shape: torch.Size, name: str = "packed weight"
-) -> torch.Tensor:
-    """The inverse of `pack`: uint8 codes of this shape. `name` is the layer's, for messages.
-
-    Raises:
-        CheckpointError: the number of bytes does not fit the shape, or a code exceeds `bits`.
-    """
-    n = shape.numel()
-    expected = packed_size(n, bits)
-    if packed.dtype != torch.uint8 or packed.numel() != expected:
-        raise CheckpointError(
-            f"{name}: expected {expected} bytes for shape {list(shape)} at {bits} bits, "
-            f"found {packed.numel()}"
-        )
-    codes = packed if bits > 4 else torch.stack([packed & 15, packed >> 4], 1).flatten()[:n]
-    if n and int(codes.max()) >= 2**bits:
-        raise CheckpointError(f"{name}: code {int(codes.max())} exceeds {bits} bits")
-    return codes.reshape(shape)
-
 
 def coded_layers(unet: nn.Module) -> dict[str, tuple[QuantLayer, WeightQuantizer]]:
     """The layers whose weights are stored as codes, each with its quantizer, by name."""
@@ -92,11 +54,6 @@ def coded_layers(unet: nn.Module) -> dict[str, tuple[QuantLayer, WeightQuantizer
 def last_part(name: str) -> str:
     """The last part of a tensor's dotted name."""
     return name.rpartition(".")[2]
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Bytes of `count` weight codes in a checkpoint: up to 4 bits two codes share a byte."""
-    return (count + 1) // 2 if bits <= 4 else count
 
 
 # ---- saving ----
@@ -154,9 +111,9 @@ def read_quantization(where: Path, quant: Any, timesteps: Any) -> tuple[QuantCon
         CheckpointError: they are not such values.
     """
     numbers = isinstance(timesteps, list) and all(type(t) in (int, float) for t in timesteps)
-    if not numbers or not timesteps or not all(0 <= t < LATEST for t in timesteps):
+    if not numbers or not timesteps or not all(abs(t) < LATEST for t in timesteps):
         raise CheckpointError(
-            f"checkpoint {where}: timesteps: expected a list of numbers from 0, "
+            f"checkpoint {where}: timesteps: expected a list of numbers below {LATEST}, "
             f"found {reprlib.repr(timesteps)}"
         )
     try:

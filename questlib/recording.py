@@ -141,8 +141,14 @@ class CallRecorder:
     def _receive(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Take the arguments before the call: UNets empty the list of an adapter's residuals."""
         # The class's own forward: an instance's may be wrapped, as accelerate's offloading does.
-        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
-        received = {k: v for k, v in list(bound.items())[1:] if v is not None}
+        signature = inspect.signature(type(module).forward)
+        bound = signature.bind(module, *args, **kwargs).arguments
+        # Kandinsky has no text: None is what it gives for an argument that must be there.
+        received = {
+            name: value
+            for name, value in list(bound.items())[1:]
+            if value is not None or signature.parameters[name].default is inspect.Parameter.empty
+        }
         received.pop("return_dict", None)
         received["sample"] = received.pop(input_name(module))
         size = len(received["sample"])

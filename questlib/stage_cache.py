@@ -18,6 +18,8 @@ from questlib.versions import STAGE_VERSIONS
 
 SECONDS = "seconds"  # a file's tensor beside those of its stage
 
+SAVE_SECONDS = 20.0  # between two savings of a part's work that has begun
+
 
 class Filled(NamedTuple):
     """How tensors were filled."""
@@ -30,8 +32,60 @@ class Filled(NamedTuple):
     """What the computation reported, as JSON holds it."""
 
 
+class Unfinished:
+    """The state of work that has begun: a file that is written again every `SAVE_SECONDS`.
+
+    Args:
+        path: the file; None: nothing is kept.
+        model: digest of the full-precision model; see `StageCache`.
+    """
+
+    def __init__(self, path: Path | None = None, model: str | None = None) -> None:
+        self.path = path
+        self.model = model
+        self.seconds_before = 0.0
+        """Time that the stopped run took to come to the state that was loaded."""
+        self._start = self._saved = time.perf_counter()
+
+    def load(self, like: Tensors) -> Tensors | None:
+        """The tensors that a stopped run left, or None.
+
+        Args:
+            like: tensors of the names, shapes and types that they must have.
+
+        Raises:
+            CheckpointError: the file cannot be read, or does not fit.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        found, self.seconds_before, _ = _open(self.path, self.model)
+        try:
+            check_like(self.path, found, like)
+        except CheckpointError as error:
+            raise _damaged(error) from error
+        return found
+
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        return self.path is not None and time.perf_counter() - self._saved >= SAVE_SECONDS
+
+    def save(self, tensors: Tensors) -> None:
+        """Write the file."""
+        if self.path is not None:
+            seconds = self.seconds_before + time.perf_counter() - self._start
+            _write(self.path, tensors, Filled(seconds, False, None), self.model)
+            self._saved = time.perf_counter()
+
+    def remove(self) -> None:
+        """Remove the file: the work is finished."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
 class Parts:
     """Finished parts of a stage, a file each, so that a stopped stage goes on after the last one.
+
+    A long part can keep the state of its work, too, in a file beside its own.
 
     Args:
         folder: where the files are; None: nothing is kept.
@@ -45,27 +99,32 @@ class Parts:
         """Time that the parts took which were read from files."""
 
     def fill(
-        self, name: str, tensors: dict[str, torch.Tensor], compute: Callable[[], Any]
+        self, name: str, tensors: dict[str, torch.Tensor], compute: Callable[[Unfinished], Any]
     ) -> Filled:
         """Fill `tensors` in place: from the part's file, or by `compute`, and then write the file.
 
         Args:
             name: of the part.
             tensors: those that `compute` writes to.
-            compute: does the part's work; returns what it reports, in values that JSON holds.
+            compute: does the part's work, and may keep its state; returns what it reports, in
+                values that JSON holds.
 
         Raises:
             CheckpointError: the file cannot be read, or does not fit.
         """
         if self.folder is None:
-            return computed(compute)
+            return computed(lambda: compute(Unfinished()))
         path = self._path(self.folder, name)
         if path.exists():
             filled = _read(path, tensors, self.model)
             self.seconds_before += filled.seconds
             return filled
-        filled = computed(compute)
+        unfinished = Unfinished(self._path(self.folder, f"{name}.unfinished"), self.model)
+        filled = computed(lambda: compute(unfinished))
+        filled = filled._replace(seconds=filled.seconds + unfinished.seconds_before)
+        self.seconds_before += unfinished.seconds_before
         _write(path, tensors, filled, self.model)
+        unfinished.remove()
         return filled
 
     def keep(self, name: str, compute: Callable[[], Tensors]) -> Tensors:
@@ -85,11 +144,9 @@ class Parts:
             tensors, seconds, _ = _open(path, self.model)
             self.seconds_before += seconds
             return tensors
-        start = time.perf_counter()
-        tensors = compute()
-        filled = Filled(time.perf_counter() - start, False, None)
-        _write(path, tensors, filled, self.model)
-        return tensors
+        done = computed(compute)
+        _write(path, done.record, done._replace(record=None), self.model)
+        return done.record
 
     def remove(self) -> None:
         """Remove all parts: the stage is finished."""

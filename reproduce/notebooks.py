@@ -128,12 +128,15 @@ def execute(plan: Plan) -> None:
     partial = plan.work / f"{plan.table.name}-{plan.scale.name}.ipynb"
     # A second run of the same table waits: it would make the same rows in the same folder.
     with FileLock(partial.with_suffix(".lock")):
+        parameters = there.choices.parameters(papermill.inspect_notebook(str(source)))
+        chosen = parameterize_notebook(load_notebook_node(str(source)), parameters)
+        _write(partial, nbformat.writes(chosen))
         try:
             papermill.execute_notebook(
-                str(source),
                 str(partial),
-                parameters=there.choices.parameters(papermill.inspect_notebook(str(source))),
+                str(partial),
                 kernel_name="python3",  # in the folder of the command: paths may be relative
+                extra_arguments=["--log-level=ERROR"],  # nothing about TCP, which is local here
                 progress_bar=False,
                 log_output=False,
                 stdout_file=sys.stderr,
@@ -201,7 +204,10 @@ def _write(path: Path, text: str) -> None:
 
 
 def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
-    """The notebook without progress bars, warnings, papermill's times and this machine's paths."""
+    """The notebook without what differs from run to run or from machine to machine.
+
+    These are progress bars, warnings, papermill's times and cell ids, and paths.
+    """
     places = {
         str(plan.results.resolve()): "results",
         str(plan.work.resolve()): "runs",
@@ -210,6 +216,8 @@ def without_machine(notebook: NotebookNode, plan: Plan) -> NotebookNode:
     notebook.metadata.pop("papermill", None)
     for cell in notebook.cells:
         cell.metadata = NotebookNode({k: v for k, v in cell.metadata.items() if k == "tags"})
+        if "injected-parameters" in cell.metadata.get("tags", []):
+            cell.id = "injected"  # papermill's own is a random one
         _drop_stderr(cell)
     text = nbformat.writes(notebook)
     for path, name in places.items():

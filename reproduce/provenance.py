@@ -68,12 +68,14 @@ def processors(made: Iterable[Provenance]) -> tuple[str, ...]:
     return tuple(sorted({p["machine"]["cpu"] for p in made}))
 
 
-@cache
 def provenance() -> Provenance:
-    """Commit, versions and machine of this process.
+    """Commit, versions and machine of this process, and the CPU threads it computes with now."""
+    return {**_of_process(), "threads": torch.get_num_threads()}
 
-    `dirty` looks at the code alone: results and notebooks change while a table runs.
-    """
+
+@cache
+def _of_process() -> Provenance:
+    """`dirty` looks at the code alone: results and notebooks change while a table runs."""
     own = _is_repository()
     changed = _git("status", "--porcelain", "--", "questlib", "reproduce") if own else None
     python = {"python": platform.python_version()}
@@ -82,7 +84,6 @@ def provenance() -> Provenance:
         "dirty": None if changed is None else bool(changed),
         "versions": python | {name: importlib.metadata.version(name) for name in PACKAGES},
         "machine": machine(),
-        "threads": torch.get_num_threads(),
     }
 
 

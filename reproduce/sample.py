@@ -9,14 +9,12 @@ one. Killed and restarted, the command goes on with the shards that are missing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
 from questlib import arguments, from_pretrained
 from questlib.diffusion.drawing import Drawing
-from questlib.distributed import device, processes, use_full_float32
+from questlib.distributed import cpu_threads, device, processes, use_full_float32
 from questlib.errors import ConfigError
 from questlib.files import check_writable
 from questlib.integer.engines import CPU_ENGINES
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(where)
     drawing = Drawing(pipe, unet=unet, **sampling)
     on_cpu = torch.device(where).type == "cpu"
-    with threads(args.threads if on_cpu else torch.get_num_threads()):
+    with cpu_threads(args.threads if on_cpu else torch.get_num_threads()):
         write_samples(
             args.out,
             drawing.run(args.num_samples, args.batch_size)
@@ -63,14 +61,3 @@ def run(args: argparse.Namespace) -> None:
         print(f"{args.out}: {args.num_samples} samples of {args.model}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch computes with this number of threads in the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

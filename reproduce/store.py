@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock
 
 from questlib.config import digest
+from questlib.distributed import cpu_threads
 from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.integrity import digest_of_json
@@ -84,7 +87,8 @@ class Artifact:
     def make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Run `build(folder)` unless done.
 
-        Where another process makes the same artifact, this one waits for it.
+        Where another process makes the same artifact, this one waits for it. Work that was stopped
+        goes on with as many CPU threads as it began with, on which its last bits depend.
 
         Returns:
             What `build` returned, with the seconds it took, interrupted tries included, and the
@@ -97,23 +101,31 @@ class Artifact:
 
     def _build(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         tries = self.folder / "tries.json"
-        before = {"seconds": 0.0, "interrupted": 0}
+        before = {"seconds": 0.0, "interrupted": 0, "threads": torch.get_num_threads()}
         if tries.is_file():
-            before = read_json(tries, "seconds", "interrupted")
+            before |= read_json(tries, "seconds", "interrupted")
+        if before["threads"] != torch.get_num_threads():
+            print(
+                f"{self.folder}: goes on with {before['threads']} threads, as it began, "
+                f"not with {torch.get_num_threads()}",
+                file=sys.stderr,
+            )
         # Written first, so that a try that is killed leaves a mark even though its seconds are
         # lost.
-        write_json(tries, before | {"interrupted": before["interrupted"] + 1})
+        now = before | {"interrupted": before["interrupted"] + 1}
+        write_json(tries, now)
         start = time.perf_counter()
-        try:
-            told = build(self.folder)
-        finally:
-            seconds = before["seconds"] + time.perf_counter() - start
-            write_json(tries, {"seconds": seconds, "interrupted": before["interrupted"] + 1})
-        info = {
-            "seconds": seconds,
-            "interrupted": before["interrupted"],
-            "provenance": provenance(),
-        } | told
+        with cpu_threads(before["threads"]):
+            try:
+                told = build(self.folder)
+            finally:
+                seconds = before["seconds"] + time.perf_counter() - start
+                write_json(tries, now | {"seconds": seconds})
+            info = {
+                "seconds": seconds,
+                "interrupted": before["interrupted"],
+                "provenance": provenance(),
+            } | told
         info = json.loads(json.dumps(info, allow_nan=False))
         write_json(self.folder / "done.json", info | {DIGEST: digest_of_json(info)})
         tries.unlink()

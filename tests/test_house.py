@@ -34,7 +34,7 @@ FLOORS: dict[str, list[set[str]]] = {
         {"distributed", "stage_cache", "alignment", "capture", "denoisers"},
         {"quantization"},
         {"diffusion"},
-        {"calls"},
+        {"calls", "minimization"},
         {"recording"},
         {"trajectories"},
         {"calibration"},

@@ -33,8 +33,13 @@ CALIBRATION_OFFSET = 500_000
 
 
 def device_of(unet: nn.Module) -> torch.device:
-    """Where a UNet takes its inputs; "cpu" where accelerate has offloaded its weights."""
-    return torch.device("cpu") if unet.device.type == "meta" else unet.device
+    """Where a UNet takes its inputs, also where accelerate has offloaded its weights."""
+    if unet.device.type != "meta":
+        return unet.device
+    hooks = (getattr(module, "_hf_hook", None) for module in unet.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    found = next((device for device in devices if device is not None), None)
+    return unet.device if found is None else torch.device(found)
 
 
 def choose_scheduler(

@@ -366,15 +366,11 @@ class Finetuning:
         if stage.name != "tla" or not stage.local:
             return None, {}
         only = batch.t[0] if stage.order == "sequential" else None
-        # The teacher's own are the same calls in its precision, which may be half.
-        again = torch.Generator()
-        again.set_state(run.generator.get_state())
-        calls = self.calib.time_calls(self.unet, run.generator, only)
-        number = run.iteration % len(calls)
-        chosen = calls[number]
+        drawn = self.calib.time_rows(self.unet, run.generator, only)
+        rows = drawn[run.iteration % len(drawn)]
+        chosen = rows.on(self.unet)
         if chosen.arguments:
-            own = self.calib.time_calls(self.teacher, again, only)[number]
-            return chosen, self.te_targets(stage, own)
+            return chosen, self.te_targets(stage, rows.on(self.teacher))
         # The timestep alone: the outputs of all steps are computed once.
         if not run.te_targets:
             run.te_targets = self.te_targets(

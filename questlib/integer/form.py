@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from questlib.errors import ConfigError, EngineError
-from questlib.packing import packed_size
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.carrier import CARRIER_MULTIPLIER
 from questlib.quantization.layers import QuantLayer
+from questlib.quantization.packed_codes import packed_size
 from questlib.quantization.step_groups import StepGroups
 
 BYTE = 127

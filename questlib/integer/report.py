@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from questlib.integer.modules import IntegerAttention, IntegerLayer
-from questlib.packing import packed_size
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
+from questlib.quantization.packed_codes import packed_size
 
 if TYPE_CHECKING:
     import pandas as pd

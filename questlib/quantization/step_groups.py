@@ -11,7 +11,6 @@ import warnings
 import torch
 from torch import nn
 
-from questlib.denoisers import timestep_of
 from questlib.errors import ConfigError, TimestepWarning
 from questlib.quantization.precision import FixedPrecision
 
@@ -134,6 +133,9 @@ class StepGroups(FixedPrecision):
 
     def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Select the group of a denoiser's call, from its argument `timestep`."""
+        # here, so that the engine also loads where diffusers is missing
+        from questlib.denoisers import timestep_of
+
         self.select(torch.as_tensor(timestep_of(module, args, kwargs)))
 
     def _warn_if_far(self, t: torch.Tensor, distance: torch.Tensor) -> None:

@@ -119,7 +119,7 @@ def make_subjects(place: Path) -> list[Subject]:
     def read_calibration(folder: Path) -> str:
         found = Calibration.load(folder / "calibration.safetensors")
         batch = found.batch(0, torch.arange(1))
-        return f"{found.hash()} {found.model} {told([batch.eps, batch.t, *batch.rows.values()])}"
+        return f"{found.hash()} {told([batch.eps, batch.t, *batch.rows.values()])}"
 
     def draw(indices: range) -> Samples:
         latents = torch.stack([torch.full((2, 4, 4), float(i)) for i in indices])

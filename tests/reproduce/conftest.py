@@ -5,7 +5,6 @@ They are small enough to run real rows in a second.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_bedrooms import tiny_bedrooms
 
 from reproduce import datasets, plan, seed_run
 from reproduce.choices import Choices
@@ -67,16 +67,7 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MINI_FEATURES", tiny / "classifier")
     features._load_extractor.cache_clear()
     seed_run.load.cache_clear()
-    setting = datasets.Setting(
-        model=str(tiny / "model"),
-        reference=str(tiny / "reference"),
-        samples_per_seed=16,
-        num_inference_steps=2,
-        sample_batch=8,
-        calib_samples=4,
-    )
-    bedrooms = dataclasses.replace(datasets.DATASETS["bedrooms"], settings={"smoke": setting})
-    monkeypatch.setitem(datasets.DATASETS, "bedrooms", bedrooms)
+    monkeypatch.setitem(datasets.DATASETS, "bedrooms", tiny_bedrooms(tiny))
 
     def make(table: str = "table3", **choices):
         return plan.make_plan(

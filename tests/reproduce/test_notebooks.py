@@ -125,6 +125,8 @@ def test_every_notebook_is_run_at_smoke_scale_by_its_own_parameters(path, tmp_pa
         assert "NBVAL" not in cell.source
         assert set(tags(cell)) <= {"opening", "parameters", "nbval-ignore-output"}
         assert "progress=False" not in cell.source
+        if any(call in cell.source for call in ("progress=True", " sample(", ".execute()")):
+            assert "nbval-ignore-output" in tags(cell), "nbval would compare progress bars"
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import questlib
 from questlib.diffusion import drawing as denoising
+from questlib.distributed import cpu_threads
 from questlib.errors import ConfigError, QuestError
 from reproduce import seed_run, store
 from reproduce.evaluation import drawing, metrics
@@ -311,6 +312,21 @@ def test_artifact_keeps_the_seconds_of_interrupted_tries(tmp_path):
     info = artifact.make(lambda folder: {"x": 1})
     assert info["x"] == 1 and info["interrupted"] == 1 and info["seconds"] > before
     assert artifact.make(interrupted) == info
+
+
+def test_work_that_was_stopped_goes_on_with_as_many_threads(tmp_path, capsys):
+    artifact = ArtifactStore(tmp_path).artifact("stage", {"a": 1})
+
+    def interrupted(folder):
+        raise KeyboardInterrupt
+
+    with cpu_threads(2), pytest.raises(KeyboardInterrupt):
+        artifact.make(interrupted)
+    with cpu_threads(1):
+        info = artifact.make(lambda folder: {"found": torch.get_num_threads()})
+        assert torch.get_num_threads() == 1
+    assert info["found"] == info["provenance"]["threads"] == 2
+    assert "goes on with 2 threads, as it began, not with 1" in capsys.readouterr().err
 
 
 def test_new_work_folder_is_marked_with_its_first_artifact(tmp_path):

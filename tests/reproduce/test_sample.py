@@ -14,11 +14,11 @@ import torch
 
 from questlib import calibrate, quantize, save_pretrained
 from questlib.config import QuantConfig
+from questlib.distributed import cpu_threads
 from reproduce.__main__ import main
 from reproduce.evaluation.drawing import sample
 from reproduce.evaluation.samples import read_run, read_samples
 from reproduce.models.loading import load_pipeline
-from reproduce.sample import threads
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -43,7 +43,7 @@ def test_command_draws_what_the_library_draws(tiny, tmp_path, capsys):
     assert main(command(tiny, tmp_path / "out", *asked)) == 0
     assert "5 samples" in capsys.readouterr().out
     pipe = load_pipeline(tiny / "model")
-    with threads(1):
+    with cpu_threads(1):
         expected = sample(
             pipe,
             5,

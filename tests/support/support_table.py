@@ -2,7 +2,7 @@
 
 python tests/support/support_table.py            # prints the table
 python tests/support/support_table.py --write    # and writes results/support.json
-python tests/support/support_table.py sdxl sd    # these alone
+python tests/support/support_table.py sdxl sd    # these alone; with --write the others stay
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tiny_cases import CASES
 
 import questlib
 from questlib import QuantConfig, calibrate, convert, finetune, quantize
+from questlib.denoisers import PARTS
 from questlib.errors import QuestError
 
 WRITTEN = Path(__file__).resolve().parents[2] / "results" / "support.json"
@@ -42,19 +43,7 @@ FAST = dict(
 )
 
 STAGES = ("calibrate", "exact", "minmax", "quest", "finetune", "save", "integers", "pipeline")
-"""What each pipeline goes through; `NEEDS` says what each must show."""
-
-NEEDS = {
-    "calibrate": "its calls are recorded, and a replay gives what was recorded",
-    "exact": "with all quantizers off (W16A16) it gives what full precision gives (60 dB)",
-    "minmax": "min-max ranges at W8A8, without training: 6 dB or better at each step",
-    "quest": "QuEST's ranges and AdaRound at W8A8: 20 dB or better at each step",
-    "finetune": "QuEST at W4A4 goes through AdaRound, TLA and CMA: 3 dB or better at each step",
-    "save": "diffusers saves it and gives it back, bit for bit",
-    "integers": "the CPU engine runs every layer, equals the integers' definition (60 dB), and "
-    "is as near to full precision as the simulation (1 dB)",
-    "pipeline": "the pipeline itself makes images with it, simulated and in integers",
-}
+"""What each pipeline goes through: the methods of `Trial`, which say what each must show."""
 
 
 class Failure(Exception):
@@ -73,9 +62,11 @@ class Trial:
 
     def __init__(self, name: str, folder: Path) -> None:
         self.pipe, self.call = CASES[name].make()
-        self.part = "unet" if hasattr(self.pipe, "unet") else "transformer"
+        self.part = next(part for part in PARTS if hasattr(self.pipe, part))
         self.full = getattr(self.pipe, self.part)
         self.folder = folder
+        half = self.full.dtype != torch.float32
+        self.same = 30.0 if half else 60.0  # dB from which two results are one
 
     def _images(self) -> torch.Tensor:
         images = self.pipe(**self.call, generator=torch.Generator().manual_seed(0))[0]
@@ -84,11 +75,7 @@ class Trial:
 
     def _worst(self, unet: Any) -> float:
         """The least SNR of all recorded steps."""
-        found = []
-        for step in range(len(self.calib.t)):
-            batch = self.calib.batch(step, torch.arange(self.calib.width(step)))
-            found.append(decibels(batch.eps.cpu(), batch.run(unet).detach().cpu()))
-        return min(found)
+        return min(decibels(batch.eps, batch.run(unet).detach()) for batch in self.steps)
 
     def _expect(self, value: float, least: float) -> float:
         if not value >= least:  # also where it is not a number
@@ -96,37 +83,38 @@ class Trial:
         return round(value, 1)
 
     def calibrate(self) -> float:
-        """Record two calls."""
+        """Two calls are recorded, and a replay gives what was recorded."""
         self.calib = calibrate(self.pipe, calls=[self.call, self.call])
         self.images = self._images()
-        least = 60.0 if self.full.dtype == torch.float32 else 30.0
-        return self._expect(min(self._worst(self.full), 200.0), least)
+        numbers = range(len(self.calib.t))
+        self.steps = [self.calib.batch(i, torch.arange(self.calib.width(i))) for i in numbers]
+        return self._expect(min(self._worst(self.full), 200.0), self.same)
 
     def exact(self) -> float:
-        """All quantizers off."""
+        """With all quantizers off (W16A16) it gives what full precision gives."""
         unet = quantize(self.full, QuantConfig.preset("minmax", 16, 16), self.calib)
-        least = 60.0 if self.full.dtype == torch.float32 else 30.0
-        return self._expect(min(self._worst(unet), 200.0), least)
+        return self._expect(min(self._worst(unet), 200.0), self.same)
 
     def minmax(self) -> float:
-        """Min-max ranges at W8A8."""
+        """Min-max ranges at W8A8, without training: 6 dB or better at each step."""
         unet = quantize(self.full, QuantConfig.preset("minmax", 8, 8), self.calib)
         return self._expect(self._worst(unet), 6.0)
 
     def quest(self) -> float:
-        """QuEST at W8A8, before finetuning."""
+        """QuEST's ranges and AdaRound at W8A8: 20 dB or better at each step."""
         unet = quantize(self.full, QuantConfig.preset("quest", 8, 8, **FAST), self.calib)
         return self._expect(self._worst(unet), 20.0)
 
     def finetune(self) -> float:
-        """QuEST at W4A4."""
+        """QuEST at W4A4 goes through AdaRound, TLA and CMA: 3 dB or better at each step."""
         config = QuantConfig.preset("quest", 4, 4, **FAST)
         self.unet = quantize(self.full, config, self.calib)
         finetune(self.unet, self.full, self.calib, config)
-        return self._expect(self._worst(self.unet), 3.0)
+        self.trained = self._worst(self.unet)
+        return self._expect(self.trained, 3.0)
 
     def save(self) -> str:
-        """diffusers' save and load."""
+        """diffusers saves it and gives it back, bit for bit."""
         setattr(self.pipe, self.part, self.unet)
         if hasattr(self.pipe, "save_pretrained"):
             self.pipe.save_pretrained(self.folder)
@@ -138,29 +126,31 @@ class Trial:
         else:
             self.unet.save_pretrained(self.folder)
             back = type(self.unet).from_pretrained(self.folder)
-        batch = self.calib.batch(0, torch.arange(self.calib.width(0)))
+        batch = self.steps[0]
         if not torch.equal(batch.run(back), batch.run(self.unet)):
             raise Failure("the loaded model gives something else")
         return "equal"
 
     def integers(self) -> float:
-        """The CPU engine."""
+        """The CPU engine runs every layer.
+
+        It equals the integers' definition (60 dB), and is as near to full precision as the
+        simulation (1 dB).
+        """
         self.converted = convert(self.unet, "cpu")
         simulated = questlib.engine_report(self.converted).engines().get("fake", 0)
         if simulated:
             raise Failure(f"{simulated} layers stay simulated")
         exact = convert(self.unet, "reference")
-        steps = range(len(self.calib.t))
-        batches = [self.calib.batch(i, torch.arange(self.calib.width(i))) for i in steps]
-        engines = [decibels(b.run(exact), b.run(self.converted)) for b in batches]
+        engines = [decibels(b.run(exact), b.run(self.converted)) for b in self.steps]
         self._expect(min(engines), 60.0)
-        loss = self._worst(self.unet) - self._worst(self.converted)
+        loss = self.trained - self._worst(self.converted)
         if loss > 1:
             raise Failure(f"{loss:.1f} dB behind the simulation")
         return round(loss, 1)
 
     def pipeline(self) -> str:
-        """The pipeline's own call."""
+        """The pipeline itself makes images with it, simulated and in integers."""
         for unet in (self.unet, self.converted):
             setattr(self.pipe, self.part, unet)
             images = self._images()
@@ -198,8 +188,6 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *CASES], help="default: all")
     parser.add_argument("--write", action="store_true", help=f"write {WRITTEN.name}")
     args = parser.parse_args()
-    if args.write and args.names:
-        parser.error("--write writes all pipelines; give no names")
     warnings.filterwarnings("ignore")
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
@@ -211,8 +199,10 @@ def main() -> None:
         print(f"{name}: {about}", flush=True)
     works = sum(row["outcome"] == "works" for row in rows.values())
     refused = sum(row["outcome"] == "refused" for row in rows.values())
-    print(f"{works} of {len(rows)} work, {refused} are refused before any work")
+    print(f"{works} of {len(rows)} work, {refused} are refused with a reason")
     if args.write:
+        before = json.loads(WRITTEN.read_text()) if WRITTEN.is_file() else {}
+        rows = {name: (before | rows)[name] for name in CASES if name in before | rows}
         WRITTEN.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -52,6 +52,28 @@ def test_a_damaged_table_is_named(tmp_path):
         support.table(tmp_path)
 
 
+# ---- life in a pipeline ----
+
+
+def test_callbacks_and_a_pipeline_made_from_another():
+    pipe, call = tiny_cases.sd()
+    calibration = questlib.calibrate(pipe, calls=[call])
+    config = questlib.QuantConfig.preset("minmax", 8, 8)
+    pipe.unet = questlib.quantize(pipe.unet, config, calibration)
+    seen = []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(step)
+        return tensors
+
+    pipe(**call, callback_on_step_end=note)
+    assert seen == [0, 1, 2]
+    other = diffusers.AutoPipelineForImage2Image.from_pipe(pipe)
+    assert other.unet is pipe.unet
+    found = other(image=parts.image(), prompt="a fox", num_inference_steps=4, output_type="pt")
+    assert torch.isfinite(found.images).all()
+
+
 # ---- docs/pipelines.md ----
 
 

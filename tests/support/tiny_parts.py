@@ -44,15 +44,25 @@ def seeded(build: Any, *args: Any, **kwargs: Any) -> Any:
     return build(*args, **kwargs).eval().requires_grad_(False)
 
 
+TWO_BLOCKS = dict(
+    sample_size=16, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8
+)
+"""Sizes of the UNets."""
+
+TWO_LEVELS = dict(
+    block_out_channels=(8, 8),
+    norm_num_groups=4,
+    down_block_types=("DownEncoderBlock2D",) * 2,
+    up_block_types=("UpDecoderBlock2D",) * 2,
+)
+"""Sizes of the autoencoders; latents have half an image's size."""
+
+
 def unet_2d(**choices: Any) -> UNet2DModel:
     """A UNet without conditions, with attention."""
-    base = dict(
-        sample_size=16,
+    base = TWO_BLOCKS | dict(
         in_channels=3,
         out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
         attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
@@ -62,13 +72,9 @@ def unet_2d(**choices: Any) -> UNet2DModel:
 
 def unet_2d_condition(**choices: Any) -> UNet2DConditionModel:
     """A UNet with cross-attention."""
-    base = dict(
-        sample_size=16,
+    base = TWO_BLOCKS | dict(
         in_channels=4,
         out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
         attention_head_dim=2,
         cross_attention_dim=CONTEXT,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -91,27 +97,13 @@ def unet_sdxl(**choices: Any) -> UNet2DConditionModel:
 
 def vae(**choices: Any) -> AutoencoderKL:
     """An autoencoder with two levels: latents of half the size."""
-    base = dict(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    return seeded(AutoencoderKL, **base | choices)
+    return seeded(AutoencoderKL, **TWO_LEVELS | dict(latent_channels=4) | choices)
 
 
 def vq_model(latent_channels: int, **choices: Any) -> VQModel:
     """A VQ autoencoder with two levels."""
-    base = dict(
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-        vq_embed_dim=latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    return seeded(VQModel, **base | choices)
+    base = dict(latent_channels=latent_channels, vq_embed_dim=latent_channels)
+    return seeded(VQModel, **TWO_LEVELS | base | choices)
 
 
 def tokenizer() -> CLIPTokenizer:

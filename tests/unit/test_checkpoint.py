@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from questlib import QuantConfig, finetune, from_pretrained, quantize, save_pretrained
 from questlib.errors import CheckpointError, ConfigError, StorageError
-from questlib.packing import pack, unpack
 from questlib.quantization import range_search
 from questlib.quantization.model import act_quantizers
+from questlib.quantization.packed_codes import pack, unpack
 
 FORMAT_1 = Path(__file__).parents[1] / "data" / "format1"
 

@@ -34,7 +34,8 @@ def job(pipe, state_path=None) -> tuple:
     calib = calibrate(pipe, 7, 3, guidance_scale=2.0, batch_size=2)
     student = quantize(pipe.unet, CONFIG, calib)
     log = finetune(student, pipe.unet, calib, CONFIG, state_path=state_path)
-    found = vars(calib), log["loss"], {k: v.clone() for k, v in student.state_dict().items()}
+    recorded = {"t": calib.t, "x": calib.x, "eps": calib.eps, "context": calib.context}
+    found = recorded, log["loss"], {k: v.clone() for k, v in student.state_dict().items()}
     if processes().num_processes == 1:
         return (*found, None)
     with pytest.raises(ConfigError) as refused:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_a_place_that_cannot_be_written(tmp_path):
         (lambda s: s["eps"][0, 0].fill_(math.nan), "not finite: eps"),
         (lambda s: s.update(t=s["t"][1:].clone()), "do not fit: t"),
         (lambda s: s.update(t=s["t"].bool()), "t's type"),
-        (lambda s: s["t"].neg_(), "t's range"),
+        (lambda s: s["t"].sub_(2**40), "t's range"),
         (lambda s: s.update(eps=s["eps"][:, 1:].clone()), "do not fit"),
         (lambda s: s.update(eps=s["eps"].to(torch.int32)), "do not fit: eps"),
         (lambda s: s.update(more=s["eps"].clone()), "unexpected: more"),
@@ -163,6 +164,15 @@ def test_a_damaged_calibration(calib, tmp_path, change, says):
     damage(path, lambda state: None, digests=False)
     with pytest.raises(CheckpointError, match=f"calibration file .*{says}"):
         Calibration.load(path)
+
+
+def test_timesteps_below_zero_are_loaded(calib, tmp_path):
+    """Those of EDM are logarithms of sigma."""
+    (table,) = calib.tables
+    early = Calibration([replace(table, t=-0.25 * table.t)], model=calib.model)
+    path = tmp_path / "calib.safetensors"
+    early.save(path)
+    assert torch.equal(Calibration.load(path).t, -0.25 * calib.t)
 
 
 # ---- caches and states ----

@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 
-from questlib import QuantConfig, calibrate, finetune, quantize, save_pretrained
+from questlib import QuantConfig, calibrate, finetune, quantize, save_pretrained, stage_cache
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["questlib.calibration", "questlib.post_training"])
@@ -20,7 +20,7 @@ SERVER.set_forkserver_preload(["questlib.calibration", "questlib.post_training"]
 MOMENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.chmod", "os.scandir")
 
 FAST = dict(
-    adaround_iters=2,
+    adaround_iters=4,
     tla_iters=3,
     cma_iters=3,
     batch_size=2,
@@ -32,14 +32,22 @@ FAST = dict(
 )
 PRESETS = {
     "quest": QuantConfig.preset("quest", 4, 4, adaround=True, **FAST),
+    "long": QuantConfig.preset("q-diffusion", 4, 4, **FAST | {"adaround_iters": 20_000}),
     "ptq-d": QuantConfig.preset("ptq-d", 8, 8, calib_batch=2, act_range="minmax"),
 }
 
 
-def run(folder: Path, preset: str) -> None:
-    """Calibrate, quantize, finetune and save."""
+def run(folder: Path, preset: str, save_seconds: float = 0.0) -> None:
+    """Calibrate, quantize, finetune and save.
+
+    Args:
+        folder: of the caches and the checkpoint.
+        preset: a name in `PRESETS`.
+        save_seconds: between two savings of a block's learned rounding.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    stage_cache.SAVE_SECONDS = save_seconds
     unet = UNet2DModel(
         sample_size=8,
         layers_per_block=1,
@@ -54,7 +62,8 @@ def run(folder: Path, preset: str) -> None:
     cache = folder / "cache"
     calib = calibrate(pipe, 4, 2, batch_size=2, cache_dir=cache)
     made = quantize(pipe.unet, config, calib, cache_dir=cache)
-    finetune(made, pipe.unet, calib, config, state_path=folder / "state", save_every=1)
+    if config.finetunes:
+        finetune(made, pipe.unet, calib, config, state_path=folder / "state", save_every=1)
     save_pretrained(made, folder / "checkpoint")
 
 
@@ -104,3 +113,25 @@ def test_a_run_that_is_killed_again_and_again_gives_the_same_bytes(tmp_path, pre
     assert checkpoint(folder) == checkpoint(tmp_path / "whole")
     left = [p for p in folder.rglob("*.tmp*")]
     assert not left, left
+
+
+@pytest.mark.slow
+def test_a_long_block_goes_on_whatever_the_kills(tmp_path):
+    """The paper's 20,000 iterations a block, killed every 30 seconds, the start included."""
+    run(tmp_path / "whole", "long", save_seconds=1e9)
+    folder = tmp_path / "killed"
+    kills = 0
+    while True:
+        process = SERVER.Process(target=run, args=(folder, "long", 5.0))
+        process.start()
+        process.join(30)
+        if process.exitcode is not None:
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        assert kills < 200
+    assert process.exitcode == 0
+    assert kills >= 3
+    assert checkpoint(folder) == checkpoint(tmp_path / "whole")
+    print(f"{kills} kills survived")

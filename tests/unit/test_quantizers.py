@@ -216,7 +216,7 @@ def test_state_dict_moves_and_saves_everything():
     names = {"scale", "zero_point", "ratio", "shift", "calibrated", "index"}
     assert names == set(q.state_dict())
     assert [n for n, _ in q.named_parameters()] == ["scale"]
-    assert q.to(torch.float64).scale.dtype == torch.float64
+    assert q.half().scale.dtype == torch.float32  # codes depend on every digit of a scale
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

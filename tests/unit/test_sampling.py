@@ -52,6 +52,7 @@ def test_stopped_and_started_again_nothing_is_lost_or_doubled(ldm, tmp_path):
         def __init__(self, limit: int) -> None:
             super().__init__()
             self.unet, self.config, self.device = ldm.unet, ldm.unet.config, ldm.unet.device
+            self.dtype = ldm.unet.dtype
             self.calls, self.limit = [], limit
 
         def forward(self, x, t):
@@ -92,7 +93,7 @@ def test_bad_counts_and_infinite_latents(ldm):
         draw(ldm, 0)
 
     class Broken(torch.nn.Module):
-        config, device = ldm.unet.config, ldm.unet.device
+        config, device, dtype = ldm.unet.config, ldm.unet.device, ldm.unet.dtype
 
         def forward(self, x, t):
             return SimpleNamespace(sample=x * float("nan"))
