@@ -269,6 +269,15 @@ DATASETS: dict[str, Dataset] = {
                 overrides=dict(batch_size=4, adaround_batch_size=4, forward_batch=8),
             ),
         ),
+        # Not in the paper. 50 steps and guidance 1.5 are this project's choice for DiT-XL/2.
+        Dataset(
+            name="dit",
+            title="ImageNet 256x256, DiT-XL/2",
+            weights="the DiT-XL/2 weights",
+            config="facebook/DiT-XL-2-256",
+            settings=_mini("mini-dit", guidance_scale=3.0, samples_per_seed=GUIDED)
+            | _paper(50, guidance_scale=1.5),
+        ),
         # The paper does not say how many steps its CIFAR-10 rows take. 100, as in Q-Diffusion, is
         # this project's choice, and 20 at mini scale, as for the other embedded models.
         #

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import questlib
+from questlib.denoisers import unet_of
 from questlib.diffusion import digests
 from questlib.diffusion.drawing import Samples
 from questlib.distributed import device, use_full_float32
@@ -178,14 +179,14 @@ class SeedRun:
         state = folder / "finetune-state"
         with PeakMemory() as memory:
             unet = questlib.quantize(
-                self.pipe.unet,
+                unet_of(self.pipe),
                 self.config,
                 calib,
                 cache_dir=self._shared_cache(self.calibration),
                 progress=True,
             )
             log = questlib.finetune(
-                unet, self.pipe.unet, calib, self.config, state_path=state, progress=True
+                unet, unet_of(self.pipe), calib, self.config, state_path=state, progress=True
             )
         size = questlib.save_pretrained(unet, folder / "unet")
         state.unlink(missing_ok=True)
@@ -235,7 +236,7 @@ class SeedRun:
     def _measured_unet(self) -> Any:
         """What is measured is what is on disk: the checkpoint is loaded again."""
         if self.checkpoint is None:
-            return self.pipe.unet
+            return unet_of(self.pipe)
         unet = questlib.from_pretrained(
             self.checkpoint.folder / "unet",
             engine=self.plan.choices.engine,
@@ -276,8 +277,8 @@ class SeedRun:
         return {"paired": paired.images, "paired_features": FULL_FEATURES.get(key)}
 
     def _measure_full(self, folder: Path) -> dict[str, Any]:
-        """Size of the full-precision UNet as a file; the file itself is not kept."""
-        self.pipe.unet.save_pretrained(folder / "unet")
+        """Size of the full-precision denoiser as a file; the file itself is not kept."""
+        unet_of(self.pipe).save_pretrained(folder / "unet")
         size = sum(f.stat().st_size for f in (folder / "unet").glob("*.safetensors"))
         shutil.rmtree(folder / "unet")
         return {"size_bytes": size}
@@ -290,7 +291,8 @@ class SeedRun:
         else:
             made = self.checkpoint.make(self._quantize)
         if not self.score.done:
-            paired = None if self.checkpoint is None else self.draw(self.fp_samples, self.pipe.unet)
+            original = unet_of(self.pipe)
+            paired = None if self.checkpoint is None else self.draw(self.fp_samples, original)
             samples = self.draw(self.samples, self._measured_unet())
             self.score.make(lambda folder: self._evaluate(folder, samples, paired))
         calibrated = {} if self.calibration is None else self.calibration.info

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from questlib.config import QuantConfig
+from questlib.denoisers import unet_of
 from questlib.quantization.roles import layer_kind, layer_roles
 from reproduce.agreement import compare_with_published
 from reproduce.choices import Choices
@@ -77,8 +78,8 @@ class TableRun:
         return f"{setting.model} {setting.sampling}"
 
     def layer_kinds(self) -> dict[str, int]:
-        """Number of layers of each kind in the first row's UNet."""
-        unet = load(self.plan.setting(self.plan.rows[0]).model)[0].unet
+        """Number of layers of each kind in the first row's denoiser."""
+        unet = unet_of(load(self.plan.setting(self.plan.rows[0]).model)[0])
         kinds = (layer_kind(unet.get_submodule(n), role) for n, role in layer_roles(unet).items())
         return dict(Counter(kinds))
 

@@ -1,4 +1,4 @@
-"""Operations and activations of a UNet, counted on its architecture (meta device, no memory)."""
+"""Operations and activations of a denoiser, counted on its architecture (on the meta device)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -17,6 +18,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from questlib.denoisers import PARTS, takes_labels
 from questlib.diffusion.unets import FixedHeadsUNet2DModel
 from reproduce.datasets import DATASETS, Dataset, Setting
 from reproduce.models.compvis_components import unet_component
@@ -34,13 +36,18 @@ CIFAR: dict[str, Any] = dict(
     downsample_padding=0,
     up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
 )
+# facebook/DiT-XL-2-256, transformer/config.json (675 M weights)
+DIT: dict[str, Any] = dict(out_channels=8, num_layers=28, sample_size=32)
 CONTEXT_TOKENS = {"sd": 77}  # of a prompt; a class label is one
-UNETS = (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel)
+CLASSES = (UNet2DModel, UNet2DConditionModel, FixedHeadsUNet2DModel, DiTTransformer2DModel)
+
+
+BLOCKS = (ResnetBlock2D, Attention, Transformer2DModel, BasicTransformerBlock)
 
 
 @dataclass(frozen=True)
 class UNetCounts:
-    """Counts of one UNet on one input."""
+    """Counts of one denoiser on one input."""
 
     weight_bytes: int
     """In float32."""
@@ -59,16 +66,17 @@ class UNetCounts:
 
 
 def unet_of(dataset: Dataset, setting: Setting) -> nn.Module | None:
-    """The UNet of a model's folder, else of the paper's model, on the meta device.
+    """The denoiser of a model's folder, else of the data set's, on the meta device.
 
     Returns:
         None for an embedded model that does not exist.
     """
     places = (MINI / (setting.model or ""), Path(setting.model or ""))
-    folder = next((p for p in places if (p / "unet/config.json").is_file()), None)
-    if folder is not None:
-        config = json.loads((folder / "unet/config.json").read_text(encoding="utf-8"))
-        kind = {c.__name__: c for c in UNETS}[config["_class_name"]]
+    files = (place / part / "config.json" for place in places for part in PARTS)
+    found = next((file for file in files if file.is_file()), None)
+    if found is not None:
+        config = json.loads(found.read_text(encoding="utf-8"))
+        kind = {c.__name__: c for c in CLASSES}[config["_class_name"]]
         with torch.device("meta"):
             return kind.from_config(config)
     if setting.model in {s.model for s in dataset.settings.values()} - {None}:
@@ -78,7 +86,7 @@ def unet_of(dataset: Dataset, setting: Setting) -> nn.Module | None:
         component = unet_component(params["unet_config"]["params"], params["image_size"])
         return component.model.to("meta")
     with torch.device("meta"):
-        return UNet2DModel(**CIFAR)
+        return DiTTransformer2DModel(**DIT) if dataset.name == "dit" else UNet2DModel(**CIFAR)
 
 
 class _KeptTensors:
@@ -116,7 +124,7 @@ class _KeptTensors:
         """Count each block by itself; the handles end it."""
         handles = []
         for block in self.unet.modules():
-            if isinstance(block, ResnetBlock2D | Attention | Transformer2DModel):
+            if isinstance(block, BLOCKS):
                 handles.append(block.register_forward_pre_hook(self._enter))
                 handles.append(block.register_forward_hook(self._leave))
         return handles
@@ -132,6 +140,8 @@ def measure(unet: Any, context_tokens: int = 1) -> UNetCounts:
         given["encoder_hidden_states"] = torch.empty(
             1, context_tokens, config.cross_attention_dim, device="meta"
         )
+    elif takes_labels(unet):
+        given["class_labels"] = torch.empty(1, dtype=torch.int64, device="meta")
     kept = _KeptTensors(unet)
     handles = kept.watch_blocks()
     with FlopCounterMode(display=False) as counter:

@@ -56,6 +56,7 @@ ROWS = {
         "fp-plms",
         "w4a4-plms",
     ],
+    "40_dit.ipynb": ["dit-fp", "dit-w4a4-q-diffusion", "dit-w4a4-efficientdm", "dit-w4a4-quest"],
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "00_tour.ipynb": {"SCALE": "smoke", "IMAGES": 16},

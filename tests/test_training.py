@@ -15,11 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from questlib.denoisers import unet_of
 from questlib.diffusion.digests import model_digest
 from questlib.errors import QuestError
 from reproduce.evaluation import features, metrics, reference
 from reproduce.evaluation.clip_score import clip_score, coco_prompts, load_clip
 from reproduce.evaluation.drawing import sample
+from reproduce.models.embedded import embedded_models
 from reproduce.models.loading import MINI, load_pipeline
 from reproduce.models.minis import __main__ as command
 from reproduce.models.minis import card, data, export, quality, stages, text, training
@@ -29,6 +31,7 @@ from reproduce.models.minis.architectures import MINI_MODELS, Stage
 MODELS = (
     "mini-ldm4",
     "mini-cin",
+    "mini-dit",
     "mini-sd",
     "mini-ldm8",
     "mini-cifar",
@@ -110,11 +113,11 @@ def test_exported_model(trained, name):
         images.shape[1:] == toy_data(32 if name == "mini-cifar" else 64).images.shape[1:]
         and images.float().std() > 0
     )
-    state = torch.load(work / name / "unet.pt", weights_only=True)
-    averaged = state["ema"]["shadow_params"][
-        0
-    ]  # of conv_in: parts are stored after one another, the UNet first
-    assert torch.equal(pipe.unet.conv_in.weight, averaged.half().float())
+    state = torch.load(work / name / f"{preset.part}.pt", weights_only=True)
+    # of the first layer: parts are stored after one another, the denoiser first
+    averaged = state["ema"]["shadow_params"][0]
+    first = next(unet_of(pipe).parameters())
+    assert torch.equal(first, averaged.half().float())
     trained_stages = json.loads((folder / "training.json").read_text())["stages"]
     assert {k: v["steps"] for k, v in trained_stages.items()} == dict.fromkeys(preset.stages, 2)
     figures = json.loads((folder / "quality.json").read_text())
@@ -133,10 +136,10 @@ def test_exported_model(trained, name):
 @pytest.mark.parametrize("name", MODELS)
 def test_committed_size(name):
     """At most 6 MB a model: fp16 weights, and 0.3 MB of tokenizer, card and logs."""
-    preset, parts = MINI_MODELS[name], [MINI_MODELS[name].unet()]
+    preset, parts = MINI_MODELS[name], [MINI_MODELS[name].denoiser()]
     if preset.condition:
-        width = parts[0].config.cross_attention_dim
-        parts.append(training.make_context(preset, toy_data(), width).embedder)
+        embedder = training.make_context(preset, toy_data(), parts[0]).embedder
+        parts += [] if embedder is None else [embedder]
     source = preset.autoencoder
     if source is not None:
         parts.append((MINI_MODELS[source].autoencoder if isinstance(source, str) else source)())
@@ -162,7 +165,7 @@ def test_mini_ldm4_is_measured_as_users_do(trained):
     assert fid == pytest.approx(figures["samples"]["fid"], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", embedded_models())
 def test_card_is_what_the_code_writes(name):
     assert card.card_text(MINI / name) == (MINI / name / "README.md").read_text()
 
@@ -262,7 +265,8 @@ class ContextIn(torch.nn.Module):
 
     config = SimpleNamespace(cross_attention_dim=8)
 
-    def forward(self, x, t, context):
+    def forward(self, x, t, encoder_hidden_states):
+        context = encoder_hidden_states
         return SimpleNamespace(sample=x + context.mean((1, 2))[:, None, None, None])
 
 
@@ -271,7 +275,7 @@ def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
     """A tenth of the labels or prompts is the null one; the others are those of the images."""
     name = {"class": "mini-cin", "text": "mini-sd"}[kind]
     stage = replace(MINI_MODELS[name].stages["unet"], steps=1, batch=2000)
-    preset = replace(MINI_MODELS[name], unet=ContextIn, stages={"unet": stage})
+    preset = replace(MINI_MODELS[name], denoiser=ContextIn, stages={"unet": stage})
     seen, real = [], training.make_context
 
     def spy(*args):
@@ -281,7 +285,7 @@ def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "make_context", spy)
     vae = MINI_MODELS[MINI_MODELS[name].autoencoder].autoencoder()
-    training.train_unet(preset, emoji, vae, tmp_path)
+    training.train_denoiser(preset, emoji, vae, tmp_path)
     (given,) = seen
     null = (
         torch.tensor(12)
@@ -292,13 +296,50 @@ def test_conditions_are_dropped(kind, emoji, tmp_path, monkeypatch):
     assert 0.08 < share < 0.12
 
 
+def test_labels_of_a_transformer_are_dropped(emoji, tmp_path):
+    seen = []
+
+    class LabelIn(torch.nn.Module):
+        config = SimpleNamespace(num_embeds_ada_norm=12)
+
+        def __init__(self):
+            super().__init__()
+            self.factor = torch.nn.Parameter(torch.ones(()))
+
+        def forward(self, x, t, class_labels):
+            seen.append(class_labels)
+            return SimpleNamespace(sample=self.factor * x)
+
+    stage = replace(MINI_MODELS["mini-dit"].stages["transformer"], steps=1, batch=2000)
+    preset = replace(MINI_MODELS["mini-dit"], denoiser=LabelIn, stages={"transformer": stage})
+    vae = MINI_MODELS["mini-ldm4"].autoencoder()
+    training.train_denoiser(preset, emoji, vae, tmp_path)
+    (labels,) = seen
+    dropped = labels == 12
+    assert 0.08 < dropped.float().mean().item() < 0.12
+    assert set(labels[~dropped].tolist()) == set(range(12))
+
+
+def test_a_fresh_transformer_starts_as_the_identity_of_its_blocks():
+    """adaLN-Zero: the blocks add nothing at first, and the output is zero."""
+    transformer = MINI_MODELS["mini-dit"].denoiser()
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 700]), torch.tensor([0, 32])
+    block = transformer.transformer_blocks[0]
+    tokens = transformer.pos_embed(x)
+    assert torch.equal(block(tokens, timestep=t, class_labels=labels), tokens)
+    assert not transformer(x, timestep=t, class_labels=labels).sample.any()
+    transformer.train()  # it drops no labels of its own
+    embed = block.norm1.emb.class_embedder
+    assert torch.equal(embed(labels), embed.embedding_table(labels))
+
+
 def test_logs_are_thinned(tmp_path, emoji, monkeypatch):
     """A long log is shortened in the export; of a step that was repeated the later line holds."""
     work, out = tmp_path / "work", tmp_path / "out"
     work.mkdir()
     log = "".join(f'{{"step": {i}, "loss": 1.0}}\n' for i in range(1000))
     (work / "unet.jsonl").write_text(log + '{"step": 999, "loss": 2.0}\n')
-    parts = torch.nn.ModuleDict({"unet": MINI_MODELS["mini-cifar"].unet()})
+    parts = torch.nn.ModuleDict({"unet": MINI_MODELS["mini-cifar"].denoiser()})
     torch.save({"step": 1000, "seconds": 1.0}, work / "unet.pt")
     monkeypatch.setattr(export, "finish", lambda *args: {})  # it takes Inception's weights
     export.export("mini-cifar", emoji, training.Trained(None, parts), work, out)

@@ -15,6 +15,7 @@ from torch import nn
 
 import questlib
 from questlib.config import QuantConfig
+from questlib.denoisers import unet_of
 from questlib.errors import ConfigError
 from questlib.finetuning.stages import select_stages
 from questlib.quantization.roles import layer_roles
@@ -67,7 +68,7 @@ class InputRanges:
         """Models by name: "full precision", "before" and "after"."""
         before, after = self._runs
         return {
-            "full precision": after.pipe.unet,
+            "full precision": unet_of(after.pipe),
             "before": _load_unet(before),
             "after": _load_unet(after),
         }

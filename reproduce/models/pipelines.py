@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    DiTTransformer2DModel,
     ImagePipelineOutput,
     UNet2DConditionModel,
     UNet2DModel,
@@ -24,6 +25,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from questlib.denoisers import null_label, unet_of
 from questlib.diffusion.conditioning import Condition
 from questlib.diffusion.sampling import choose_scheduler, denoise, sample_shape
 from questlib.errors import ConfigError
@@ -113,13 +115,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ) -> Output:
         """x_T -> x_0 -> images."""
         device = self._execution_device
+        denoiser = unet_of(self)
         if latents is None:
-            shape = (batch_size, self.unet.config.in_channels, *sample_shape(self.unet))
-            latents = randn_tensor(shape, generator, device, self.unet.dtype)
+            shape = (batch_size, denoiser.config.in_channels, *sample_shape(denoiser))
+            latents = randn_tensor(shape, generator, device, denoiser.dtype)
         x = denoise(
-            self.unet,
+            denoiser,
             choose_scheduler(self, eta=eta),
-            latents.to(device, self.unet.dtype),
+            latents.to(device, denoiser.dtype),
             steps,
             eta=eta,
             generators=generator,
@@ -157,6 +160,13 @@ class ClassConditionalPipeline(LatentDiffusionPipeline):
             vae=vae, unet=unet, scheduler=scheduler, class_embedder=class_embedder
         )
 
+    @property
+    def _null_class(self) -> int:
+        return self.class_embedder.null_class
+
+    def _condition(self, labels: torch.Tensor, null: torch.Tensor, scale: float) -> Condition:
+        return Condition(self.class_embedder(labels), self.class_embedder(null), scale)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -174,24 +184,20 @@ class ClassConditionalPipeline(LatentDiffusionPipeline):
         Args:
             class_labels: each in 0..num_classes; num_classes itself is the null class.
             guidance_scale: s in eps = eps_null + s (eps_label - eps_null); both predictions come
-                from one call of the UNet.
+                from one call of the denoiser.
 
         Raises:
             ConfigError: other labels, or eta > 0 with a scheduler that has none.
         """
         labels = torch.as_tensor(class_labels, dtype=torch.int64).reshape(-1)
         labels = labels.to(self._execution_device)
-        null = self.class_embedder.null_class
+        null = self._null_class
         if len(labels) == 0 or int(labels.min()) < 0 or int(labels.max()) > null:
             raise ConfigError(
                 f"class_labels: expected one or more labels in 0..{null} ({null}: no class), "
                 f"found {labels.tolist()}"
             )
-        condition = Condition(
-            self.class_embedder(labels),
-            self.class_embedder(torch.full_like(labels, null)),
-            guidance_scale,
-        )
+        condition = self._condition(labels, torch.full_like(labels, null), guidance_scale)
         return self._sample(
             condition,
             len(labels),
@@ -204,7 +210,37 @@ class ClassConditionalPipeline(LatentDiffusionPipeline):
         )
 
 
+class ClassTransformerPipeline(ClassConditionalPipeline):
+    """Class-conditional latent diffusion with a DiT, for any number of classes.
+
+    diffusers' own DiTPipeline takes label 1000 for "no class", and no `eta`.
+
+    Example:
+        >>> pipe = load_pipeline("mini-dit")
+        >>> images = pipe([0, 1, 2], guidance_scale=3.0).images
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(
+        self,
+        vae: VQModel | AutoencoderKL,
+        transformer: DiTTransformer2DModel,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        DiffusionPipeline.__init__(self)
+        self.register_modules(vae=vae, transformer=transformer, scheduler=scheduler)
+
+    @property
+    def _null_class(self) -> int:
+        return null_label(self.transformer)
+
+    def _condition(self, labels: torch.Tensor, null: torch.Tensor, scale: float) -> Condition:
+        return Condition(labels, null, scale, argument="class_labels")
+
+
 PIPELINES: dict[str, type[DiffusionPipeline]] = {
     "LatentDiffusionPipeline": LatentDiffusionPipeline,
     "ClassConditionalPipeline": ClassConditionalPipeline,
+    "ClassTransformerPipeline": ClassTransformerPipeline,
 }

@@ -108,7 +108,7 @@ def site_path(path: Path) -> str | None:
 
 
 def notebook_paths() -> list[Path]:
-    """In reading order: the tour and its like (00 to 29), tables, figures, the ablation."""
+    """In reading order: the tour and its like (00 to 29), tables, figures, the rest."""
 
     def order(path: Path) -> tuple[int, str]:
         number = re.match(r"\d+", path.name)

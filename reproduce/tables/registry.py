@@ -5,6 +5,7 @@ from __future__ import annotations
 from questlib.errors import unknown
 from reproduce.tables.ablation import ABLATION
 from reproduce.tables.base import Table
+from reproduce.tables.dit import DIT
 from reproduce.tables.figures import FIGURE2, FIGURE3
 from reproduce.tables.table2 import TABLE2
 from reproduce.tables.table3 import TABLE3, TABLE3_CHURCHES
@@ -32,6 +33,7 @@ TABLES = (
     FIGURE2,
     FIGURE3,
     ABLATION,
+    DIT,
 )
 
 

@@ -150,8 +150,22 @@ def test_evaluations_of_a_sample():
         "churches": 500,
         "imagenet": 2 * 20,
         "sd": 2 * 51,
+        "dit": 2 * 50,
         "cifar10": 100,
     }
+
+
+def test_counts_of_a_transformer():
+    """DiT-XL/2 has 675 M weights and 118.6 G multiply-adds (Peebles & Xie 2023, Table 1 and 4).
+
+    diffusers gives each of its 28 blocks embedders of its own.
+    """
+    found = unet_counts.model_counts("dit", "paper", None)
+    embedders = 256 * 1152 + 1152 * 1152 + 2 * 1152 + 1001 * 1152
+    weights = found.weight_bytes / 4 - 27 * embedders
+    assert weights == pytest.approx(675e6, rel=0.01)
+    assert found.operations / 2 == pytest.approx(118.6e9, rel=0.02)
+    assert found.largest_kept_bytes < found.kept_bytes / 20
 
 
 def test_hours_follow_from_counts_and_the_stated_rate():

@@ -154,6 +154,7 @@ def test_settings_of_the_paper():
         "churches": ("ddim", 500, 0.0, 1.0, 50_000, 256),
         "imagenet": ("ddim", 20, 0.0, 3.0, 50_000, 256),
         "sd": ("plms", 50, 0.0, 7.5, 10_000, 128),
+        "dit": ("ddim", 50, 0.0, 1.5, 50_000, 256),  # this project's choice
         "cifar10": ("ddim", 100, 0.0, 1.0, 50_000, 256),
     }
 

@@ -12,6 +12,7 @@ from diffusers import (
     DDIMPipeline,
     DDIMScheduler,
     DiffusionPipeline,
+    DiTTransformer2DModel,
     LDMPipeline,
     ModelMixin,
     PNDMScheduler,
@@ -21,8 +22,13 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
+from torch import nn
 
-from reproduce.models.pipelines import ClassConditionalPipeline, LatentDiffusionPipeline
+from reproduce.models.pipelines import (
+    ClassConditionalPipeline,
+    ClassTransformerPipeline,
+    LatentDiffusionPipeline,
+)
 
 NUM_SAMPLES = 2000  # of the card's figures
 DROP = 0.1  # share of labels and prompts left out in training, for classifier-free guidance
@@ -51,13 +57,14 @@ class MiniModel:
     """An embedded model.
 
     Args:
-        stands_for: the paper's model.
+        stands_for: the paper's model; of a transformer, which the paper has not, a known one.
         pipeline: puts the trained parts together.
         autoencoder: makes one with fresh weights; a name: that embedded model's own; None: the
             model works on pixels.
-        unet: makes one with fresh weights.
+        denoiser: makes a UNet or a transformer with fresh weights.
         stages: in the order of training.
-        condition: "class" or "text", the context of the UNet's cross-attention.
+        condition: "class" or "text", the context of the UNet's cross-attention; a transformer
+            takes the class itself.
         data: of `reproduce.models.minis.data.ARCHIVES`.
         sampling: how the samples of the card's figures are drawn.
     """
@@ -65,12 +72,32 @@ class MiniModel:
     stands_for: str
     pipeline: Callable[..., DiffusionPipeline]
     autoencoder: Callable[[], ModelMixin] | str | None
-    unet: Callable[[], ModelMixin]
+    denoiser: Callable[[], ModelMixin]
     scheduler: Callable[[], SchedulerMixin]
     stages: dict[str, Stage]
     condition: str | None = None
     data: str = "emoji"
     sampling: dict[str, Any] = field(default_factory=lambda: {"num_inference_steps": 20})
+
+    @property
+    def part(self) -> str:
+        """The denoiser's name in the pipeline, and the name of its stage."""
+        return "transformer" if "transformer" in self.stages else "unet"
+
+
+def make_transformer(**config: Any) -> DiTTransformer2DModel:
+    """A DiT with fresh weights, each block the identity at first (Peebles & Xie 2023, Sec. 3.2).
+
+    Its embedders drop no labels of their own: each block has one, and they would drop others.
+    """
+    transformer = DiTTransformer2DModel(**config)
+    outputs = [block.norm1.linear for block in transformer.transformer_blocks]
+    for layer in (*outputs, transformer.proj_out_1, transformer.proj_out_2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    for block in transformer.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.0
+    return transformer
 
 
 # CompVis' "linear" betas are diffusers' "scaled_linear". A sampler's own settings follow the
@@ -100,7 +127,7 @@ MINI_MODELS = {
             num_vq_embeddings=2048,
             **AUTOENCODER,
         ),
-        unet=partial(
+        denoiser=partial(
             UNet2DModel,
             sample_size=16,
             in_channels=3,
@@ -134,7 +161,7 @@ MINI_MODELS = {
             block_out_channels=(16, 32, 48, 48),
             **AUTOENCODER,
         ),
-        unet=partial(
+        denoiser=partial(
             UNet2DModel,
             sample_size=8,
             in_channels=4,
@@ -161,7 +188,7 @@ MINI_MODELS = {
         stands_for="LDM-4 on ImageNet",
         pipeline=ClassConditionalPipeline,
         autoencoder="mini-ldm4",
-        unet=partial(
+        denoiser=partial(
             UNet2DConditionModel,
             sample_size=16,
             in_channels=3,
@@ -187,6 +214,37 @@ MINI_MODELS = {
         condition="class",
         sampling={"num_inference_steps": 20, "guidance_scale": 3.0},
     ),
+    # DiT's marks: patches of 2x2, adaLN-Zero with an embedder of time and class in each block. It
+    # has the data and the autoencoder of mini-cin; the variance is not learned.
+    "mini-dit": MiniModel(
+        stands_for="DiT-XL/2 on ImageNet",
+        pipeline=ClassTransformerPipeline,
+        autoencoder="mini-ldm4",
+        denoiser=partial(
+            make_transformer,
+            sample_size=16,
+            patch_size=2,
+            in_channels=3,
+            out_channels=3,
+            num_layers=6,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            num_embeds_ada_norm=32,
+        ),
+        scheduler=partial(DDIMScheduler, beta_end=0.0195, **LDM_BETAS),
+        stages={
+            "transformer": Stage(
+                "transformer (eps-prediction)",
+                steps=8000,
+                batch=32,
+                lr=1e-3,
+                ema=0.9995,
+                bf16=False,
+            )
+        },
+        condition="class",
+        sampling={"num_inference_steps": 20, "guidance_scale": 3.0},
+    ),
     "mini-sd": MiniModel(
         stands_for="Stable Diffusion v1.4",
         pipeline=partial(
@@ -196,7 +254,7 @@ MINI_MODELS = {
             requires_safety_checker=False,
         ),
         autoencoder="mini-ldm8",
-        unet=partial(
+        denoiser=partial(
             UNet2DConditionModel,
             sample_size=8,
             in_channels=4,
@@ -232,7 +290,7 @@ MINI_MODELS = {
         stands_for="pixel-space DDIM on CIFAR-10",
         pipeline=DDIMPipeline,
         autoencoder=None,
-        unet=partial(
+        denoiser=partial(
             UNet2DModel,
             sample_size=32,
             in_channels=3,

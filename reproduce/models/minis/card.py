@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from reproduce.models.embedded import CLASSES
 from reproduce.models.minis.architectures import DROP, MINI_MODELS
 from reproduce.models.minis.data import ARCHIVES
 
@@ -60,7 +61,7 @@ def card_text(folder: Path) -> str:
     dataset = ARCHIVES[model.data]
     training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     quality = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
-    unet = _config(folder, "unet")
+    denoiser = _config(folder, model.part)
     about = ModelCardData(
         license="apache-2.0", library_name="diffusers", pipeline_tag=TAG[model.condition]
     )
@@ -77,11 +78,12 @@ def card_text(folder: Path) -> str:
         machine=training["machine"],
         stages=[_stage(folder, key, training["stages"][key]) for key in training["stages"]],
         some_float32=not all(stage.bf16 for stage in model.stages.values()),
-        unet=unet,
+        denoiser=denoiser,
         vae=_config(folder, "vqvae") or _config(folder, "vae"),
         embedder=_config(folder, EMBEDDER[model.condition]) if model.condition else {},
+        classes=_classes(folder) if model.condition == "class" else 0,
         shared_with=model.autoencoder if isinstance(model.autoencoder, str) else None,
-        size=unet["sample_size"] if model.autoencoder is None else dataset.size,
+        size=denoiser["sample_size"] if model.autoencoder is None else dataset.size,
         kind=KIND[model.condition],
         subject=SUBJECT[model.data],
         drop=DROP,
@@ -101,6 +103,11 @@ def _config(folder: Path, part: str) -> dict[str, Any]:
         return {}
     config = json.loads(path.read_text(encoding="utf-8"))
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def _classes(folder: Path) -> int:
+    """Number of classes of an exported model."""
+    return len(json.loads((folder / CLASSES).read_text()))
 
 
 def _stage(folder: Path, key: str, trained: dict[str, Any]) -> dict[str, Any]:

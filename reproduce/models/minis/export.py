@@ -96,7 +96,7 @@ def export(
         "autoencoder": trained.vae,
         "classifier": trained.classifier,
         "clip": trained.clip and trained.clip.model,
-        "unet": trained.parts,
+        model.part: trained.parts,
     }
     (folder / "logs").mkdir(exist_ok=True)
     stages = {}

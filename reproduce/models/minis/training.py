@@ -1,4 +1,4 @@
-"""Train the parts of the embedded models: autoencoders, metric networks, UNets.
+"""Train the parts of the embedded models: autoencoders, metric networks, denoisers.
 
 The stages are those of `reproduce.models.minis.architectures`, each with fixed seeds and a JSONL
 log, and resumable from its last checkpoint. `train` runs all of a model's.
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import nn
 
+from questlib.denoisers import null_label, predict
 from questlib.diffusion import sampling
 from reproduce.models.classifier import GroupClassifier
 from reproduce.models.loading import load_pipeline
@@ -39,7 +40,7 @@ class Trained(NamedTuple):
     """All that was trained of a model; None: the model has no such part.
 
     Args:
-        parts: "unet", and "class_embedder" or "text_encoder" beside it.
+        parts: "unet" or "transformer", and "class_embedder" or "text_encoder" beside a UNet.
     """
 
     vae: Autoencoder | None
@@ -59,7 +60,7 @@ def train(name: str, data: TrainingData, out: Path, work: Path) -> Trained:
     vae = trained_autoencoder(name, data, out, work)
     classifier = train_classifier(model, data, folder) if "classifier" in model.stages else None
     clip = train_clip(model, data, folder) if "clip" in model.stages else None
-    return Trained(vae, train_unet(model, data, vae, folder), classifier, clip)
+    return Trained(vae, train_denoiser(model, data, vae, folder), classifier, clip)
 
 
 def held_out(data: TrainingData) -> torch.Tensor:
@@ -187,50 +188,53 @@ def train_clip(model: MiniModel, data: TrainingData, work: Path) -> text.Clip:
 
 
 class Context(NamedTuple):
-    """What gives a UNet its context.
+    """What a denoiser is told of an image.
 
     Args:
+        argument: of the denoiser.
+        embedder: is trained with a UNet, whose context it gives; None: the condition itself.
         name: of the embedder in the pipeline.
-        embedder: is trained with the UNet.
         conditions: of each image, int64 [N] or [N, L].
         null: the condition that stands for none, int64 [] or [1, L].
     """
 
+    argument: str
+    embedder: nn.Module | None
     name: str
-    embedder: nn.Module
     conditions: torch.Tensor
     null: torch.Tensor
 
 
-def make_context(model: MiniModel, data: TrainingData, width: int) -> Context:
-    """Embedder with fresh weights, and the conditions of the data.
-
-    Args:
-        width: of the UNet's cross-attention.
-    """
+def make_context(model: MiniModel, data: TrainingData, denoiser: nn.Module) -> Context:
+    """Embedder with fresh weights, and the conditions of the data."""
     if model.condition == "class":
         assert data.classes is not None
-        null = torch.tensor(len(data.class_names))
-        embedder = ClassEmbedder(len(data.class_names), width)
-        return Context("class_embedder", embedder, data.classes, null)
+        classes = len(data.class_names)
+        if model.part == "transformer":
+            null = torch.tensor(null_label(denoiser))
+            return Context("class_labels", None, "", data.classes, null)
+        embedder = ClassEmbedder(classes, denoiser.config.cross_attention_dim)
+        null = torch.tensor(classes)
+        return Context("encoder_hidden_states", embedder, "class_embedder", data.classes, null)
     tokenizer = text.train_tokenizer(data.captions)
     return Context(
+        "encoder_hidden_states",
+        text.text_encoder(tokenizer, denoiser.config.cross_attention_dim),
         "text_encoder",
-        text.text_encoder(tokenizer, width),
         text.tokens(tokenizer, list(data.captions)),
         text.tokens(tokenizer, [""]),
     )
 
 
-def train_unet(
+def train_denoiser(
     model: MiniModel, data: TrainingData, vae: Autoencoder | None, work: Path
 ) -> nn.ModuleDict:
-    """The UNet, which predicts the noise (Ho et al. 2020, Eq. 14) of scaled latents or of pixels.
+    """The UNet or transformer, which predicts the noise of scaled latents or of pixels.
 
-    The condition's embedder is trained with it.
+    That is Eq. 14 of Ho et al. 2020. The condition's embedder is trained with it.
 
     Returns:
-        "unet", and the embedder by its name in the pipeline.
+        The denoiser and the embedder by their names in the pipeline.
     """
     samples = data.images
     if vae is not None:
@@ -239,21 +243,25 @@ def train_unet(
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 6))
         samples = latents * vae.config.scaling_factor
     torch.manual_seed(0)
-    unet = model.unet()
+    denoiser = model.denoiser()
     scheduler = model.scheduler()
-    stage = model.stages["unet"]
-    parts = nn.ModuleDict({"unet": unet})
+    stage = model.stages[model.part]
+    parts = nn.ModuleDict({model.part: denoiser})
     context: Context | None = None
     if model.condition is not None:
-        context = make_context(model, data, unet.config.cross_attention_dim)
-        parts[context.name] = context.embedder
+        context = make_context(model, data, denoiser)
+        if context.embedder is not None:
+            parts[context.name] = context.embedder
 
-    def embedded(context: Context, idx: torch.Tensor, g: torch.Generator) -> torch.Tensor:
-        """Context [n, L, D] of the images `idx`; a share of DROP is the null one."""
+    def told(context: Context, idx: torch.Tensor, g: torch.Generator) -> torch.Tensor:
+        """Labels [n] or context [n, L, D] of the images `idx`; a share of DROP is the null one."""
         given = context.conditions[idx]
         drop = torch.rand(len(idx), generator=g) < DROP
         drop = drop.view(len(idx), *[1] * (given.ndim - 1))  # [n] or [n, 1]
-        found = context.embedder(torch.where(drop, context.null, given))
+        given = torch.where(drop, context.null, given)
+        if context.embedder is None:
+            return given
+        found = context.embedder(given)
         return found if isinstance(found, torch.Tensor) else found.last_hidden_state
 
     def loss(step: int, g: torch.Generator) -> torch.Tensor:
@@ -265,11 +273,11 @@ def train_unet(
             x0 = torch.where(flip, x0.flip(-1), x0) / 127.5 - 1
         t = torch.randint(scheduler.config.num_train_timesteps, (n,), generator=g)
         noise = torch.randn(x0.shape, generator=g)
-        given = [] if context is None else [embedded(context, idx, g)]
-        eps = unet(scheduler.add_noise(x0, noise, t), t, *given).sample
+        given = {} if context is None else {context.argument: told(context, idx, g)}
+        eps = predict(denoiser, scheduler.add_noise(x0, noise, t), t, **given)
         return F.mse_loss(eps.float(), noise)
 
-    run_stage("unet", stage, parts, loss, work)
+    run_stage(model.part, stage, parts, loss, work)
     return parts
 
 
