@@ -313,7 +313,7 @@ def _noted_kernels(
         (quantizing, "group_norm_affine", quantizing.group_norm_affine._init_fn),
         (F, "scaled_dot_product_attention", _sdpa(events)),
     ]
-    for module in ("gemm_kernels", "quantize_kernels", "attention_kernels"):
+    for module in ("gemm_kernels", "quantize_kernels", "norm_kernels", "attention_kernels"):
         kernels = getattr(runtime, module)
         own = {
             name: _Kernel(name, getattr(kernels, name), events)

@@ -235,7 +235,7 @@ def group_norm_affine(
     shares = min(64, triton.cdiv(pixels, 32))
     sums = torch.empty(b, shares, 2, channels, dtype=torch.float32, device=x.device)
     with runtime.on_device(x):
-        runtime.quantize_kernels.moments[(shares, triton.cdiv(channels, 64), b)](
+        runtime.norm_kernels.moments[(shares, triton.cdiv(channels, 64), b)](
             rows,
             sums,
             pixels,
@@ -246,7 +246,7 @@ def group_norm_affine(
             BR=32,
             BC=64,
         )
-        runtime.quantize_kernels.group_affine[(groups, b)](
+        runtime.norm_kernels.group_affine[(groups, b)](
             sums,
             weight,
             bias,

@@ -25,6 +25,7 @@ def _module(name: str) -> Any:
 triton = _module("triton")
 attention_kernels = _module("questlib.integer.triton.attention_kernels")
 gemm_kernels = _module("questlib.integer.triton.gemm_kernels")
+norm_kernels = _module("questlib.integer.triton.norm_kernels")
 quantize_kernels = _module("questlib.integer.triton.quantize_kernels")
 
 
