@@ -80,6 +80,7 @@ class CpuLayer(IntegerLayer):
     def resident_bytes(self) -> int:
         return self._resident_bytes
 
+    @torch.compiler.disable  # its kernels are compiled already
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         g = group_in_force(self.steps, self.name)
         grids = self.grids[g]
