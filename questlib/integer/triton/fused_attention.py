@@ -108,7 +108,8 @@ class FusedAttnProcessor(FusedAttention, TritonAttnProcessor):
     def products(
         self, attn: Attention, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
     ) -> torch.Tensor:
-        return self.kernel.attend_codes(*operands, attn.heads, attn.scale, dtype)
+        q, k, v = operands
+        return self.kernel.attend_codes(q, k, v, attn.heads, attn.scale, dtype)
 
 
 class FusedFloatAttnProcessor(FusedAttention, FloatAttnProcessor):
