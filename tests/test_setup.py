@@ -230,3 +230,10 @@ def test_make_uses_the_active_environment(tmp_path, active, expected):
     used = tmp_path if expected else ROOT / ".venv"
     command = "-m reproduce table2 --scale mini --results"
     assert last == f'"{used}/bin/python" {command} "runs/results" --jobs 2'
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_a_checkout_stays_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    files = [ROOT / name for name in listed.stdout.decode().split("\0") if name]
+    assert sum(path.stat().st_size for path in files if path.is_file()) < 60 * 2**20
