@@ -4,9 +4,12 @@
     python benchmarks/gpu.py --budget 200 --sections correctness,peaks,layers
     python benchmarks/gpu.py --interpret        # no GPU: correctness in Triton's interpreter
 
-Correctness comes first, then peaks, layers, attention and the whole UNet of SD v1.4. The result,
-benchmarks/results/gpu.json, is written as it goes. Exit code 1 when a kernel is wrong. Needs torch
-with CUDA, triton and pydantic; without diffusers all but the UNet runs.
+A sample of correctness comes first (a minute), then the headline: a step of SD v1.4's UNet, first
+with tiles by estimate, and with tuned ones when there is time. Then all of correctness, peaks,
+layers, attention and blocks. The result, benchmarks/results/gpu.json, is written after each row. An
+exception in a section is part of it, and the next section runs. Exit code 3 when a kernel is wrong,
+1 when a section failed. Needs torch with CUDA, triton and pydantic; without diffusers all but the
+UNet runs.
 
 Every time is the median of CUDA-graph replays between events, the L2 cache flushed before each,
 contenders in the order A B .. B A. `fraction` is the floor (the larger of operations / measured
@@ -17,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
 import os
@@ -25,15 +27,18 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, parser_of, write_json
 from gpu_check import attention_error, check, jobs
-from gpu_measure import Timer, attention_row, block_row, compile_layers, layer_row, unet_row
+from gpu_measure import Timer, attention_row, block_row, compile_layers, layer_row, unet_rows
 from gpu_subjects import ATTENTIONS, BATCHES, SHAPES, load_engine, random_unet
 
-SECTIONS = ("correctness", "peaks", "layers", "attention", "blocks", "unet")
+SECTIONS = ("sample", "unet", "correctness", "peaks", "layers", "attention", "blocks")
+WRONG = 3  # exit code: a kernel's result is wrong. Python itself ends with 1 and 2
+FUSED_ERROR = 0.01  # of W8A8: relative mean square between fused and not fused
 
 
 class Report:
@@ -56,19 +61,37 @@ class Report:
         write_json(self.path, self.data)
 
 
+def sample(report: Report, args) -> bool:
+    """Some of the correctness section, within a minute: each kind of layer under some tiles."""
+    found = [data["correctness"] for data in run_shards("correctness", flags=("--quick",))]
+    report.data["sample"] = together(found)
+    return not report.data["sample"]["failures"]
+
+
+def together(found: list[dict]) -> dict[str, Any]:
+    """What several processes have checked, as one."""
+    return dict(
+        checked=sum(f["checked"] for f in found),
+        largest_relative_error=max(f["largest_relative_error"] for f in found),
+        failures=[line for f in found for line in f["failures"]],
+    )
+
+
 def correctness(report: Report, args) -> bool:
     """Layers of every kind, under every tile.
 
     Accumulators must equal the oracle's bit for bit, and outputs the simulation.
     """
     device = "cpu" if args.interpret else "cuda"
-    todo = jobs(small=args.interpret)[:: 24 if args.quick else 1]
+    every = 24 if args.interpret else 5
+    todo = jobs(small=args.interpret)[:: every if args.quick else 1]
     # Most of the time goes into compiling: one process a core.
     if device == "cuda" and args.shard is None:
         found = [data["correctness"] for data in run_shards("correctness")]
     else:
         i, n = args.shard or (0, 1)
         engine = load_engine()
+        engine.tiles.TUNE = False  # times taken beside other processes are worth nothing
         found = []
         for job in todo[i::n]:
             checked, worst, failures = check(job, engine, device)
@@ -79,12 +102,11 @@ def correctness(report: Report, args) -> bool:
                 error = attention_error(engine, bits, device, *sizes)
                 wrong = [] if error <= 0.01 else [f"attention A{bits}: mean error {error:.1e}"]
                 found.append(dict(checked=1, largest_relative_error=0.0, failures=wrong))
-    report.data["correctness"] = dict(
-        checked=sum(f["checked"] for f in found),
-        largest_relative_error=max(f["largest_relative_error"] for f in found),
-        failures=[line for f in found for line in f["failures"]],
-    )
+    report.data["correctness"] = together(found or [NOTHING])
     return not report.data["correctness"]["failures"]
+
+
+NOTHING = dict(checked=0, largest_relative_error=0.0, failures=[])  # a shard without jobs
 
 
 def run_shards(section: str, n: int | None = None, flags: tuple[str, ...] = ()) -> list[dict]:
@@ -110,7 +132,7 @@ def run_shards(section: str, n: int | None = None, flags: tuple[str, ...] = ()) 
             ]
             codes = [process.wait() for process in running]
             for code, log in zip(codes, logs, strict=True):
-                if code not in (0, 1):
+                if code not in (0, WRONG):
                     log.seek(0)
                     raise RuntimeError(
                         f"a process of section {section} ended with code {code}: "
@@ -193,46 +215,64 @@ def attention(report: Report, args) -> bool:
 
 
 def unet(report: Report, args) -> bool:
-    """One step of SD v1.4's UNet, time and peak memory: float16, and ours at W4A4 and W8A8."""
+    """One step of SD v1.4's UNet, time and peak memory: float16, and ours at W4A4 and W8A8.
+
+    Fused models are compared with those that are not fused before they are timed.
+    """
     import torch
 
     if importlib.util.find_spec("diffusers") is None:
         report.data["skipped"].append("unet: diffusers is not installed")
         return True
+    tiles = load_engine().tiles
+    half = torch.float16
+    plain = random_unet("float").to(dtype=half, memory_format=torch.channels_last)
+    models = {
+        "float16 compiled": torch.compile(plain, mode=args.compile_mode, dynamic=False),
+        "float16 eager": plain,
+    }
+    rows = report.data.setdefault("unet", [])
+    timer = Timer()
+    good = True
+    tiles.TUNE = False
+    for bits in (4, 8):
+        name = f"W{bits}A{bits}"
+        fake = random_unet("quest", bits)
+        own, error = ours(fake, half, timer)
+        models |= {f"{name}{what}": model for what, model in own.items()}
+        report.data.setdefault("fused against not fused", {})[name] = error
+        report.save()
+        # A code of 4 bits that flips is a large part of a value: that error is shown alone.
+        good &= bits == 4 or error < FUSED_ERROR
+        print(f"unet {name}: fused against not fused {error:.1e}", flush=True)
+    for tuned in (False, True):
+        tiles.TUNE = tuned
+        for batch in BATCHES:
+            what = f"unet, {'tuned' if tuned else 'estimated'} tiles, batch {batch}"
+            if report.enough(what, 60):
+                rows += [row | {"tuned": tuned} for row in unet_rows(models, batch, timer)]
+                report.save()
+                for row in rows[-len(models) :]:
+                    print(f"{what}: {row['model']} {row['seconds'] * 1e3:.2f} ms", flush=True)
+    return good
+
+
+def ours(fake: Any, dtype: Any, timer: Timer) -> tuple[dict[str, Any], float]:
+    """A quantized UNet's converted forms by what is said of them, and how far two differ.
+
+    Returns:
+        The models, and the mean square of fused - not fused over that of not fused.
+    """
     from questlib.integer.conversion import convert
 
-    timer = Timer()
-    rows = report.data.setdefault("unet", [])
-    half = torch.float16
-
-    def plain():
-        return random_unet("float").to(dtype=half, memory_format=torch.channels_last)
-
-    def ours(bits: int, fuse: bool = True):
-        return convert(
-            random_unet("quest", bits), engine="triton", dtype=half, fuse=fuse, inplace=True
-        )
-
-    contenders = {
-        "float16 eager": (plain, 20),
-        "W4A4": (functools.partial(ours, 4), 60),
-        "W8A8": (functools.partial(ours, 8), 60),
-        "W4A4, not fused": (functools.partial(ours, 4, False), 60),
-        "float16 compiled": (lambda: torch.compile(plain(), mode=args.compile_mode), 90),
+    models = {
+        "": convert(fake, "triton", dtype=dtype, fuse=True),
+        ", attention auto": convert(fake, "triton", dtype=dtype, fuse=True, attention="auto"),
+        ", not fused": convert(fake, "triton", dtype=dtype),
     }
-    for name, (make, seconds) in contenders.items():
-        if report.enough(f"unet {name}", seconds):
-            model = make()
-            for batch in BATCHES:
-                if report.enough(f"unet {name}, batch {batch}", seconds / 3):
-                    rows.append(dict(model=name, **unet_row(model, name, batch, timer)))
-                    print(
-                        f"unet {name} batch {batch}: {rows[-1]['seconds'] * 1e3:.2f} ms", flush=True
-                    )
-                    report.save()
-            del model
-            torch.cuda.empty_cache()
-    return True
+    fused, apart = (timer.outputs(models[what], 2).float() for what in ("", ", not fused"))
+    error = (fused - apart).square().mean() / apart.square().mean()
+    return models, error.item()
 
 
 def show(row: dict) -> None:
@@ -272,7 +312,15 @@ def machine() -> dict:
     return found
 
 
-RUN = dict(zip(SECTIONS, (correctness, peaks, layers, attention, blocks, unet), strict=True))
+RUN = dict(
+    sample=sample,
+    unet=unet,
+    correctness=correctness,
+    peaks=peaks,
+    layers=layers,
+    attention=attention,
+    blocks=blocks,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -321,20 +369,37 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    for name in SECTIONS:
-        if name in wanted and report.enough(name):
-            start = time.monotonic()
-            good = RUN[name](report, args)
-            report.data.setdefault("section seconds", {})[name] = round(time.monotonic() - start, 1)
-            report.save()
-            print(
-                f"{name}: {'ok' if good else 'WRONG'} ({report.data['section seconds'][name]} s)",
-                flush=True,
-            )
-            if not good:
-                print("\n".join(report.data[name]["failures"]), file=sys.stderr)
-                return 1
-    return 0
+    codes = {run_section(report, name, args) for name in SECTIONS if name in wanted}
+    return max(codes)
+
+
+def run_section(report: Report, name: str, args) -> int:
+    """Run one section within the budget; its exit code."""
+    if not report.enough(name):
+        return 0
+    start = time.monotonic()
+    skipped = len(report.data["skipped"])
+    try:
+        code = 0 if RUN[name](report, args) else WRONG
+    except Exception:
+        # Whatever it is: other sections may still run, and the report says what happened.
+        if args.shard is not None:
+            raise
+        report.data.setdefault("errors", {})[name] = traceback.format_exc()[-4000:]
+        print(traceback.format_exc(), file=sys.stderr, flush=True)
+        code = 1
+    seconds = round(time.monotonic() - start, 1)
+    report.data.setdefault("section seconds", {})[name] = seconds
+    report.save()
+    left_out = report.data["skipped"][skipped:]
+    said = {0: "ok", 1: "FAILED", WRONG: "WRONG"}[code]
+    print(f"{name}: {said} ({seconds} s){''.join(f'; skipped: {x}' for x in left_out)}", flush=True)
+    if code == WRONG:
+        print(
+            "\n".join(report.data.get(name, {}).get("failures", [])) if name != "unet" else "",
+            file=sys.stderr,
+        )
+    return code
 
 
 if __name__ == "__main__":

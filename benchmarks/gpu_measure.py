@@ -38,6 +38,7 @@ class Timer:
         import torch
 
         self.torch = torch
+        self.device = torch.device("cuda")
         self.flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
 
     def graph(self, run: Callable):
@@ -53,6 +54,11 @@ class Timer:
         with torch.cuda.graph(graph), torch.no_grad():
             run()
         return graph.replay
+
+    def outputs(self, model: Any, batch: int) -> Any:
+        """A UNet's output for a step of `batch` pictures."""
+        with self.torch.no_grad():
+            return model(*step_inputs(batch, self.device, model.dtype)).sample
 
     def compare(self, runs: dict[str, Callable], repeats: int = 10) -> dict[str, float]:
         """{name: median seconds}, in the order A B .. B A."""
@@ -218,24 +224,48 @@ def attention_row(
     return dict(shape=f"attention {queries}x{keys}x{dim}", batch=batch, seconds=timer.compare(runs))
 
 
-def unet_row(model: Any, name: str, batch: int, timer: Timer) -> dict[str, Any]:
-    """One step of a whole UNet: seconds, peak memory, bytes of weights."""
+def unet_rows(models: dict[str, Any], batch: int, timer: Timer) -> list[dict[str, Any]]:
+    """One step of each UNet, in the order A B .. B A: seconds, peak memory, bytes of weights."""
     import torch
 
-    x = torch.randn(batch, 4, 64, 64, device="cuda", dtype=torch.float16).to(
-        memory_format=torch.channels_last
-    )
-    t = torch.tensor(500, device="cuda")
-    text = torch.randn(batch, 77, 768, device="cuda", dtype=torch.float16)
-    # Tunes, compiles, fills the tables of the time path, sets the step group.
-    with torch.no_grad():
-        for _ in range(2):
-            model(x, t, text)
-    if hasattr(model, "quest_hook"):
-        # It reads the timestep on the host, which a graph cannot hold.
-        model.quest_hook.remove()
-    torch.cuda.reset_peak_memory_stats()
-    seconds = timer.compare({name: functools.partial(model, x, t, text)})[name]
-    weights = sum(v.numel() * v.element_size() for v in (*model.parameters(), *model.buffers()))
-    peak = torch.cuda.max_memory_allocated() - timer.flush.numel()
-    return dict(batch=batch, seconds=seconds, peak_bytes=peak, weight_bytes=weights)
+    x, t, text = step_inputs(batch, timer.device, next(iter(models.values())).dtype)
+    peaks = {}
+    runs = {}
+    for name, model in models.items():
+        runs[name] = functools.partial(model, x, t, text)
+        # Tunes, compiles, fills the tables of the time path, sets the step group.
+        with torch.no_grad():
+            for _ in range(2):
+                runs[name]()
+        if hasattr(model, "quest_hook"):
+            # It reads the timestep on the host, which a graph cannot hold.
+            model.quest_hook.remove()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            runs[name]()
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    seconds = timer.compare(runs)
+    return [
+        dict(
+            model=name,
+            batch=batch,
+            seconds=seconds[name],
+            step_peak_bytes=peaks[name],
+            weight_bytes=sum(
+                v.numel() * v.element_size() for v in (*model.parameters(), *model.buffers())
+            ),
+        )
+        for name, model in models.items()
+    ]
+
+
+def step_inputs(batch: int, device: Any, dtype: Any) -> tuple[Any, Any, Any]:
+    """Sample, timestep and text of a step of SD v1.4."""
+    import torch
+
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 4, 64, 64, generator=generator)
+    text = torch.randn(batch, 77, 768, generator=generator)
+    x = x.to(device, dtype, memory_format=torch.channels_last)
+    return x, torch.tensor(500, device=device), text.to(device, dtype)

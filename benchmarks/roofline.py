@@ -15,6 +15,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import product
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -288,17 +289,18 @@ def estimates(models: list[str], batches: list[int]) -> Iterator[dict[str, Any]]
             )
             for batch in batches
         }
-        for weights in ("packed", "int8"):
+        for weights, attention in product(("packed", "int8"), ("quantized", "auto")):
             of = MODELS[name]()
-            unet = converted(of, weights=weights)
+            unet = converted(of, weights=weights, attention=attention)
+            what = f"W4A4, {weights} weights" + (", attention auto" * (attention == "auto"))
             for batch in batches:
                 events = events_of(unet, of, batch, gpu, seconds_of)
-                found[f"W4A4 fused, {weights} weights", batch] = estimate(events)
+                found[what, batch] = estimate(events)
         for (what, batch), mine in sorted(found.items(), key=lambda pair: pair[0][1]):
             speed_up = found["fp16 compiled", batch].total / mine.total
             parts = ", ".join(f"{k} {mine.seconds[k] * 1e3:.2f}/{mine.kernels[k]}" for k in kinds)
             print(
-                f"{name} batch {batch} {what:26s} {mine.total * 1e3:6.2f} ms, "
+                f"{name} batch {batch} {what:34s} {mine.total * 1e3:6.2f} ms, "
                 f"{mine.count:4d} kernels, x {speed_up:.2f} (ms/kernels: {parts})"
             )
             yield {

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from questlib import QuantConfig
 from questlib.integer import synthetic
+from questlib.integer.float_attention import faster_in_float
 from questlib.integer.form import integer_form
 from questlib.integer.time_table import tabulate_time
 from questlib.integer.triton import (
@@ -38,7 +39,7 @@ from questlib.integer.triton import (
 from questlib.integer.triton.attention import TritonAttnProcessor
 from questlib.integer.triton.layers import TritonLayer
 from questlib.quantization.act_quantizer import ActQuantizer
-from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.attention import FloatAttnProcessor, QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.model import quant_layers
 from questlib.quantization.preparation import prepare
@@ -114,10 +115,23 @@ def ldm4() -> Models:
 
 
 def converted(
-    models: Models, preset: str = "quest", bits: int = 4, weights: str = "packed"
+    models: Models,
+    preset: str = "quest",
+    bits: int = 4,
+    weights: str = "packed",
+    attention: str = "quantized",
 ) -> nn.Module:
     """The full UNet as `questlib.convert(..., "triton", dtype=float16, fuse=True)` makes it."""
-    config = QuantConfig.preset(preset, bits, bits, weight_range="minmax", step_groups=2)
+    in_float = [
+        name
+        for name, module in models.full.named_modules()
+        if isinstance(module, Attention)
+        and attention == "auto"
+        and faster_in_float(module.to_q.out_features // module.heads)
+    ]
+    config = QuantConfig.preset(
+        preset, bits, bits, weight_range="minmax", step_groups=2, float_attention=in_float
+    )
     narrow = prepare(models.narrow, config, torch.arange(0, 1000, 20))
     steps = narrow.quest_steps
     unet = models.full.eval().requires_grad_(False).half()
@@ -127,7 +141,9 @@ def converted(
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
             of = narrow.get_submodule(name).processor
-            if isinstance(of, QuantAttnProcessor) and of.q.enabled:
+            if isinstance(of, FloatAttnProcessor):
+                module.processor = FloatAttnProcessor()
+            else:
                 module.processor = _attention(module, of, name, steps)
     steps.select(torch.tensor(500))
     unet.quest_steps = steps
@@ -313,7 +329,7 @@ def _noted_kernels(
         (quantizing, "group_norm_affine", quantizing.group_norm_affine._init_fn),
         (F, "scaled_dot_product_attention", _sdpa(events)),
     ]
-    for module in ("gemm_kernels", "quantize_kernels", "attention_kernels"):
+    for module in ("gemm_kernels", "quantize_kernels", "norm_kernels", "attention_kernels"):
         kernels = getattr(runtime, module)
         own = {
             name: _Kernel(name, getattr(kernels, name), events)

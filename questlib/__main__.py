@@ -60,13 +60,14 @@ def run_quantize(args: argparse.Namespace) -> None:
     # These load torch and diffusers. Wrong input was answered before.
     from questlib import calibrate, finetune, load_pipeline, quantize, save_pretrained
     from questlib.denoisers import unet_of
-    from questlib.distributed import device, processes, use_full_float32
+    from questlib.distributed import processes, use_full_float32
     from questlib.finetuning.loop import check_batch_sizes
 
+    machine = arguments.machine_choices(args)
     state = processes()
     check_batch_sizes(config)
     use_full_float32()
-    pipe = load_pipeline(args.pipeline).to(device())
+    pipe = machine.put(load_pipeline(args.pipeline))
     denoiser = unet_of(pipe)
     progress = state.is_main_process
     cache = args.out / "cache"
@@ -128,29 +129,26 @@ def run_sample(args: argparse.Namespace) -> None:
     checkpoint, pipeline = find_models(args)
     check_new(args.out)
 
-    import torch
     from PIL import Image
     from tqdm import tqdm
 
-    from questlib import from_pretrained, load_pipeline
+    from questlib import load_pipeline
     from questlib.diffusion.drawing import Drawing
     from questlib.diffusion.sampling import index_ranges
-    from questlib.distributed import device, use_full_float32
-    from questlib.integer.engines import choose_engine
+    from questlib.distributed import use_full_float32
 
+    machine = arguments.machine_choices(args)
     use_full_float32()
-    where = device()
-    if args.engine != "fake":
-        where = torch.device(choose_engine(args.engine).device)
-    unet = None if checkpoint is None else from_pretrained(checkpoint, args.engine).to(where)
-    drawing = Drawing(load_pipeline(pipeline).to(where), unet=unet, **sampling)
+    unet = None if checkpoint is None else machine.load(checkpoint)
+    drawing = Drawing(machine.put(load_pipeline(pipeline)), unet=unet, **sampling)
     for indices in index_ranges(count, args.batch_size):
         about = f"images {indices.start + 1} to {indices.stop} of {count}"
         images = drawing.draw(indices, partial(tqdm, desc=about)).images
         for i, image in zip(indices, images.permute(0, 2, 3, 1).numpy(), strict=True):
             with atomic_path(args.out / f"{i:06d}.png") as temporary:
                 Image.fromarray(image).save(temporary, format="png")
-    print(f"{args.out}: {count} images, 000000.png to {count - 1:06d}.png")
+    how = machine.says(drawing.unet)
+    print(f"{args.out}: {count} images, 000000.png to {count - 1:06d}.png ({how})")
 
 
 def find_models(args: argparse.Namespace) -> tuple[Path | None, str]:
@@ -210,6 +208,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         help="trajectories at once; processes share batches out (default: 64)",
     )
     arguments.add_sampling(parser)
+    arguments.add_machine(parser)
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="override fields of QuantConfig"
     )
@@ -239,6 +238,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="images at once (default: 8)")
     arguments.add_sampling(parser)
+    arguments.add_machine(parser)
     parser.set_defaults(run=run_sample)
 
 
@@ -261,6 +261,7 @@ COMMANDS = {
             "python -m questlib sample ldm4-w4a4 --engine cpu --out images",
             "python -m questlib sample sd-w4a8 --out surfing \\",
             '      --guidance-scale 3 --prompt "man surfing"',
+            "python -m questlib sample ldm4-w4a4 --engine auto --dtype bfloat16 --out half",
             "python -m questlib sample mini-ldm4 --out full-precision",
         ),
     ),

@@ -13,11 +13,16 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from questlib.diffusion.schedulers import SAMPLERS
-from questlib.errors import ConfigError, QuestError, did_you_mean
+from questlib.errors import ConfigError, QuestError, did_you_mean, unknown
 from questlib.files import storage_reason
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+    from torch import nn
 
 # argparse's message about a command that there is not; whether names are in quotes depends on
 # Python's version.
@@ -66,6 +71,77 @@ class ShowVersion(argparse.Action):
 def add_version(parser: argparse.ArgumentParser) -> None:
     """Add `--version`."""
     parser.add_argument("--version", action=ShowVersion, nargs=0, help="show the version and exit")
+
+
+# ---- the machine ----
+
+DEVICES = ("cpu", "cuda")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add the options of device and precision; `machine_choices` reads them."""
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    parser.add_argument(
+        "--dtype",
+        help=f"{', '.join(DTYPES)}: precision of all that is not quantized (default: the model's "
+        "own; float16 for engine triton)",
+    )
+
+
+class Machine(NamedTuple):
+    """Where and how a command computes."""
+
+    engine: str  # "fake", or the name of an integer engine
+    device: torch.device
+    dtype: torch.dtype | None  # of what is not quantized; None: as it is
+
+    def put(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
+        """The pipeline on the device, in the precision that was asked for."""
+        return pipe.to(self.device) if self.dtype is None else pipe.to(self.device, self.dtype)
+
+    def load(self, checkpoint: Path) -> nn.Module:
+        """The quantized UNet of a checkpoint, likewise."""
+        from questlib.checkpoint import from_pretrained
+
+        return from_pretrained(checkpoint, self.engine, dtype=self.dtype).to(self.device)
+
+    def says(self, unet: nn.Module) -> str:
+        """What runs a UNet, on what, and in which precision."""
+        import torch
+
+        ran = "full precision"
+        if hasattr(unet, "quest_steps"):
+            engine = getattr(unet, "quest_engine", None)
+            ran = "simulated" if engine is None else f"engine {engine}"
+        on_gpu = self.device.type == "cuda"
+        where = torch.cuda.get_device_name(self.device) if on_gpu else self.device.type
+        return f"{ran}, {where}, {str(unet.dtype).removeprefix('torch.')}"
+
+
+def machine_choices(args: argparse.Namespace) -> Machine:
+    """The device, the precision and, where the command has engines, the engine for them.
+
+    Raises:
+        ConfigError: an unknown name, there is no such device, or the engine runs on another one.
+        EngineError: the engine cannot run here.
+    """
+    for name, value, known in (("device", args.device, DEVICES), ("dtype", args.dtype, DTYPES)):
+        if value not in (None, *known):
+            raise unknown(f"--{name}", value, known)
+    import torch
+
+    from questlib.distributed import chosen_device
+    from questlib.integer.engines import choose_engine
+
+    engine = getattr(args, "engine", "fake")
+    wanted = args.device
+    if engine != "fake":
+        chosen = choose_engine(engine, wanted)
+        # Triton's interpreter runs on CPU tensors.
+        engine, wanted = chosen.name, chosen.device if torch.cuda.is_available() else "cpu"
+    dtype = None if args.dtype is None else getattr(torch, args.dtype)
+    return Machine(engine, chosen_device(wanted), dtype)
 
 
 # ---- sampling ----

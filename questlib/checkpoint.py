@@ -60,6 +60,7 @@ from questlib.errors import CheckpointError, ConfigError
 from questlib.files import atomic_path
 from questlib.integer.conversion import convert
 from questlib.integer.engines import choose_engine, fastest
+from questlib.integer.float_attention import apply_attention, check_attention
 from questlib.integrity import Tensors, digest_of_json, fail_if_any, read_tensors, with_digests
 from questlib.packing import (
     CLASSES,
@@ -160,6 +161,7 @@ def from_pretrained(
     weights: str = "packed",
     fuse: bool | None = None,
     graphs: bool | None = None,
+    attention: str = "quantized",
     fallback: bool = False,
 ) -> nn.Module:
     """Load what `save_pretrained` wrote: a frozen quantized UNet.
@@ -176,6 +178,8 @@ def from_pretrained(
         fuse: for engines "cpu" and "triton": whether layers that follow each other are fused; None:
             on a GPU.
         graphs: for engine "triton": whether steps run as CUDA graphs; None: on a GPU.
+        attention: "quantized", "float" or "auto": whether attention's products are left in floating
+            point, as for `questlib.convert`. Engine "fake" takes it too, and simulates the same.
         fallback: for an integer engine: whether layers without an integer form are simulated.
 
     Raises:
@@ -194,6 +198,7 @@ def from_pretrained(
             "weights, fuse, graphs and fallback are choices of the integer engines, "
             "not of engine 'fake'"
         )
+    check_attention(attention)
     path = Path(path)
     config, state = read_files(path)
     unet = build_unet(path, config, state)
@@ -201,6 +206,7 @@ def from_pretrained(
     check_calibrated(path, unet)
     saved = check_saved_dtype(path, config, state)
     if engine == "fake":
+        apply_attention(unet, attention)
         return cast(freeze(unet), saved if dtype is None else dtype)
     made = convert(
         unet,
@@ -209,6 +215,7 @@ def from_pretrained(
         weights=weights,
         fuse=defaults.fuse if fuse is None else fuse,
         graphs=defaults.graphs if graphs is None else graphs,
+        attention=attention,
         fallback=fallback,
         inplace=True,
     )

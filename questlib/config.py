@@ -100,6 +100,11 @@ class QuantConfig(Settings):
     skip_layers: list[str] = []
     """Layers that stay in full precision: their names, or patterns such as "*.fuser.*"."""
 
+    float_attention: list[str] = []
+    """Attentions whose products stay in floating point, while their projections are quantized:
+    their names, or patterns such as "*.attn1". `attention="float"` or "auto" of `convert` and
+    `from_pretrained` sets it."""
+
     noise_correction: bool = False
     """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
 
@@ -222,6 +227,7 @@ class QuantConfig(Settings):
             # 4-bit weights make room for the ratios' 2^e
             names += ["weight_bits", "first_last_weight_bits"]
         names += ["skip_layers"] if self.skip_layers else []
+        names += ["float_attention"] if self.float_attention else []
         return digest(values | {name: getattr(self, name) for name in names})
 
     def adaround_key(self) -> str:

@@ -14,6 +14,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, reduce
 
+from questlib.errors import ConfigError
+
 # How long a process waits for the others. Without a common cache each process runs AdaRound
 # itself, which takes hours, and some finish minutes before others.
 PATIENCE = timedelta(days=2)
@@ -35,6 +37,22 @@ def device() -> torch.device:
     """
     found = processes().device
     return torch.device("cpu") if found.type == "cpu" else found
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of this process where a user may choose: "cpu" or "cuda".
+
+    To be called before `processes`. None: a GPU where there is one.
+
+    Raises:
+        ConfigError: there is no GPU that torch can use.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: expected an NVIDIA GPU that torch can use, found none")
+    if name == "cpu":
+        PartialState(cpu=True, timeout=PATIENCE)
+        return torch.device("cpu")
+    return device()
 
 
 @contextmanager

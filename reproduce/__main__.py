@@ -128,7 +128,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         default="fake",
-        help=f"for --unet: fake (simulated), {', '.join(ENGINES)} (default: fake)",
+        help=f"for --unet: fake (simulated), {', '.join(ENGINES)}, auto (default: fake)",
     )
     parser.add_argument(
         "--batch-size",
@@ -143,6 +143,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
         help="CPU threads of each process; part of what fixes their bits (default: 1)",
     )
     arguments.add_sampling(parser)
+    arguments.add_machine(parser)
     parser.set_defaults(run=run_sample)
 
 

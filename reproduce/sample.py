@@ -12,12 +12,11 @@ import argparse
 
 import torch
 
-from questlib import arguments, from_pretrained
+from questlib import arguments
 from questlib.diffusion.drawing import Drawing
-from questlib.distributed import cpu_threads, device, processes, use_full_float32
+from questlib.distributed import cpu_threads, processes, use_full_float32
 from questlib.errors import ConfigError
 from questlib.files import check_writable
-from questlib.integer.engines import CPU_ENGINES
 from reproduce.evaluation.samples import write_samples
 from reproduce.models.loading import load_pipeline
 
@@ -40,13 +39,12 @@ def run(args: argparse.Namespace) -> None:
     sampling = arguments.sampling_choices(args)
     check_writable(args.out)
 
+    machine = arguments.machine_choices(args)
     state = processes()
     use_full_float32()
-    where = "cpu" if args.engine in CPU_ENGINES else device()
-    pipe = load_pipeline(args.model).to(where)
-    unet = None if args.unet is None else from_pretrained(args.unet, args.engine).to(where)
-    drawing = Drawing(pipe, unet=unet, **sampling)
-    on_cpu = torch.device(where).type == "cpu"
+    unet = None if args.unet is None else machine.load(args.unet)
+    drawing = Drawing(machine.put(load_pipeline(args.model)), unet=unet, **sampling)
+    on_cpu = machine.device.type == "cpu"
     with cpu_threads(args.threads if on_cpu else torch.get_num_threads()):
         write_samples(
             args.out,
@@ -58,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
             progress=state.is_main_process,
         )
     if state.is_main_process:
-        print(f"{args.out}: {args.num_samples} samples of {args.model}")
+        how = machine.says(drawing.unet)
+        print(f"{args.out}: {args.num_samples} samples of {args.model} ({how})")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 from gpu_check import jobs  # noqa: E402
 from gpu_measure import floor_seconds  # noqa: E402
-from gpu_subjects import SHAPES, Shape, input_of, module_of  # noqa: E402
+from gpu_subjects import SHAPES, Shape, input_of, module_of, random_unet  # noqa: E402
 
 
 def test_floors():
@@ -72,3 +73,68 @@ def test_shares_of_a_section_run_in_processes_of_their_own():
     assert sum(f["correctness"]["checked"] for f in found) == len(jobs(small=True)[::24]) + 2
     with pytest.raises(RuntimeError, match="ended with code 2"):
         gpu.run_shards("nonsense", 1)
+
+
+def test_a_process_that_fails_is_not_taken_for_a_wrong_result():
+    """Its own words are there. A machine with a GPU compiles instead."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("of machines without a GPU")
+    with pytest.raises(RuntimeError, match="expected an NVIDIA GPU, found none"):
+        gpu.run_shards("layers", 1)
+
+
+def test_a_section_that_fails_is_reported_and_the_next_one_runs(monkeypatch, tmp_path, capsys):
+    ran = []
+
+    def broken(report, args):
+        raise ValueError("no such kernel")
+
+    def skips(report, args):
+        ran.append("attention")
+        report.data["skipped"].append("attention: no time")
+        return True
+
+    monkeypatch.setitem(gpu.RUN, "unet", broken)
+    monkeypatch.setitem(gpu.RUN, "attention", skips)
+    monkeypatch.setitem(gpu.RUN, "correctness", lambda report, args: ran.append("correctness"))
+    report = gpu.Report(tmp_path / "gpu.json", 100.0)
+    args = SimpleNamespace(shard=None)
+    assert gpu.run_section(report, "unet", args) == 1
+    assert gpu.run_section(report, "correctness", args) == gpu.WRONG
+    assert gpu.run_section(report, "attention", args) == 0
+    assert ran == ["correctness", "attention"]
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert "ValueError: no such kernel" in written["errors"]["unet"]
+    said = capsys.readouterr().out
+    assert "unet: FAILED" in said and "skipped: attention: no time" in said
+    assert gpu.SECTIONS.index("sample") < gpu.SECTIONS.index("unet") < 2  # the headline is early
+
+
+def test_fused_unets_are_compared_before_they_are_timed():
+    pytest.importorskip("triton")
+    size = dict(
+        sample_size=8,
+        cross_attention_dim=768,
+        block_out_channels=(32,),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        mid_block_type=None,
+    )
+    fake = random_unet("quest", 8, device="cpu", **size)
+
+    class Steps:
+        def __init__(self, wrong=0.0):
+            self.wrong = [wrong, 0.0]  # added to the fused one's output, which comes first
+
+        def outputs(self, model, batch):
+            generator = torch.Generator().manual_seed(0)
+            x = torch.randn(1, 4, 4, 4, generator=generator)
+            text = torch.randn(1, 3, 768, generator=generator)
+            with torch.no_grad():
+                return model(x, torch.tensor(500), text).sample + self.wrong.pop(0)
+
+    models, error = gpu.ours(fake, torch.float32, Steps())
+    assert set(models) == {"", ", attention auto", ", not fused"} and error < gpu.FUSED_ERROR
+    assert gpu.ours(fake, torch.float32, Steps(1.0))[1] > gpu.FUSED_ERROR

@@ -10,6 +10,7 @@ from torch import nn
 
 from questlib.errors import EngineError
 from questlib.integer.engines import choose_engine
+from questlib.integer.float_attention import apply_attention, check_attention
 from questlib.integer.form import integer_form
 from questlib.integer.time_table import tabulate_time
 from questlib.quantization.attention import QuantAttnProcessor
@@ -27,6 +28,7 @@ def convert(
     weights: str = "packed",
     fuse: bool = False,
     graphs: bool = False,
+    attention: str = "quantized",
     fallback: bool = False,
     inplace: bool = False,
 ) -> nn.Module:
@@ -49,6 +51,10 @@ def convert(
             model. On the CPU it needs the compiled kernels.
         graphs: whether the Triton engine runs a step as one CUDA graph, captured at the first call
             of each step group and shape.
+        attention: "quantized" runs attention's products as they were quantized. "float" runs them
+            in floating point, by torch's fused attention, and "auto" those that are faster so on a
+            GPU (`integer.float_attention`). This changes the numbers: the converted UNet's
+            `quest_config.float_attention` and `engine_report` name these attentions.
         fallback: whether layers without integer form stay simulated, which `engine_report` shows.
         inplace: whether to convert `unet` itself, layer by layer, in half the memory.
 
@@ -68,6 +74,7 @@ def convert(
     step_groups(unet)
     options = {"weights": weights, "fuse": fuse, "graphs": graphs}
     chosen.check_options(options)
+    check_attention(attention)
     if unet.device.type not in ("cpu", chosen.device):
         raise EngineError(
             f"engine {chosen.name} needs the model on {chosen.device}, found {unet.device}"
@@ -75,6 +82,7 @@ def convert(
     unet = unet if inplace else copy.deepcopy(unet)
     unet.requires_grad_(False).eval()
     check_whole(unet)
+    apply_attention(unet, attention)
     dtype = unet.dtype if dtype is None else dtype
 
     for name, layer in quant_layers(unet).items():

@@ -61,21 +61,27 @@ def fastest(engine: Engine) -> Defaults:
 CPU_ENGINES = tuple(name for name, engine in ENGINES.items() if engine.device == "cpu")
 
 
-def choose_engine(name: str) -> Engine:
+def choose_engine(name: str, device: str | None = None) -> Engine:
     """The engine of this name; for "auto", the one for this machine.
 
+    Args:
+        name: of the engine.
+        device: the type of device that it is to run on; None: any.
+
     Raises:
-        ConfigError: the name is unknown.
+        ConfigError: the name is unknown, or the engine runs on another type of device.
         EngineError: the engine cannot run here.
     """
     if name == "auto":
         import torch
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         engine = next(e for e in ENGINES.values() if e.device == device)
     elif name in ENGINES:
         engine = ENGINES[name]
     else:
         raise unknown("engine", name, (*ENGINES, "auto"))
+    if device not in (None, engine.device):
+        raise ConfigError(f"engine {engine.name} runs on {engine.device}, found device {device}")
     engine.check()
     return engine

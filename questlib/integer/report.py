@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import nn
 
 from questlib.integer.modules import IntegerAttention, IntegerLayer
-from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.attention import ProjectedAttention, QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.packed_codes import packed_size
 
@@ -111,14 +111,21 @@ def engine_report(unet: nn.Module) -> EngineReport:
         if isinstance(module, IntegerLayer):
             sizes = (module.packed_bytes, module.resident_bytes)
             layers.append(LayerReport(name, module.engine, module.format, *sizes))
-        elif isinstance(module, QuantAttnProcessor):
+        elif isinstance(module, ProjectedAttention):
             name = name.removesuffix(".processor")
-            runs = isinstance(module, IntegerAttention)
-            engine, form = (module.engine, module.format) if runs else ("fake", "simulated")
-            layers.append(LayerReport(name, engine, form, 0, 0))
+            layers.append(LayerReport(name, *_attention_runs(module, unet), 0, 0))
         elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
             layers.append(_float_layer(name, module))
     return EngineReport(tuple(layers))
+
+
+def _attention_runs(processor: ProjectedAttention, unet: nn.Module) -> tuple[str, str]:
+    """What runs an attention's products, and their format."""
+    if isinstance(processor, IntegerAttention):
+        return processor.engine, processor.format
+    if isinstance(processor, QuantAttnProcessor) and processor.q.enabled:
+        return "fake", "simulated"
+    return str(unet.dtype).removeprefix("torch."), "not quantized"
 
 
 def _float_layer(name: str, layer: nn.Module) -> LayerReport:

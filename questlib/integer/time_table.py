@@ -34,7 +34,13 @@ class TimeTable(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def forward(self, x: torch.Tensor, *args) -> torch.Tensor:
-        """x [B, C] -> [B, O]. A batch of several timesteps is computed as it stands."""
+        """x [B, C] -> [B, O]. A batch of several timesteps is computed as it stands.
+
+        Under torch.compile so is every call: a row that is looked up by its timestep would be
+        compiled into the program, and each timestep be compiled anew.
+        """
+        if torch.compiler.is_compiling():
+            return self.layer(x, *args)
         if self.fixed is not None:
             return self.fixed.expand(x.shape[0], -1)
         t = self.steps.timestep

@@ -177,6 +177,10 @@ class ActQuantizer(FixedPrecision):
             grid = TokenGrid(*(v.index_select(self.dim, self.index) for v in grid))
         return grid.scale * ratio, grid.zero_point, grid.inverse * (1.0 / ratio)
 
+    def note_calibrated(self) -> None:
+        """See now whether the ranges are set, and not at the first call, which may be compiled."""
+        self._ready = bool(self.calibrated)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.observer is not None:
             self.observer.update(x.detach())

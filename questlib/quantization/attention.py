@@ -1,8 +1,9 @@
-"""diffusers' attention with quantized operands."""
+"""diffusers' attention with quantized operands, or with products in floating point."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -12,24 +13,12 @@ from questlib.quantization.act_quantizer import ActQuantizer
 SCORES = 2**28  # attention scores in one piece (1 GiB); larger ones are computed head by head
 
 
-class QuantAttnProcessor(nn.Module):
-    """diffusers' attention with quantized q, k, v [B, N, C] and softmax output.
-
-    The softmax output is unsigned, with zero point 0 and one scale. The softmax and both products
-    run in the model's own precision on the quantized operands.
+class ProjectedAttention(nn.Module):
+    """What stands around an attention's products: norms, projections, residual.
 
     The method is `__call__`, not `forward`: diffusers reads its signature to decide which arguments
-    to pass.
+    to pass. Subclasses implement `attend`.
     """
-
-    def __init__(
-        self, q: ActQuantizer, k: ActQuantizer, v: ActQuantizer, probs: ActQuantizer
-    ) -> None:
-        super().__init__()
-        self.q = q
-        self.k = k
-        self.v = v
-        self.probs = probs
 
     def __call__(
         self,
@@ -104,7 +93,7 @@ class QuantAttnProcessor(nn.Module):
         value: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention between the projections' outputs; integer engines replace this method.
+        """Attention between the projections' outputs.
 
         Args:
             attn: the attention module, for its number of heads and its scale.
@@ -116,6 +105,55 @@ class QuantAttnProcessor(nn.Module):
         Returns:
             [B, N, C].
         """
+        raise NotImplementedError
+
+
+class FloatAttnProcessor(ProjectedAttention):
+    """An attention whose products run in floating point, by torch's own fused attention.
+
+    It has no quantizers: the simulation and every engine compute the same.
+    """
+
+    def attend(
+        self,
+        attn: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        # [B, N, C] -> [B, heads, N, C / heads]
+        q, k, v = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+        if attention_mask is not None:
+            attention_mask = attention_mask.unflatten(0, (-1, attn.heads))  # [B, heads, N, M]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=attn.scale)
+        return out.transpose(1, 2).flatten(2)
+
+
+class QuantAttnProcessor(ProjectedAttention):
+    """diffusers' attention with quantized q, k, v [B, N, C] and softmax output.
+
+    The softmax output is unsigned, with zero point 0 and one scale. The softmax and both products
+    run in the model's own precision on the quantized operands. Integer engines replace `attend`.
+    """
+
+    def __init__(
+        self, q: ActQuantizer, k: ActQuantizer, v: ActQuantizer, probs: ActQuantizer
+    ) -> None:
+        super().__init__()
+        self.q = q
+        self.k = k
+        self.v = v
+        self.probs = probs
+
+    def attend(
+        self,
+        attn: Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         batch = query.shape[0]
         query = attn.head_to_batch_dim(self.q(query))  # [B * heads, N, C / heads]
         key = attn.head_to_batch_dim(self.k(key))

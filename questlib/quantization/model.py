@@ -57,6 +57,8 @@ def freeze(unet: nn.Module) -> nn.Module:
     Every weight is quantized once, the model is in eval mode, and nothing has a gradient.
     """
     unet.requires_grad_(False).eval()
+    for act in act_quantizers(unet):
+        act.note_calibrated()
     for layer in quant_layers(unet).values():
         layer.freeze()
     return unet

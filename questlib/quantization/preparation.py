@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
+from collections.abc import Sequence
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -15,7 +16,7 @@ from questlib.config_groups import Granularity
 from questlib.denoisers import TRANSFORMERS, UNETS, unsupported
 from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
-from questlib.quantization.attention import QuantAttnProcessor
+from questlib.quantization.attention import FloatAttnProcessor, QuantAttnProcessor
 from questlib.quantization.carrier import CARRIER_BITS
 from questlib.quantization.layers import add_quantizers
 from questlib.quantization.precision import cast
@@ -98,11 +99,33 @@ def insert(
         if isinstance(module, Attention) and not is_skipped(f"{name}.to_q", config):
             width = module.to_q.out_features
             module.processor = _attention_processor(name, width, config, steps)
+    leave_in_float(unet, config.float_attention)
     unet.quest_steps = steps
     unet.quest_config = config
     unet.quest_hook = unet.register_forward_pre_hook(steps.hook, with_kwargs=True)
     unet.to(device)  # quantizers and step groups were made on the CPU
     seal(unet)
+
+
+def leave_in_float(unet: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Take the quantizers of some attentions' products out, in place.
+
+    Args:
+        unet: with quantizers.
+        patterns: names of attentions, or patterns of them.
+
+    Returns:
+        The names of the attentions.
+    """
+    found = []
+    for name, module in unet.named_modules():
+        quantized = isinstance(module, Attention) and isinstance(
+            module.processor, QuantAttnProcessor
+        )
+        if quantized and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
+            module.processor = FloatAttnProcessor()
+            found.append(name)
+    return found
 
 
 def check_unet(unet: nn.Module) -> None:

@@ -75,6 +75,10 @@ def fake_quant(
         inverse: 1 / s, where it is not computed from `scale` (grids of single tokens).
     """
     inverse = 1.0 / scale if inverse is None else inverse
+    if torch.compiler.is_compiling():
+        # The same operations, which torch.compile makes one loop of.
+        codes = (x * inverse).round().maximum(-zero_point).minimum(2**bits - 1 - zero_point)
+        return codes * scale
     own = compiled.parameters_over(x, scale, zero_point, inverse, bits)
     if own is not None:
         return compiled.fake_quant(x, own)

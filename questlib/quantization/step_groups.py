@@ -131,8 +131,13 @@ class StepGroups(FixedPrecision):
         self._current = group
         self._timestep = None
 
+    @torch.compiler.disable
     def hook(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Select the group of a denoiser's call, from its argument `timestep`."""
+        """Select the group of a denoiser's call, from its argument `timestep`.
+
+        Not a part of what torch.compile compiles: there is one program for each step group, not for
+        each timestep.
+        """
         # here, so that the engine also loads where diffusers is missing
         from questlib.denoisers import timestep_of
 

@@ -80,10 +80,16 @@ def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
     pipe = load_pipeline(tiny / "model")
     config = QuantConfig.preset("minmax", 8, 8, calib_batch=4)
     save_pretrained(quantize(pipe.unet, config, calibrate(pipe, 4, 2)), tmp_path / "unet")
-    for name, more in (("full", []), ("quantized", ["--unet", str(tmp_path / "unet")])):
+    unet = ["--unet", str(tmp_path / "unet")]
+    half = [*unet, "--dtype", "bfloat16", "--device", "cpu"]
+    for name, more in (("full", []), ("quantized", unet), ("half", half)):
         assert main(command(tiny, tmp_path / name, "--num-samples", "2", *more)) == 0
-    full, quantized = (next(read_samples(tmp_path / name)) for name in ("full", "quantized"))
+    full, quantized, halved = (
+        next(read_samples(tmp_path / name)) for name in ("full", "quantized", "half")
+    )
     assert not torch.equal(full.latents, quantized.latents)
+    assert not torch.equal(halved.latents, quantized.latents)
+    torch.testing.assert_close(halved.latents, quantized.latents, rtol=0.3, atol=0.3)
     assert read_run(tmp_path / "full")["unet"] != read_run(tmp_path / "quantized")["unet"]
 
 
@@ -103,6 +109,10 @@ def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
         ),
         (["--num-samples", "1", "--sampler", "plms", "--eta", "1"], "eta: PNDMScheduler has none"),
         (["--num-samples", "1", "--engine", "cpu"], "--engine cpu is of a quantized UNet"),
+        (
+            ["--num-samples", "1", "--dtype", "half"],
+            "--dtype: expected one of float32, float16, bfloat16, found 'half'",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(tiny, tmp_path, capsys, more, says):

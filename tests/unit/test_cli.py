@@ -98,12 +98,14 @@ def test_unknown_model_and_unwritable_folder(tmp_path, capsys):
 # ---- sample ----
 
 
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="of machines without a GPU")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint") / "w8a8"
-    assert (
-        main(["quantize", "mini-ldm4", "--preset", "minmax", "--out", str(folder), *TINY[:4]]) == 0
-    )
+    out = ["--out", str(folder), *TINY[:4]]
+    assert main(["quantize", "mini-ldm4", "--preset", "minmax", "--bits", "W8A8", *out]) == 0
     return folder
 
 
@@ -126,6 +128,20 @@ def test_images_are_those_of_the_checkpoint(checkpoint, tmp_path, capsys):
     assert not torch.equal(read(full), found)
 
 
+def test_precision_and_device_are_those_asked_for(checkpoint, tmp_path, capsys):
+    args = ["--count", "2", "--steps", "2", "--device", "cpu"]
+    for name, more, says in (
+        ("full", [], "(simulated, cpu, float32)"),
+        ("half", ["--dtype", "float16"], "(simulated, cpu, float16)"),
+        ("integers", ["--dtype", "bfloat16", "--engine", "auto"], "(engine cpu, cpu, bfloat16)"),
+    ):
+        assert main(["sample", str(checkpoint), "--out", str(tmp_path / name), *args, *more]) == 0
+        assert says in capsys.readouterr().out
+    full, half, integers = (read(tmp_path / name).float() for name in ("full", "half", "integers"))
+    assert not torch.equal(full, half) and not torch.equal(half, integers)
+    assert (full - half).abs().mean() < 8
+
+
 def test_one_image_a_label_or_prompt(tmp_path):
     words = ["--prompt", "sun", "--prompt", "moon", "--guidance-scale", "3", "--steps", "2"]
     assert main(["sample", "mini-sd", "--out", str(tmp_path / "text"), *words]) == 0
@@ -144,6 +160,15 @@ def test_one_image_a_label_or_prompt(tmp_path):
         (["mini-ldm4", "--count", "0"], "--count and --batch-size must be >= 1, found 0"),
         (["mini-ldm4", "--prompt", "sun"], "has no text encoder"),
         (["CHECKPOINT", "--engine", "cpus"], "found 'cpus'; did you mean 'cpu'?"),
+        (
+            ["mini-ldm4", "--dtype", "int8"],
+            "--dtype: expected one of float32, float16, bfloat16, found 'int8'",
+        ),
+        pytest.param(
+            ["mini-ldm4", "--device", "cuda"], "--device cuda: expected an NVIDIA GPU", marks=NO_GPU
+        ),
+        (["CHECKPOINT", "--engine", "cpu", "--device", "cuda"], "engine cpu runs on cpu"),
+        (["CHECKPOINT", "--engine", "triton", "--device", "cpu"], "engine triton runs on cuda"),
         (["WITHOUT_LOG"], "does not say which pipeline it is of; give --pipeline"),
     ],
 )

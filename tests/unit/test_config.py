@@ -28,6 +28,7 @@ FIELDS = {
     "act_layers": ("conv", RANGES),
     "te": ("fp", BOTH),
     "skip_layers": (["mid_block.*"], BOTH),
+    "float_attention": (["mid_block.*"], RANGES),
     "weight_range": ("minmax", ADAROUND),
     "split_skip": (False, BOTH),
     "noise_correction": (True, set()),
@@ -84,6 +85,7 @@ FIELDS = {
 # keywords of fields that came later
 SINCE_FORMAT_2 = {
     "skip_layers",
+    "float_attention",
     "weight_range_norm",
     "calib_model",
     "adaround_batch_size",

@@ -8,11 +8,13 @@ import os
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before the kernels are imported
 
 import copy
+import json
 
 import pytest
 import torch
 from torch import nn
 
+import questlib
 from questlib import quantize
 from questlib.errors import EngineError
 from questlib.integer.attention_form import attention_form
@@ -308,11 +310,47 @@ def test_tiles_fit_the_shared_memory_and_the_registers(o, most, most_split):
     assert not tiles.serves(large, 320, True, A100)
 
 
-def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
+def pretend(monkeypatch, capability, compilers=()):
+    """A machine with one GPU, and these compilers."""
     monkeypatch.setattr(runtime, "INTERPRET", False)
-    if not torch.cuda.is_available():
-        with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
-            runtime.require_engine()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr("shutil.which", lambda name: name if name in compilers else None)
+    monkeypatch.delenv("CC", raising=False)
+
+
+def test_a_machine_that_lacks_something_is_told_what(monkeypatch):
+    pretend(monkeypatch, (9, 0), ["gcc"])
+    runtime.require_engine()
+    pretend(monkeypatch, (8, 9))
+    with pytest.raises(EngineError, match="needs a C compiler, found neither gcc nor clang"):
+        runtime.require_engine()
+    monkeypatch.setenv("CC", "/opt/cc")
+    runtime.require_engine()
+    pretend(monkeypatch, (7, 5), ["gcc"])
+    with pytest.raises(EngineError, match=r"8\.0 or newer .*, found Tesla T4 with 7\.5; engine"):
+        runtime.require_engine()
+    # What the whole library says, before any long work.
+    with pytest.raises(EngineError, match="compute capability"):
+        questlib.from_pretrained("no-such-folder", engine="triton")
+
+
+def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
+    def too_old():
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020).\nGet"
+        )
+
+    pretend(monkeypatch, None)
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    says = r"needs an NVIDIA GPU, found none \(The NVIDIA driver .* too old \(found version 12020\)"
+    with pytest.raises(EngineError, match=says):
+        runtime.require_engine()
+    layer, steps = make_layer(nn.Linear(8, 4), 4, 8)
+    engine = TritonLayer(integer_form(layer, "layer"), steps)
+    with pytest.raises(EngineError, match="needs an NVIDIA GPU"):
+        engine(torch.randn(2, 8))
     monkeypatch.setattr(runtime, "triton", None)
     with pytest.raises(EngineError, match="expected the package triton"):
         runtime.require_engine()
@@ -328,9 +366,51 @@ def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
     assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
     times[two[0]] = 0.0
     assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
-    next(tmp_path.rglob("*.json")).write_text("{")
-    with pytest.warns(UserWarning, match="tuned again"):
-        assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
+    own = next(tmp_path.rglob("*.json"))
+    whole = json.loads(own.read_text())
+    other_gpu = whole | {"about": whole["about"] | {"gpu": "NVIDIA-Test-2"}}
+    other_triton = whole | {"about": whole["about"] | {"triton": "0.0"}}
+    no_such_tile = whole | {"tiles": {"key": [1, 2, 3, 4, 5, 6]}}
+    damaged = ("{", "[]", "{}", *map(json.dumps, (other_gpu, other_triton, no_such_tile)))
+    for text in damaged:
+        own.write_text(text)
+        with pytest.warns(UserWarning, match="ignored .*; the kernels are tuned again"):
+            assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[0]
+    assert json.loads(own.read_text())["tiles"] == {"key": list(two[0])}
+
+
+def test_processes_keep_each_others_tiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test/1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tiles.ConfigCache, "seconds", lambda self, config, run: 1.0)
+    two = tiles.CANDIDATES[:2]
+    processes = [tiles.ConfigCache() for _ in range(2)]
+    for process in processes:
+        process.path = process.load()  # before the other one has written
+    for i, process in enumerate(processes):
+        process.choose(f"key {i}", lambda: two, lambda c: None)
+    third = tiles.ConfigCache()
+    third.load()
+    assert set(third.chosen) == {"key 0", "key 1"}
+
+
+def test_what_32_bits_do_not_reach_is_refused_before_a_launch():
+    room = torch.empty(2**31 + 512, dtype=torch.int8)  # never written, and so never in memory
+    far = room.as_strided((2, 2, 2, 64), (2**31, 128, 64, 1))
+    table, flag = torch.zeros(4, 1), torch.zeros(1, dtype=torch.int32)
+    norm = torch.ones(64)
+    calls = (
+        lambda x: quantizing.quantize(x, table, flag, 15, [0, 0], False),
+        lambda x: quantizing.quantize_rows(x[:, 0], [table], [], flag, 15, False),
+        lambda x: quantizing.group_norm_affine(x.permute(0, 3, 1, 2), norm, norm, 4, 1e-5),
+    )
+    for call in calls:
+        with pytest.raises(EngineError, match="too large for 32-bit indices; take a smaller batch"):
+            call(far)
+    # Enough images for a product whose output is too large; nothing is allocated on "meta".
+    with pytest.raises(EngineError, match=r"\[70000, 64, 64, 8\] is too large"):
+        runtime.check_size(torch.empty(70000, 64, 64, 8, device="meta"))
 
 
 def test_operators_are_well_formed_for_torch_compile():

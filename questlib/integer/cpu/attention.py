@@ -78,6 +78,7 @@ class CpuAttnProcessor(IntegerAttention):
             for group in self.grids
         ]
 
+    @torch.compiler.disable  # its kernels are compiled already
     def attend(
         self,
         attn: Attention,

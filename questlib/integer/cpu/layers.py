@@ -108,6 +108,7 @@ class CpuLayer(IntegerLayer):
     def resident_bytes(self) -> int:
         return self._resident_bytes
 
+    @torch.compiler.disable  # its kernels are compiled already
     def forward(self, x: torch.Tensor | Prepared) -> torch.Tensor:
         """x [..., K] or [B, C, H, W], or what a fused norm has made of it."""
         sent = x.of[self.name] if isinstance(x, Prepared) else self.send(x)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from questlib.integer.triton.quantize_kernels import ROUND, integer
+from questlib.integer.triton.code_kernels import ROUND, integer
 
 
 @triton.jit

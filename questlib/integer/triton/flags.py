@@ -52,6 +52,7 @@ def hold_flagged(model: nn.Module) -> None:
     model.__dict__[HELD] = flagged(model)
 
 
+@torch.compiler.disable
 def check_finite(model: nn.Module) -> None:
     """Check the inputs of all layers since the last check.
 

@@ -1,5 +1,6 @@
-"""Attention whose norm runs in the projections' quantization, whose operands the projections write
-as codes, and whose residual is added by the last projection."""
+"""Attention whose norm runs in the projections' quantization, and whose residual is added by the
+last projection. Where its products run in integers, the projections write their operands as codes.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +11,28 @@ from torch import nn
 from questlib.integer.form import group_in_force
 from questlib.integer.triton.attention import TritonAttnProcessor, masked
 from questlib.integer.triton.contexts import Contexts
-from questlib.integer.triton.layers import Affine, TritonLayer
+from questlib.integer.triton.layers import Affine, Sent, TritonLayer
 from questlib.integer.triton.quantizing import affine_of
 from questlib.integer.triton.together import can_share, quantized_together
+from questlib.quantization.attention import FloatAttnProcessor, ProjectedAttention
 
 
-class FusedAttnProcessor(TritonAttnProcessor):
-    """A TritonAttnProcessor as `fuse` turns it into."""
+class FusedAttention(ProjectedAttention):
+    """What `fuse` makes of an attention. Subclasses say what its products take and give."""
 
     contexts: Contexts
+
+    def projection(
+        self, layer: TritonLayer, which: str, x: torch.Tensor, sent: Sent
+    ) -> torch.Tensor:
+        """What the products take of "q", "k" or "v", of an input x that is quantized already."""
+        raise NotImplementedError
+
+    def products(
+        self, attn: Attention, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """The attention of three projections, [B, N, C]."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -37,7 +51,7 @@ class FusedAttnProcessor(TritonAttnProcessor):
             norm: of hidden_states [B, N, C], before everything else.
         """
         if attention_mask is not None:
-            raise masked(self.name)
+            raise masked(attn.to_q.name)
         x = hidden_states
         before: Affine | nn.LayerNorm = (None, None) if norm is None else norm
         if attn.group_norm is not None:
@@ -48,22 +62,23 @@ class FusedAttnProcessor(TritonAttnProcessor):
         if attn.residual_connection:
             residual = x
         if encoder_hidden_states is None:
-            query, key, value = self.projected(attn, "qkv", x, before)
+            operands = self.projected(attn, "qkv", x, before)
         else:
             (query,) = self.projected(attn, "q", x, before)
-            key, value = self.contexts.get(
-                group_in_force(self.kernel.steps, self.name),
+            key_and_value = self.contexts.get(
+                group_in_force(attn.to_q.steps, attn.to_q.name),
                 encoder_hidden_states,
                 lambda: self.of_context(attn, encoder_hidden_states),
             )
-        out = self.kernel.attend_codes(query, key, value, attn.heads, attn.scale, x.dtype)
+            operands = (query, *key_and_value)
+        out = self.products(attn, operands, x.dtype)
         out = attn.to_out[0](out, residual=residual)
         if hidden_states.ndim == 4:
             out = out.transpose(1, 2).reshape(hidden_states.shape)  # -> [B, C, H, W]
         return out
 
     def of_context(self, attn: Attention, context: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The codes of a context's keys and values."""
+        """A context's keys and values, as the products take them."""
         return self.projected(attn, "kv", context, (None, None))
 
     def _apply(self, *args, **kwargs) -> nn.Module:
@@ -73,18 +88,54 @@ class FusedAttnProcessor(TritonAttnProcessor):
     def projected(
         self, attn: Attention, which: str, x: torch.Tensor, norm: Affine | nn.LayerNorm
     ) -> tuple[torch.Tensor, ...]:
-        """The codes of some of "qkv", whose input x [B, N, C] is quantized in one pass."""
+        """Some of "qkv", whose input x [B, N, C] is quantized in one pass."""
         layers = [getattr(attn, f"to_{name}") for name in which]
         sent = quantized_together(layers, x, norm)
         return tuple(
-            layer(x, codes=self.kernel.codes(name), sent=own)
+            self.projection(layer, name, x, own)
             for layer, name, own in zip(layers, which, sent, strict=True)
         )
 
 
+class FusedAttnProcessor(FusedAttention, TritonAttnProcessor):
+    """A TritonAttnProcessor as `fuse` turns it into: its products take codes."""
+
+    def projection(
+        self, layer: TritonLayer, which: str, x: torch.Tensor, sent: Sent
+    ) -> torch.Tensor:
+        return layer(x, codes=self.kernel.codes(which), sent=sent)
+
+    def products(
+        self, attn: Attention, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        q, k, v = operands
+        return self.kernel.attend_codes(q, k, v, attn.heads, attn.scale, dtype)
+
+
+class FusedFloatAttnProcessor(FusedAttention, FloatAttnProcessor):
+    """A FloatAttnProcessor as `fuse` turns it into: its products are torch's."""
+
+    def projection(
+        self, layer: TritonLayer, which: str, x: torch.Tensor, sent: Sent
+    ) -> torch.Tensor:
+        return layer(x, sent=sent)
+
+    def products(
+        self, attn: Attention, operands: tuple[torch.Tensor, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        return self.attend(attn, *operands)
+
+
+FUSED: dict[type, type[FusedAttention]] = {
+    TritonAttnProcessor: FusedAttnProcessor,
+    FloatAttnProcessor: FusedFloatAttnProcessor,
+}
+
+
 def can_fuse_attention(attn: Attention) -> bool:
-    """Whether an attention's products and projections are all Triton's, with no more between."""
-    if type(attn.processor) is not TritonAttnProcessor or attn.added_kv_proj_dim is not None:
+    """Whether an attention's projections are Triton's, and its products Triton's or in floating
+    point, with no more between."""
+    if type(attn.processor) not in FUSED or attn.added_kv_proj_dim is not None:
         return False
     layers = (attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
     norm = attn.group_norm
@@ -105,6 +156,7 @@ def can_fuse_attention(attn: Attention) -> bool:
 
 def fuse_attention(attn: Attention) -> None:
     """Fuse it, in place."""
-    attn.processor.__class__ = FusedAttnProcessor
+    attn.processor.__class__ = FUSED[type(attn.processor)]
     attn.processor.contexts = Contexts()
-    attn.processor.kernel.hold_codes()
+    if isinstance(attn.processor, FusedAttnProcessor):
+        attn.processor.kernel.hold_codes()

@@ -12,7 +12,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
 from questlib.errors import EngineError
-from questlib.integer.triton.fused_attention import FusedAttnProcessor
+from questlib.integer.triton.fused_attention import FusedAttention
 from questlib.integer.triton.layers import TritonLayer
 from questlib.integer.triton.quantizing import affine_of
 from questlib.integer.triton.together import can_share, plain_norm, quantized_together
@@ -92,7 +92,7 @@ def can_fuse_block(block: nn.Module) -> bool:
         and block.pos_embed is None
         and not hasattr(block, "fuser")
         and block._chunk_size is None
-        and all(isinstance(a.processor, FusedAttnProcessor) for a in attentions)
+        and all(isinstance(a.processor, FusedAttention) for a in attentions)
         and all(a.group_norm is None and not a.residual_connection for a in attentions)
         and len(net) == 3
         and isinstance(net[0], GEGLU)

@@ -22,7 +22,7 @@ R are the sums of a under the kernel's window, and d_o is the zero-point compens
 import triton
 import triton.language as tl
 
-from questlib.integer.triton.quantize_kernels import codes
+from questlib.integer.triton.code_kernels import codes
 
 
 @triton.jit

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from questlib.integer.time_table import TimeTable, fill_rows
 from questlib.integer.triton.flags import Flagged
-from questlib.integer.triton.fused_attention import FusedAttnProcessor
+from questlib.integer.triton.fused_attention import FusedAttention
 
 
 def captured(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
@@ -112,7 +112,7 @@ class _Graph:
         self.contexts = [
             (module, held)
             for module in unet.modules()
-            if isinstance(module, Attention) and isinstance(module.processor, FusedAttnProcessor)
+            if isinstance(module, Attention) and isinstance(module.processor, FusedAttention)
             if (held := module.processor.contexts.held.pop(group, None)) is not None
         ]
 

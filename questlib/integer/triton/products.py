@@ -11,7 +11,6 @@ import math
 
 import torch
 
-from questlib.errors import EngineError
 from questlib.integer.form import BYTE
 from questlib.integer.triton import runtime, tiles
 from questlib.integer.triton.packing import CHANNEL_BLOCK, padded_to
@@ -90,11 +89,7 @@ def integer_gemm(
     )
     if not out.numel():
         return out
-    largest = max(a.numel(), out.numel(), w.numel())
-    if largest >= 2**31:
-        raise EngineError(
-            f"engine triton: tensors of {largest} elements are too large for 32-bit indices"
-        )
+    runtime.check_size(a, out, w)
     o, _, span = w.shape
     high, wide = _places(a, window, stride)
     m = a.shape[0] * high * wide

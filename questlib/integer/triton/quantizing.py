@@ -49,12 +49,16 @@ def quantize(
     Returns:
         a' int8 [B, H + 2 pad, W + 2 pad, C']; the sums of a, int32, empty unless wanted; and the
         scale of each row, float32, empty without clip.
+
+    Raises:
+        EngineError: a tensor is too large for 32-bit indices.
     """
     a, total, scales = quantize_outputs(
         x, table, flag, levels, pad, sums, order, clip=clip, gated=gated
     )
     if not a.numel():
         return a, total, scales
+    runtime.check_size(x, a)
     _, height, width, channels = _shape(x, gated)
     padded = a.shape[-1]
     rows = a.numel() // padded
@@ -165,6 +169,7 @@ def quantize_rows(
     out = rows_outputs(x, tables, orders, flag, levels, sums)
     if not x.numel():
         return out
+    runtime.check_size(x, *out)
     batch, pixels, channels = x.shape
     rows = batch * pixels
     given = [
@@ -229,13 +234,14 @@ def group_norm_affine(
         rows = rows.contiguous()
     if not rows.numel():
         return scale, shift
+    runtime.check_size(rows)
     b, height, width, channels = rows.shape
     pixels = height * width
     triton = runtime.triton
     shares = min(64, triton.cdiv(pixels, 32))
     sums = torch.empty(b, shares, 2, channels, dtype=torch.float32, device=x.device)
     with runtime.on_device(x):
-        runtime.quantize_kernels.moments[(shares, triton.cdiv(channels, 64), b)](
+        runtime.norm_kernels.moments[(shares, triton.cdiv(channels, 64), b)](
             rows,
             sums,
             pixels,
@@ -246,7 +252,7 @@ def group_norm_affine(
             BR=32,
             BC=64,
         )
-        runtime.quantize_kernels.group_affine[(groups, b)](
+        runtime.norm_kernels.group_affine[(groups, b)](
             sums,
             weight,
             bias,

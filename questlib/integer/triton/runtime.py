@@ -7,6 +7,8 @@ the kernels are None there.
 
 from __future__ import annotations
 
+import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,6 +27,7 @@ def _module(name: str) -> Any:
 triton = _module("triton")
 attention_kernels = _module("questlib.integer.triton.attention_kernels")
 gemm_kernels = _module("questlib.integer.triton.gemm_kernels")
+norm_kernels = _module("questlib.integer.triton.norm_kernels")
 quantize_kernels = _module("questlib.integer.triton.quantize_kernels")
 
 
@@ -37,24 +40,49 @@ def _interpreted() -> bool:
 
 INTERPRET = _interpreted()  # whether the kernels run in the interpreter
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+OLDEST = (8, 0)  # compute capability: products of bytes and asynchronous copies as Triton has them
 
 
 def require_engine() -> None:
     """Check that the kernels can run here.
 
     Raises:
-        EngineError: there is no triton, or no GPU.
+        EngineError: there is no triton, no GPU that torch can use, one that is too old, or no C
+            compiler. The message says what is needed, and what was found.
     """
     if triton is None:
         raise EngineError(
             "engine triton: expected the package triton (it comes with CUDA builds of torch), "
             "found none"
         )
-    if not INTERPRET and not torch.cuda.is_available():
+    if INTERPRET:
+        return
+    if not torch.cuda.is_available():
         raise EngineError(
-            "engine triton needs an NVIDIA GPU, found none; "
+            f"engine triton needs an NVIDIA GPU, found none{_why_no_gpu()}; "
             "for tests set TRITON_INTERPRET=1 before triton is imported"
         )
+    found = torch.cuda.get_device_capability()
+    if found < OLDEST:
+        raise EngineError(
+            "engine triton needs a GPU of compute capability 8.0 or newer (A100, RTX 30, L4, H100 "
+            f"...), found {torch.cuda.get_device_name()} with {found[0]}.{found[1]}; "
+            'engine "cpu" runs the same integers'
+        )
+    # Triton compiles the functions that launch its kernels.
+    if not any((os.environ.get("CC"), shutil.which("gcc"), shutil.which("clang"))):
+        raise EngineError(
+            "engine triton needs a C compiler, found neither gcc nor clang nor the variable CC"
+        )
+
+
+def _why_no_gpu() -> str:
+    """What torch says about it, such as that the driver is too old."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f" ({str(error).splitlines()[0]})"
+    return ""
 
 
 def check_input(x: torch.Tensor, name: str, found: int | str, expected: int) -> None:
@@ -69,13 +97,28 @@ def check_input(x: torch.Tensor, name: str, found: int | str, expected: int) -> 
     Raises:
         EngineError: it cannot; the message names the layer.
     """
-    require_engine()
     if x.dtype not in FLOATS:
         raise EngineError(f"{name}: expected float32, float16 or bfloat16 input, found {x.dtype}")
     if not INTERPRET and not x.is_cuda:
+        require_engine()
         raise EngineError(f"{name}: engine triton needs input on an NVIDIA GPU, found {x.device}")
     if found != expected:
         raise EngineError(f"{name}: expected {expected} input channels, found {found}")
+
+
+def check_size(*tensors: torch.Tensor) -> None:
+    """Check that the kernels can find each value of some tensors.
+
+    Raises:
+        EngineError: a value lies so far from the first one that 32 bits do not hold its place.
+    """
+    for x in tensors:
+        last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+        if x.numel() and last >= 2**31:
+            raise EngineError(
+                f"engine triton: a tensor of shape {list(x.shape)} is too large for 32-bit "
+                "indices; take a smaller batch"
+            )
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[Any]:

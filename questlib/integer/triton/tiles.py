@@ -147,6 +147,11 @@ def fitting(
     return sorted(served, key=cycles)[:TRIALS]
 
 
+def is_candidate(config: Config) -> bool:
+    """Whether a configuration is one that the code chooses from."""
+    return config._replace(split=1) in CANDIDATES and config.split in (1, *SPLITS)
+
+
 class ConfigCache:
     """Chosen configurations by shape class, in the user's cache folder.
 
@@ -156,6 +161,7 @@ class ConfigCache:
     def __init__(self) -> None:
         self.chosen: dict[str, Config] = {}
         self.path: Path | None = None
+        self.about: dict[str, str] = {}  # what the choices are for
 
     def load(self) -> Path:
         """Read what earlier processes chose, and return the file's path."""
@@ -165,15 +171,25 @@ class ConfigCache:
         source = hashlib.sha256(Path(runtime.gemm_kernels.__file__).read_bytes()).hexdigest()[:8]
         version = runtime.triton.__version__
         path = root / "questlib" / f"triton-{version}-{source}-{gpu}.json"
-        if path.exists():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-                self.chosen = {key: Config(*v) for key, v in values.items()} | self.chosen
-            except (ValueError, TypeError, AttributeError) as error:
-                warnings.warn(
-                    f"{path}: not readable ({error}); the kernels are tuned again", stacklevel=2
-                )
+        self.about = {"gpu": gpu, "triton": version, "kernels": source}
+        self.chosen = self.stored(path) | self.chosen
         return path
+
+    def stored(self, path: Path) -> dict[str, Config]:
+        """What a file holds, nothing if there is none. A warning where it does not serve here."""
+        if not path.exists():
+            return {}
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if (about := values["about"]) != self.about:
+                raise ValueError(f"expected tiles of {self.about}, found {about}")
+            found = {key: Config(*v) for key, v in values["tiles"].items()}
+            if unknown := [c for c in found.values() if not is_candidate(c)]:
+                raise ValueError(f"no such tile: {tuple(unknown[0])}")
+            return found
+        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+            warnings.warn(f"{path}: ignored ({error!r}); the kernels are tuned again", stacklevel=2)
+            return {}
 
     def choose(
         self, key: str, candidates: Callable[[], list[Config]], run: Callable[[Config], object]
@@ -206,10 +222,15 @@ class ConfigCache:
             return float("inf")
 
     def save(self, path: Path) -> None:
-        """Write all choices; a folder that cannot be written is no error."""
+        """Write all choices, beside those that other processes have written since.
+
+        A folder that cannot be written is no error.
+        """
+        self.chosen = self.stored(path) | self.chosen
         try:
             with atomic_path(path) as temporary:
-                temporary.write_text(json.dumps(self.chosen), encoding="utf-8")
+                values = {"about": self.about, "tiles": self.chosen}
+                temporary.write_text(json.dumps(values), encoding="utf-8")
         except StorageError as error:
             warnings.warn(
                 f"{path}: not written ({error}); the next process tunes its kernels again",
