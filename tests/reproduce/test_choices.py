@@ -29,6 +29,7 @@ EXAMPLES = {
     "model": ("a folder", "a folder"),
     "reference": ("images", "images"),
     "captions": ("captions.json", "captions.json"),
+    "jobs": (2, "2"),
     "results": (Path("there"), "there"),
     "work": (Path("here"), "here"),
 }
@@ -64,12 +65,12 @@ def test_a_choice_is_the_same_from_everywhere(name):
     assert Choices.from_notebook({name.upper(): None}) == Choices()
 
 
-def test_the_command_makes_the_same_choices_but_for_folders():
+def test_the_command_makes_the_same_choices_but_for_folders_and_processes():
     chosen = Choices(**{name: value for name, (value, _) in EXAMPLES.items() if name != "stored"})
     words = shlex.split(chosen.command("table3"))
     assert words[:4] == ["python", "-m", "reproduce", "table3"]
-    folders = {"results": chosen.results, "work": chosen.work}
-    assert dataclasses.replace(parse(words[4:]), **folders) == chosen
+    unsaid = {name: getattr(chosen, name) for name in ("results", "work", "jobs")}
+    assert dataclasses.replace(parse(words[4:]), **unsaid) == chosen
     assert Choices().command("table3") == "python -m reproduce table3 --scale mini"
 
 
