@@ -116,8 +116,9 @@ def _changes(results: TableResults) -> str:
     """For a table of our own: what each change of its base row does, by distance."""
     if results.table.in_paper:
         return ""
+    several = len({row.bits for row, _ in results.done if not row.full_precision}) > 1
     found = [
-        (judged.difference, judged.order, row.label)
+        (judged.difference, judged.order, f"{row.label} {row.bits}" if several else row.label)
         for row, _ in results.done
         if row.against is not None and not results.table.row(row.against).full_precision
         for judged in [verdict(results, row, PAIRED)]

@@ -78,6 +78,16 @@ def test_the_ablation_lists_each_change_with_its_sign():
     assert "- Clearly closer: *quest, a grid a token* (-0.20)." in text
 
 
+def test_changes_at_several_bits_name_their_bits():
+    rows = {
+        f"dit_{bits}_{method}": row(distance, 1)
+        for bits, gain in (("w8a8", 0.01), ("w4a4", 2))
+        for method, distance in (("q_diffusion", 3), ("quest", 3 - gain))
+    }
+    text = made("dit", **rows)
+    assert "- Clearly closer: *QuEST (ours) W8A8* (-0.01), *QuEST (ours) W4A4* (-2.00)." in text
+
+
 def test_smoke_and_nothing_are_said_so():
     smoke = made(scale="smoke", bedrooms_w4a4_quest=row(1, 2), bedrooms_w4a4_minmax=row(3, 4))
     assert smoke.startswith("2 rows ran.") and "nothing about the methods" in smoke
