@@ -20,6 +20,7 @@ from torch import nn
 
 from questlib.errors import CheckpointError, ConfigError
 from questlib.integrity import check_digests, digest_of_json, opened, with_digests
+from questlib.registration import register
 
 METHOD = "quest"
 FORMAT = 2  # of the tensors, as in `questlib.checkpoint`
@@ -222,3 +223,6 @@ def attach(unet: nn.Module) -> None:
     unet.hf_quantizer = QuestQuantizer(config)
     unet.hf_quantizer.model = unet
     unet.register_to_config(quantization_config=config)
+
+
+register()

@@ -50,6 +50,8 @@ class _Finder(MetaPathFinder):
 def add_quantizer(registry: ModuleType) -> None:
     """Add `quant_method: "quest"` to diffusers' registry."""
     own = import_module("questlib.diffusers_quantizer")
+    if not hasattr(own, "QuestQuantizer"):
+        return  # It is being imported, has asked for diffusers itself, and registers at its end.
     registry.AUTO_QUANTIZER_MAPPING[own.METHOD] = own.QuestQuantizer
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[own.METHOD] = own.QuestQuantizationConfig
 

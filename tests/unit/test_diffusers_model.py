@@ -117,6 +117,25 @@ print(len(questlib.engine_report(unet)))
     assert int(done.stdout.strip()) > 10
 
 
+@pytest.mark.parametrize(
+    "first",
+    [
+        "questlib.diffusers_quantizer",
+        "diffusers, questlib.diffusers_quantizer",
+        "questlib.integer.conversion",
+        "questlib, diffusers.quantizers.auto",
+    ],
+)
+def test_the_quantizer_is_registered_whatever_is_imported_first(first):
+    code = (
+        f"import {first}\n"
+        "import diffusers.quantizers.auto as auto, questlib.diffusers_quantizer as own\n"
+        "assert auto.AUTO_QUANTIZER_MAPPING['quest'] is own.QuestQuantizer"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert not done.returncode, done.stderr
+
+
 def test_damaged_files_of_diffusers_are_refused(quantized, tmp_path):
     quantized.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

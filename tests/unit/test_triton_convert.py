@@ -133,5 +133,5 @@ def test_heads_that_no_kernel_holds_are_refused_or_fall_back(fake, monkeypatch):
 def test_wrong_choices(fake):
     with pytest.raises(ConfigError, match="weights: expected one of packed, int8"):
         convert(fake, "triton", weights="int4")
-    with pytest.raises(ConfigError, match="fuse: engine cpu"):
-        convert(fake, "cpu", fuse=True)
+    with pytest.raises(ConfigError, match="fuse: engine reference"):
+        convert(fake, "reference", fuse=True)
