@@ -92,3 +92,19 @@ Token token_of(const T* x, int64_t n, Table grid, bool uniform, float inverse_cl
   const float zero = std::rint(std::min(std::max(-low * unit, 0.0f), levels));
   return {unit * inverse_clip, middle ? 128.0f : zero, span * unit_clip};
 }
+
+// n channels of one token on the grid of their own range; its scale is written to `scale`.
+template <class T>
+void one_token(const T* x, uint8_t* __restrict out, float* scale, int64_t n, Table grid,
+               bool uniform, float inverse_clip, float unit_clip, float levels, float least,
+               int32_t offset, uint32_t* largest) {
+  const Token own =
+      token_of(x, n, grid, uniform, inverse_clip, unit_clip, levels, least, largest);
+  const float low = -own.zero, high = levels - own.zero;
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t p = uniform ? 0 : i;
+    out[i] = byte_of(value_of(x[i]), own.inverse * grid.inverse[p], low, high, grid.multiplier[p],
+                     offset);
+  }
+  *scale = own.scale;
+}

@@ -80,16 +80,8 @@ int token_bytes(const void* data, uint8_t* out, float* scales, View at, Table gr
     if (rows * at.channels >= PARALLEL) reduction(max : largest)
   for (int64_t row = 0; row < rows; ++row) {
     const T* from = x + row / at.pixels * at.batch_stride + row % at.pixels * at.pixel_stride;
-    uint8_t* __restrict to = out + row * at.channels;
-    const Token own = token_of(from, at.channels, grid, uniform, inverse_clip, unit_clip, levels,
-                               least, &largest);
-    const float low = -own.zero, high = levels - own.zero;
-    for (int64_t i = 0; i < at.channels; ++i) {
-      const int64_t p = uniform ? 0 : i;
-      to[i] = byte_of(value_of(from[i]), own.inverse * grid.inverse[p], low, high,
-                      grid.multiplier[p], offset);
-    }
-    scales[row] = own.scale;
+    one_token(from, out + row * at.channels, scales + row, at.channels, grid, uniform, inverse_clip,
+              unit_clip, levels, least, offset, &largest);
   }
   return largest < INFINITE;
 }

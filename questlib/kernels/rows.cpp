@@ -92,14 +92,8 @@ inline uint32_t leave(const float* y, int64_t row, const Target& to) {
     return (to.uniform ? one_grid<float> : own_grids<float>)(y, out, to.count, to.grid,
                                                              int32_t(to.offset));
   uint32_t largest = 0;
-  const Token own = token_of(y, to.count, to.grid, to.uniform, to.inverse_clip, to.unit_clip,
-                             to.levels, to.least, &largest);
-  to.scales[row] = own.scale;
-  for (int64_t i = 0; i < to.count; ++i) {
-    const int64_t p = to.uniform ? 0 : i;
-    out[i] = byte_of(y[i], own.inverse * to.grid.inverse[p], -own.zero, to.levels - own.zero,
-                     to.grid.multiplier[p], int32_t(to.offset));
-  }
+  one_token(y, out, to.scales + row, to.count, to.grid, to.uniform, to.inverse_clip, to.unit_clip,
+            to.levels, to.least, int32_t(to.offset), &largest);
   return largest;
 }
 
