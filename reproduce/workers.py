@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -67,7 +67,7 @@ class Worker:
     connection: Connection
     log: Path
     seed: int | None = None
-    task: Task | None = field(default=None)
+    task: Task | None = None
 
     def give(self, tasks: Tasks) -> None:
         """Let it do the next task. That it has ended meanwhile is seen where it answers."""

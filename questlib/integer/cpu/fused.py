@@ -65,13 +65,12 @@ class FusedUpsample(Upsample2D):
         """[B, C, H, W] -> [B, O, 2 H, 2 W], or of `output_size`"""
         conv = _conv_of(self)
         factor = 2.0 if output_size is None else None
+
+        def repeated(x: torch.Tensor) -> torch.Tensor:
+            return F.interpolate(x, output_size, factor, "nearest")
+
         sent = [
-            Sent(
-                F.interpolate(part.bytes, output_size, factor, "nearest"),
-                None
-                if part.scale is None
-                else F.interpolate(part.scale, output_size, factor, "nearest"),
-            )
+            Sent(repeated(part.bytes), None if part.scale is None else repeated(part.scale))
             for part in conv.send(hidden_states)
         ]
         return conv.multiply(sent, hidden_states.dtype)
