@@ -15,7 +15,7 @@ STAGE_VERSIONS: dict[str, int] = {
     "noise_correction": 1,
     "finetune": 1,
     "sample": 1,
-    "integer": 2,
+    "integer": 3,
 }
 
 

@@ -33,16 +33,31 @@ struct Problem {
 
 inline int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-inline float largest(const float* x, int64_t n) {
-  // Sixteen side by side: the compiler does not reorder one maximum by itself.
-  float lanes[16];
-  std::fill(lanes, lanes + 16, -INFINITY);
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int64_t j = 0; j < 16; ++j) lanes[j] = lanes[j] < x[i + j] ? x[i + j] : lanes[j];
-  for (; i < n; ++i) lanes[0] = lanes[0] < x[i] ? x[i] : lanes[0];
-  return *std::max_element(lanes, lanes + 16);
-}
+// The largest of what was added, in lanes: the compiler does not reorder one maximum by itself.
+class Largest {
+  typedef float Lanes __attribute__((vector_size(64)));
+  static constexpr int64_t COUNT = sizeof(Lanes) / sizeof(float);
+  Lanes lanes[2] = {Lanes{} - INFINITY, Lanes{} - INFINITY};
+
+ public:
+  void add(const float* x, int64_t n) {
+    int64_t i = 0;
+    for (; i + 2 * COUNT <= n; i += 2 * COUNT)
+      for (int64_t j = 0; j < 2; ++j) {
+        Lanes own;
+        std::memcpy(&own, x + i + j * COUNT, sizeof own);
+        lanes[j] = own > lanes[j] ? own : lanes[j];
+      }
+    for (; i < n; ++i) lanes[0][0] = x[i] > lanes[0][0] ? x[i] : lanes[0][0];
+  }
+
+  float value() const {
+    const Lanes both = lanes[0] > lanes[1] ? lanes[0] : lanes[1];
+    float top = both[0];
+    for (int64_t i = 1; i < COUNT; ++i) top = both[i] > top ? both[i] : top;
+    return top;
+  }
+};
 
 // The sum of e [n], by halves. `half` has room for them.
 inline float sum_by_halves(const float* __restrict e, int64_t n, float* __restrict half) {
@@ -130,12 +145,12 @@ struct Vectors {
   static constexpr int64_t PAIR = 2 * LANES;
   static constexpr Layout LAYOUT = {ROWS, PAIR, PAIR, 4};
 
-  // scores [count, keys]
-  static void score(const Room& room, float scale, int64_t count) {
+  // scores [count, keys], and each row's largest
+  static void score(const Problem& of, const Room& room, int64_t count, Largest* top) {
     if (count == ROWS)
-      score_of<ROWS>(room, scale, 0);
+      score_of<ROWS>(of, room, 0, top);
     else
-      for (int64_t r = 0; r < count; ++r) score_of<1>(room, scale, r);
+      for (int64_t r = 0; r < count; ++r) score_of<1>(of, room, r, top);
   }
 
   // out [count, dim], rows `width` apart
@@ -149,7 +164,7 @@ struct Vectors {
 
  private:
   template <int R>
-  static void score_of(const Room& room, float scale, int64_t row) {
+  static void score_of(const Problem& of, const Room& room, int64_t row, Largest* top) {
     for (int64_t m = 0; m < room.keys; m += PAIR) {
       Dot a[R], b[R];
       for (int r = 0; r < R; ++r) {
@@ -168,7 +183,8 @@ struct Vectors {
         a[r].store(sums);
         b[r].store(sums + LANES);
         float* to = room.scores.get() + (row + r) * room.keys + m;
-        for (int64_t i = 0; i < PAIR; ++i) to[i] = float(sums[i]) * scale;
+        for (int64_t i = 0; i < PAIR; ++i) to[i] = float(sums[i]) * of.scale;
+        top[row + r].add(to, std::min(PAIR, of.keys - m));
       }
     }
   }
@@ -229,7 +245,7 @@ struct Tiles {
     return granted;
   }
 
-  static void score(const Room& room, float scale, int64_t count) {
+  static void score(const Problem& of, const Room& room, int64_t count, Largest* top) {
     alignas(64) int32_t sums[ROWS * WIDE];
     const Configured configured;
     for (int64_t m = 0; m < room.keys; m += WIDE) {
@@ -254,7 +270,8 @@ struct Tiles {
       store(sums);
       for (int64_t r = 0; r < count; ++r) {
         float* to = room.scores.get() + r * room.keys + m;
-        for (int64_t i = 0; i < WIDE; ++i) to[i] = float(sums[r * WIDE + i]) * scale;
+        for (int64_t i = 0; i < WIDE; ++i) to[i] = float(sums[r * WIDE + i]) * of.scale;
+        top[r].add(to, std::min<int64_t>(WIDE, of.keys - m));
       }
     }
   }
@@ -320,19 +337,22 @@ struct Tiles {
 };
 #endif
 
-// Scores -> codes of the softmax, of one query. Returns whether its scores have a softmax.
-bool softmax(const Problem& of, const float* mask, float* __restrict s, uint8_t* __restrict codes,
-             float* half) {
-  if (mask)
-    for (int64_t m = 0; m < of.keys; ++m) s[m] += mask[m];
-  const float top = largest(s, of.keys);
+// One query's scores, of which the largest is `top` -> codes of the softmax, and their sum. Returns
+// whether the scores have a softmax.
+bool softmax(const Problem& of, float top, float* __restrict s, float* half,
+             uint8_t* __restrict codes, float* code_sum) {
   for (int64_t m = 0; m < of.keys; ++m) s[m] = power((s[m] - top) * 1.442695041f);
   const float sum = sum_by_halves(s, of.keys, half);
   // NaN where a score is, or where the largest is infinite
   if (!(sum < INFINITY)) return false;
   const float weight = of.inverse / sum;
-  for (int64_t m = 0; m < of.keys; ++m)
-    codes[m] = uint8_t(int32_t(std::min(std::rint(s[m] * weight), of.high)));
+  uint32_t total = 0;  // modulo 2^32
+  for (int64_t m = 0; m < of.keys; ++m) {
+    const uint32_t code = bits_of(std::min(s[m] * weight, of.high) + ROUND);
+    codes[m] = uint8_t(code);
+    total += code;
+  }
+  *code_sum = float(int32_t(total - uint32_t(of.keys) * bits_of(ROUND)));
   return true;
 }
 
@@ -346,14 +366,20 @@ bool rows(const Problem& of, Room& room, int64_t b, int64_t h, int64_t n, int64_
     const uint8_t* from = of.q + (b * of.queries + n + r) * width + h * of.dim;
     std::copy(from, from + of.dim, room.q.get() + r * room.depth);
   }
-  Products::score(room, of.scale, count);
-  float code_sum[Products::ROWS] = {0};
+  Largest top[Products::ROWS];
+  Products::score(of, room, count, top);
+  float code_sum[Products::ROWS];
   for (int64_t r = 0; r < count; ++r) {
-    const float* mask = of.mask;
-    if (mask) mask += (b * of.heads + h) * of.mask_head + (n + r) * of.mask_query;
+    float* scores = room.scores.get() + r * room.keys;
+    if (of.mask) {
+      const float* mask =
+          of.mask + (b * of.heads + h) * of.mask_head + (n + r) * of.mask_query;
+      for (int64_t m = 0; m < of.keys; ++m) scores[m] += mask[m];
+      top[r] = Largest();
+      top[r].add(scores, of.keys);
+    }
     uint8_t* codes = room.codes.get() + r * room.keys;
-    if (!softmax(of, mask, room.scores.get() + r * room.keys, codes, room.half.get())) return false;
-    if (of.codes_add) code_sum[r] = float(std::accumulate(codes, codes + of.keys, int32_t(0)));
+    if (!softmax(of, top[r].value(), scores, room.half.get(), codes, code_sum + r)) return false;
   }
   float* out = of.out + (b * of.queries + n) * width + h * of.dim;
   Products::output(of, room, h, code_sum, out, width, count);

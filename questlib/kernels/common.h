@@ -34,18 +34,22 @@ inline float float_of(uint32_t bits) {
 inline float value_of(float x) { return x; }
 inline float value_of(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
 
+// 1.5 * 2^23. Adding it rounds a small number to a whole one, to even from halfway, and leaves that in
+// the lowest bits of the sum.
+constexpr float ROUND = 12582912.0f;
+
 // 2^y for y <= 0, by the operations of softmax.py
 inline float power(float y) {
   y = std::max(y, -126.0f);
-  const float n = std::rint(y);
-  const float r = y - n;
+  const float rounded = y + ROUND;
+  const float r = y - (rounded - ROUND);
   float p = r * 1.326472731e-03f;
   p = (p + 9.671512991e-03f) * r;
   p = (p + 5.550733581e-02f) * r;
   p = (p + 2.402224243e-01f) * r;
   p = (p + 6.931470037e-01f) * r;
   p = p + 1.0f;
-  return p * float_of(uint32_t(int32_t(n) + 127) << 23);
+  return p * float_of((bits_of(rounded) + 127) << 23);
 }
 
 // Memory on a cache line's boundary, of no value yet.

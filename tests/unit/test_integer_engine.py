@@ -146,15 +146,21 @@ def test_layers_with_a_grid_a_token(case, bits, split, carrier):
             assert all(torch.equal(a, b) for a, b in zip(engine.accumulators(x), sums, strict=True))
 
 
-def test_groups_and_channels_last():
-    layer = make_layer(
-        "conv", 4, 8, seed=0, in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1
-    )
+@pytest.mark.parametrize("weight_bits", [4, 8])
+@pytest.mark.parametrize("exact", [False, True])
+def test_groups_and_channels_last(weight_bits, exact):
+    """Weights of 8 bits add what their zero points make of the sums of each group's channels."""
+    shape = dict(in_channels=8, out_channels=12, kernel_size=3, groups=4, padding=1)
+    layer = make_layer("conv", weight_bits, 8, seed=0, **shape)
     x = torch.randn(2, 8, 6, 6)
-    engine = CpuLayer(integer_form(layer, "layer"), layer.input_quantizer.steps)
+    form = integer_form(layer, "layer")
+    assert (form.parts[0].compensation is not None) == (weight_bits == 8)
+    engine = CpuLayer(form, layer.input_quantizer.steps, exact=exact)
     y = engine(x.to(memory_format=torch.channels_last))
     assert relative(y, layer(x)) <= 1e-5 and torch.equal(y, engine(x))
     assert y.is_contiguous(memory_format=torch.channels_last)
+    found, expected = engine.accumulators(x), layer_forward(layer, x)[1]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_integer_engine import make_layer
 
 import questlib
@@ -22,7 +23,7 @@ from questlib.integer.cpu.quantizing import Sender
 from questlib.integer.form import Grid, integer_form
 from questlib.integer.softmax import exponential_, softmax_codes, sum_by_halves
 from questlib.integer.synthetic import random_layer
-from questlib.kernels import compiler, library
+from questlib.kernels import compiler, library, sums
 from questlib.kernels.fake_quant import LEAST, layout, parameters_over
 from questlib.quantization import attention
 from questlib.quantization.act_quantizer import ActQuantizer
@@ -144,6 +145,51 @@ def test_a_layer_in_bfloat16(kind):
     x = torch.randn((2, 11, 37) if kind == "linear" else (2, 9, 6, 5)).bfloat16()
     outs = [CpuLayer(form, layer.input_quantizer.steps, kernels=k)(x) for k in (True, False)]
     assert torch.equal(*outs) and outs[0].dtype == torch.bfloat16
+
+
+# ---- sums of bytes ----
+
+WINDOWS = [  # size, kernel, stride, padding, dilation
+    ((9, 8), (3, 3), (1, 1), (1, 1), (1, 1)),
+    ((9, 8), (3, 3), (2, 2), (1, 1), (1, 1)),
+    ((7, 12), (1, 3), (1, 2), (0, 2), (1, 2)),
+    ((64, 65), (1, 1), (1, 1), (0, 0), (1, 1)),
+    ((5, 5), (5, 4), (3, 1), (4, 3), (1, 1)),
+]
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize("channels", [1, 37, 320])
+def test_sums_under_a_window(window, channels):
+    size, kernel, stride, padding, dilation = window
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randint(0, 256, (2, channels, *size), dtype=torch.uint8, generator=generator)
+    x = x.contiguous(memory_format=torch.channels_last)
+    ones = torch.ones(1, channels, *kernel, dtype=torch.float64)
+    expected = F.conv2d(x.double() - 113, ones, None, stride, padding, dilation)
+    found = sums.window_sums(x, 113, kernel, stride, padding, dilation)
+    assert found.dtype == torch.int32 and torch.equal(found.double(), expected)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 11, 37), (2, 300, 320), (0, 8)], ids=str)
+def test_sums_of_rows(shape):
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    expected = (x.int() - 9).sum(-1, keepdim=True)
+    assert torch.equal(sums.row_sums(x, 9), expected.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 7), (300, 321)], ids=str)
+def test_products_are_added_by_torchs_operations(dtype, shape):
+    """Also NaN and infinity: a half keeps what they are."""
+    y = torch.randn(shape).mul_(1e3).to(dtype)
+    y[0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    counts = torch.randint(-(2**26), 2**26, (shape[0], 1), dtype=torch.int32)
+    factor = torch.randn(shape[1])
+    expected = (y.float() + counts.float().mul_(0.3) * factor).to(dtype)
+    found = sums.add_products(y.clone(), counts, 0.3, factor)
+    assert torch.equal(found.nan_to_num(1.0), expected.nan_to_num(1.0))
+    assert torch.equal(found.isnan(), expected.isnan())
 
 
 # ---- attention ----

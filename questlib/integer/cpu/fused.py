@@ -129,6 +129,23 @@ class FusedTransformer(Transformer2DModel):
             pixels = self.proj_in(prepared).permute(0, 2, 3, 1).flatten(1, 2)
         return pixels, pixels.shape[-1]
 
+    def _get_output_for_continuous_inputs(
+        self,
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> torch.Tensor:
+        def image(rows: torch.Tensor) -> torch.Tensor:
+            # [B, HW, C] -> [B, C, H, W], in channels_last
+            return rows.view(batch_size, height, width, -1).permute(0, 3, 1, 2)
+
+        if self.use_linear_projection:
+            return image(self.proj_out(hidden_states)).add_(residual)
+        return self.proj_out(image(hidden_states)).add_(residual)
+
 
 def fuse(unet: nn.Module) -> int:
     """Turn every block that can be into a fused one, in place.

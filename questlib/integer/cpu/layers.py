@@ -13,6 +13,9 @@ from questlib.integer.cpu.products import (
     MIDDLE,
     Geometry,
     Packed,
+    along_outputs,
+    compensate,
+    input_sums,
     multiply,
     nibbles,
     prepack,
@@ -146,7 +149,9 @@ class CpuLayer(IntegerLayer):
             base = self.grids[g][part.index].base
             bias = self.bias if out is None else None
             fused = None if self.token else bias
-            y = multiply(codes, zero, base, part.of(codes), self.geometry, fused, inner)
+            packed = part.of(codes)
+            y = multiply(codes, zero, base, packed, self.geometry, fused, inner)
+            y = compensate(y, codes, zero, base, packed, self.geometry, self.compiled)
             if scale is not None:
                 y = y * scale if bias is None else torch.addcmul(bias.reshape(self.shape), y, scale)
             out = y if out is None else out.add_(y)
@@ -166,12 +171,13 @@ class CpuLayer(IntegerLayer):
             i = part.index
             codes = sent[i].bytes
             packed = part.of(codes)
-            plain = packed._replace(scale=torch.ones_like(packed.scale), compensation=None)
-            y = multiply(codes, senders[i].offset, 1.0, plain, self.geometry, None, torch.float32)
-            y = y.movedim(self.dim, -1).long()
-            if packed.compensation is not None:
-                compensation = packed.compensation.flatten() / packed.scale[:-1]
-                y = y[..., :-1] + compensation.round().long() * y[..., -1:]
+            zero = senders[i].offset
+            plain = packed._replace(scale=torch.ones_like(packed.scale), scales={})
+            y = multiply(codes, zero, 1.0, plain, self.geometry, None, torch.float32).long()
+            if (compensation := part.part.compensation) is not None:
+                sums = input_sums(codes, zero, packed, self.geometry, self.compiled).long()
+                y += along_outputs(sums, compensation.long(), self.geometry)
+            y = y.movedim(self.dim, -1)
             # the high nibbles come first
             found[i] = y if i not in found else found[i] * 16 + y
         return [y.movedim(-1, self.dim) for y in found.values()]

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from questlib.errors import EngineError
 from questlib.integer.form import WeightPart
+from questlib.kernels.sums import add_products, row_sums, window_sums
 
 MIDDLE = 128  # the zero point of carried values as unsigned bytes
 
@@ -35,17 +36,21 @@ class Geometry(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Weights of a part as `multiply` takes them.
-
-    With a compensation the last row is all ones: it sums the activations.
-    """
+    """Weights of a part as `multiply` takes them."""
 
     data: torch.Tensor  # opaque; in the reference engine the int8 weights themselves
     exact: bool  # whether `data` is for the reference engine
-    scale: torch.Tensor  # float32 [rows]
-    zeros: torch.Tensor  # int64 [rows]: weight zero points, which the kernels ask for
-    # float32, compensation * scale, broadcastable over the output; None: there is no row of ones
-    compensation: torch.Tensor | None
+    window: tuple[int, ...]  # height and width of a convolution's kernel; () of a linear layer
+    scale: torch.Tensor  # float32 [O]
+    zeros: torch.Tensor  # int64 [O]: weight zero points, which the kernels ask for
+    compensation: torch.Tensor | None  # float32 [O], compensation * scale; None: all zero
+    scales: dict[float, torch.Tensor]  # base * scale by base, filled when first asked for
+
+    def scale_by(self, base: float) -> torch.Tensor:
+        """base * scale, float32 [O]."""
+        if base not in self.scales:
+            self.scales[base] = self.scale * base
+        return self.scales[base]
 
 
 def prepack(
@@ -64,14 +69,8 @@ def prepack(
         exact: whether for the reference engine.
     """
     w = part.weight
-    scale = part.scale
-    compensation = None
-    if part.compensation is not None:
-        compensation = part.compensation * scale
-        compensation = compensation.reshape(-1, *[1] * (w.ndim - 2))  # [O] or [O, 1, 1]
-        w = torch.cat([w, torch.ones_like(w[:1])])
-        scale = torch.cat([scale, torch.ones(1)])
     zeros = torch.zeros(len(w), dtype=torch.int64)
+    compensation = None if part.compensation is None else part.compensation * part.scale
     if exact:
         data = w
     elif geometry is None:
@@ -81,7 +80,7 @@ def prepack(
         data = torch.ops.onednn.qconv_prepack(
             w.contiguous(), torch.ones(len(w)), 1.0, MIDDLE, *geometry, list(shape)
         )
-    return Packed(data, exact, scale, zeros, compensation)
+    return Packed(data, exact, tuple(w.shape[2:]), part.scale, zeros, compensation, {})
 
 
 def multiply(
@@ -93,7 +92,7 @@ def multiply(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """base * scale_o * sum (x - zero) (w + compensation_o) + bias, summed in int32.
+    """base * scale_o * sum (x - zero) w + bias, summed in int32.
 
     Args:
         x: uint8 [..., K] or [B, C, H, W].
@@ -104,9 +103,7 @@ def multiply(
         bias: float32 [O].
         dtype: of the result.
     """
-    if w.compensation is not None and bias is not None:
-        bias = torch.cat([bias, bias.new_zeros(1)])
-    scale = w.scale * base
+    scale = w.scale_by(base)
     if w.exact:
         y = multiply_exactly(x, zero, scale, w, geometry, bias, dtype)
     else:
@@ -119,12 +116,66 @@ def multiply(
             else torch.ops.onednn.qconv2d_pointwise
         )
         y = product(*before, *shape, 1.0, 0, dtype, "none", [], "")
+    return y
+
+
+def input_sums(
+    x: torch.Tensor, zero: int, w: Packed, geometry: Geometry | None, compiled: bool
+) -> torch.Tensor:
+    """sum (x - zero) of what each output sees, exactly: int32 or int64 [..., 1] or [B, G, H', W'].
+
+    Args:
+        x: uint8 [..., K] or [B, C, H, W].
+        zero: the zero point of x.
+        w: the weights; of them only the window counts.
+        geometry: of the convolution, which has G groups; None for a linear layer.
+        compiled: whether the compiled kernels sum.
+    """
+    if geometry is None:
+        return row_sums(x, zero) if compiled else (x.int() - zero).sum(-1, keepdim=True)
+    stride, padding, dilation, groups = geometry
+    if compiled and groups == 1:
+        return window_sums(x, zero, w.window, stride, padding, dilation)
+    a = x.double().sub_(zero)
+    ones = a.new_ones(groups, x.shape[1] // groups, *w.window)
+    return F.conv2d(a, ones, None, *geometry).long()
+
+
+def compensate(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    zero: int,
+    base: float,
+    w: Packed,
+    geometry: Geometry | None,
+    compiled: bool,
+) -> torch.Tensor:
+    """y + base * scale_o * compensation_o * sum (x - zero), in float32 operations, as y's type.
+
+    y is what `multiply` returned for the same arguments.
+    """
     if w.compensation is None:
         return y
-    dim = -1 if geometry is None else 1
-    last = len(w.scale) - 1
-    sums = y.narrow(dim, last, 1)
-    return torch.addcmul(y.narrow(dim, 0, last), sums, w.compensation.to(dtype))
+    sums = input_sums(x, zero, w, geometry, compiled)
+    if compiled and (geometry is None or geometry.groups == 1):
+        return add_products(y, sums, base, w.compensation)
+    return (y.float() + along_outputs(sums.float() * base, w.compensation, geometry)).to(y.dtype)
+
+
+def along_outputs(
+    sums: torch.Tensor, factor: torch.Tensor, geometry: Geometry | None
+) -> torch.Tensor:
+    """sums * factor_o for each output: [..., O] or [B, O, H', W'].
+
+    Args:
+        sums: [..., 1] or [B, G, H', W'].
+        factor: [O].
+        geometry: of the convolution, which has G groups; None for a linear layer.
+    """
+    if geometry is None:
+        return sums * factor
+    outputs = len(factor) // geometry.groups  # of a group
+    return sums.repeat_interleave(outputs, 1) * factor[:, None, None]
 
 
 def multiply_exactly(
