@@ -15,7 +15,6 @@ from questlib import arguments
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError
 from questlib.files import atomic_path, check_new, check_writable
-from questlib.integer.engines import ENGINES
 from questlib.presets import PRESETS
 
 LOG = "log.json"  # beside a checkpoint: its pipeline, and how quantizing went
@@ -226,11 +225,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pipeline", help="of the checkpoint (default: the one that it was made of)"
     )
-    parser.add_argument(
-        "--engine",
-        default="fake",
-        help=f"fake (simulated), or in integers: {', '.join(ENGINES)}, auto (default: fake)",
-    )
+    arguments.add_engine(parser)
     parser.add_argument(
         "--count",
         type=int,

@@ -89,12 +89,30 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a quantized model's engine; `machine_choices` reads them."""
+    from questlib.integer.engines import ENGINES
+
+    parser.add_argument(
+        "--engine",
+        default="fake",
+        help=f"fake (simulated), or in integers: {', '.join(ENGINES)}, auto (default: fake)",
+    )
+    parser.add_argument(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        help="norms and activations inside the integer kernels; single codes may differ by one "
+        "(default: for engine triton on a GPU)",
+    )
+
+
 class Machine(NamedTuple):
     """Where and how a command computes."""
 
     engine: str  # "fake", or the name of an integer engine
     device: torch.device
     dtype: torch.dtype | None  # of what is not quantized; None: as it is
+    fuse: bool | None = None  # None: the engine's default
 
     def put(self, pipe: DiffusionPipeline) -> DiffusionPipeline:
         """The pipeline on the device, in the precision that was asked for."""
@@ -104,7 +122,8 @@ class Machine(NamedTuple):
         """The quantized UNet of a checkpoint, likewise."""
         from questlib.checkpoint import from_pretrained
 
-        return from_pretrained(checkpoint, self.engine, dtype=self.dtype).to(self.device)
+        unet = from_pretrained(checkpoint, self.engine, dtype=self.dtype, fuse=self.fuse)
+        return unet.to(self.device)
 
     def says(self, unet: nn.Module) -> str:
         """What runs a UNet, on what, and in which precision."""
@@ -116,6 +135,7 @@ class Machine(NamedTuple):
             ran = "simulated" if engine is None else f"engine {engine}"
         on_gpu = self.device.type == "cuda"
         where = torch.cuda.get_device_name(self.device) if on_gpu else self.device.type
+        ran += ", fused" if getattr(unet, "quest_fused", False) else ""
         return f"{ran}, {where}, {str(unet.dtype).removeprefix('torch.')}"
 
 
@@ -135,13 +155,16 @@ def machine_choices(args: argparse.Namespace) -> Machine:
     from questlib.integer.engines import choose_engine
 
     engine = getattr(args, "engine", "fake")
+    fuse = getattr(args, "fuse", None)
+    if fuse is not None and engine == "fake":
+        raise ConfigError("--fuse is of the integer engines; give --engine")
     wanted = args.device
     if engine != "fake":
         chosen = choose_engine(engine, wanted)
         # Triton's interpreter runs on CPU tensors.
         engine, wanted = chosen.name, chosen.device if torch.cuda.is_available() else "cpu"
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    return Machine(engine, chosen_device(wanted), dtype)
+    return Machine(engine, chosen_device(wanted), dtype, fuse)
 
 
 # ---- sampling ----

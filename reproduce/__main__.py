@@ -16,7 +16,6 @@ from pathlib import Path
 from questlib import arguments
 from questlib.errors import ConfigError
 from questlib.files import check_writable
-from questlib.integer.engines import ENGINES
 from reproduce import choices, environment
 from reproduce.tables.registry import all_tables
 
@@ -125,11 +124,7 @@ def add_sample(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unet", type=Path, help="checkpoint of a quantized UNet, in place of the pipeline's own"
     )
-    parser.add_argument(
-        "--engine",
-        default="fake",
-        help=f"for --unet: fake (simulated), {', '.join(ENGINES)}, auto (default: fake)",
-    )
+    arguments.add_engine(parser)
     parser.add_argument(
         "--batch-size",
         type=int,

@@ -44,12 +44,16 @@ def run(args: argparse.Namespace) -> None:
     use_full_float32()
     unet = None if args.unet is None else machine.load(args.unet)
     drawing = Drawing(machine.put(load_pipeline(args.model)), unet=unet, **sampling)
+    about = {}  # what decides samples beside the drawing, which a folder refuses to mix
     on_cpu = machine.device.type == "cpu"
+    if on_cpu:
+        about["threads"] = args.threads
+    if unet is not None and machine.engine != "fake":
+        about |= {"engine": machine.engine, "fused": unet.quest_fused}
     with cpu_threads(args.threads if on_cpu else torch.get_num_threads()):
         write_samples(
             args.out,
-            drawing.run(args.num_samples, args.batch_size)
-            | ({"threads": args.threads} if on_cpu else {}),
+            drawing.run(args.num_samples, args.batch_size) | about,
             drawing.draw,
             process_index=state.process_index,
             num_processes=state.num_processes,

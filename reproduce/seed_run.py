@@ -50,8 +50,7 @@ def load(model: str, engine: str = "fake") -> tuple[Any, str, str]:
         digest of the rest.
     """
     pipe = loading.load_pipeline(model)
-    on_gpu = torch.cuda.is_available() and engine not in CPU_ENGINES
-    where = device() if on_gpu else "cpu"
+    where = torch.device("cpu") if engine in CPU_ENGINES else device()
     use_full_float32()
     return pipe.to(where), digests.model_digest(pipe), digests.parts_digest(pipe)
 

@@ -113,6 +113,7 @@ def convert(
         chosen.finish(unet, options)
     seal(unet)
     unet.quest_engine = chosen.name
+    unet.quest_fused = fuse
     after_call = chosen.after_call
     if after_call is not None:
         unet.register_forward_hook(lambda module, args, out: after_call(module))

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from questlib.distributed import device
 from questlib.errors import ConfigError, MetricError
 from reproduce.evaluation.constants import CLIP_MODEL, CLIP_PRETRAINED, COCO_PROMPTS
 from reproduce.evaluation.image_statistics import check_images
@@ -86,14 +87,14 @@ def clip_score(
             f"clip score: {len(images)} images and {len(prompts)} prompts, expected as many"
         )
     net, preprocess, tokenize = load_clip(model, pretrained)
-    device = next(net.parameters()).device
+    where = next(net.parameters()).device
     total = 0.0
     for start in range(0, len(images), batch_size):
         part = slice(start, start + batch_size)
         channels_last = images[part].permute(0, 2, 3, 1).cpu()  # NCHW -> NHWC
         pixels = torch.stack([preprocess(Image.fromarray(i.numpy())) for i in channels_last])
-        seen = net.encode_image(pixels.to(device), normalize=True)
-        read = net.encode_text(tokenize(list(prompts[part])).to(device), normalize=True)
+        seen = net.encode_image(pixels.to(where), normalize=True)
+        read = net.encode_text(tokenize(list(prompts[part])).to(where), normalize=True)
         total += 100 * (seen.double() * read.double()).sum(1).clamp_min(0).sum().item()
     if not np.isfinite(total):
         raise MetricError("clip score: NaN or infinite features")
@@ -129,4 +130,4 @@ def load_clip(
         raise MetricError(
             f"clip score: the model {named} cannot be loaded ({str(error).splitlines()[0]})"
         ) from error
-    return net.to("cuda" if torch.cuda.is_available() else "cpu").eval(), preprocess, tokenize
+    return net.to(device()).eval(), preprocess, tokenize

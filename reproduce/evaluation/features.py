@@ -24,6 +24,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
+from questlib.distributed import device
 from questlib.errors import MetricError
 from reproduce.models.classifier import GroupClassifier
 from reproduce.models.embedded import MINI
@@ -275,7 +276,7 @@ def _load_extractor(features: str, weights: str | None) -> torch.nn.Module:
     else:
         layers, logits = ["2048", "spatial"], "logits_unbiased"
         extractor = InceptionFeatures("quest-inception", layers, weights)
-        extractor.to("cuda" if torch.cuda.is_available() else "cpu")
+        extractor.to(device())
     if extractor.has_classifier:
         extractor.features_list = [*layers, logits]
     return extractor.eval()

@@ -27,10 +27,16 @@ def run_smoke(folder: Path, table: str, *options: str) -> dict[str, dict[str, An
     return {row["specified"]["id"]: row for row in json.loads(done.stdout)["rows"]}
 
 
-@pytest.mark.parametrize("table", ROWS)
-def test_smoke(table, tmp_path):
-    first = run_smoke(tmp_path, table)
-    second = run_smoke(tmp_path, table)
+@pytest.fixture(scope="module", params=ROWS)
+def made(request, tmp_path_factory):
+    """A table, the folder where its rows were run, and what the command printed."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, run_smoke(folder, request.param)
+
+
+def test_smoke(made):
+    table, folder, first = made
+    second = run_smoke(folder, table)
     for row_id in ROWS[table]:
         result = first[row_id]["result"]
         assert result["status"] == "done"
@@ -42,18 +48,20 @@ def test_smoke(table, tmp_path):
     assert others
     for result in others:
         assert result["status"] == "not run" and "not run yet" in result["reason"]
-    assert list((tmp_path / "runs" / "results" / "smoke" / table).glob("*.ipynb"))
+    assert list((folder / "runs" / "results" / "smoke" / table).glob("*.ipynb"))
 
 
-def test_engine(tmp_path):
+def test_engine(made):
     """The same checkpoint, simulated and in integers: alike, but for codes that flip."""
-    (row,) = ROWS["table2"]
+    table, folder, _ = made
+    row = ROWS[table][-1]
+    run_smoke(folder, table, "--engine", "cpu")
     fid = {}
-    for engine, folder in (("fake", "table2"), ("cpu", "table2-cpu")):
-        run_smoke(tmp_path, "table2", "--engine", engine)
-        result = Result.read(tmp_path / "runs" / "results" / "smoke" / folder / f"{row}.json")
+    for engine, name in (("fake", table), ("cpu", f"{table}-cpu")):
+        result = Result.read(folder / "runs" / "results" / "smoke" / name / f"{row}.json")
         assert result.engine == engine and result.done
         fid[engine] = result.metric("fid").value
-    assert len(list((tmp_path / "runs" / "checkpoint").iterdir())) == 1
-    assert len(list((tmp_path / "runs" / "evaluate").iterdir())) == 2
     assert abs(fid["cpu"] - fid["fake"]) < 0.05 * fid["fake"]
+    quantized = [name for name in ROWS[table] if not name.endswith("-fp")]
+    assert len(list((folder / "runs" / "checkpoint").iterdir())) == len(quantized)
+    assert len(list((folder / "runs" / "evaluate").iterdir())) == len(ROWS[table]) + len(quantized)

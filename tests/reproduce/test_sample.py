@@ -76,7 +76,7 @@ def test_a_folder_refuses_another_number_of_threads(tiny, tmp_path, capsys):
     assert main([*asked, "--threads", "0"]) == 2
 
 
-def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
+def test_quantized_unet_by_its_checkpoint(tiny, tmp_path, capsys):
     pipe = load_pipeline(tiny / "model")
     config = QuantConfig.preset("minmax", 8, 8, calib_batch=4)
     save_pretrained(quantize(pipe.unet, config, calibrate(pipe, 4, 2)), tmp_path / "unet")
@@ -91,6 +91,14 @@ def test_quantized_unet_by_its_checkpoint(tiny, tmp_path):
     assert not torch.equal(halved.latents, quantized.latents)
     torch.testing.assert_close(halved.latents, quantized.latents, rtol=0.3, atol=0.3)
     assert read_run(tmp_path / "full")["unet"] != read_run(tmp_path / "quantized")["unet"]
+    # In integers, fused or not: a folder holds one kind.
+    integers = command(tiny, tmp_path / "integers", "--num-samples", "2", *unet, "--engine", "cpu")
+    assert main(integers) == 0
+    run = read_run(tmp_path / "integers")
+    assert (run["engine"], run["fused"]) == ("cpu", False)
+    capsys.readouterr()
+    assert main([*integers, "--fuse"]) == 2
+    assert "fused: expected True, found False" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,7 @@ def test_precision_and_device_are_those_asked_for(checkpoint, tmp_path, capsys):
         ("full", [], "(simulated, cpu, float32)"),
         ("half", ["--dtype", "float16"], "(simulated, cpu, float16)"),
         ("integers", ["--dtype", "bfloat16", "--engine", "auto"], "(engine cpu, cpu, bfloat16)"),
+        ("fused", ["--engine", "cpu", "--fuse"], "(engine cpu, fused, cpu, float32)"),
     ):
         assert main(["sample", str(checkpoint), "--out", str(tmp_path / name), *args, *more]) == 0
         assert says in capsys.readouterr().out
@@ -159,6 +160,7 @@ def test_one_image_a_label_or_prompt(tmp_path):
         (["mini-ldm4", "--pipeline", "mini-sd"], "--pipeline is for a quantized checkpoint"),
         (["mini-ldm4", "--count", "0"], "--count and --batch-size must be >= 1, found 0"),
         (["mini-ldm4", "--prompt", "sun"], "has no text encoder"),
+        (["CHECKPOINT", "--fuse"], "--fuse is of the integer engines; give --engine"),
         (["CHECKPOINT", "--engine", "cpus"], "found 'cpus'; did you mean 'cpu'?"),
         (
             ["mini-ldm4", "--dtype", "int8"],

@@ -21,7 +21,7 @@ from questlib.integer.attention_form import attention_form
 from questlib.integer.form import WeightPart, integer_form
 from questlib.integer.oracle import layer_forward
 from questlib.integer.synthetic import GROUPS, random_layer
-from questlib.integer.triton import packing, quantizing, runtime, tiles
+from questlib.integer.triton import packing, products, quantizing, runtime, tiles
 from questlib.integer.triton.attention import TritonAttention
 from questlib.integer.triton.flags import check_finite
 from questlib.integer.triton.layers import TritonLayer, serves
@@ -400,10 +400,14 @@ def test_what_32_bits_do_not_reach_is_refused_before_a_launch():
     far = room.as_strided((2, 2, 2, 64), (2**31, 128, 64, 1))
     table, flag = torch.zeros(4, 1), torch.zeros(1, dtype=torch.int32)
     norm = torch.ones(64)
+    near = torch.zeros(2, 16, 64, dtype=torch.int8)
     calls = (
         lambda x: quantizing.quantize(x, table, flag, 15, [0, 0], False),
         lambda x: quantizing.quantize_rows(x[:, 0], [table], [], flag, 15, False),
         lambda x: quantizing.group_norm_affine(x.permute(0, 3, 1, 2), norm, norm, 4, 1e-5),
+        lambda x: products.integer_attention(
+            x[:, 0], near, near.mT, norm, 8, [0, 0], 1.0, 255.0, 255, torch.float32
+        ),
     )
     for call in calls:
         with pytest.raises(EngineError, match="too large for 32-bit indices; take a smaller batch"):

@@ -239,10 +239,14 @@ def integer_attention(
 
     Returns:
         [B, N, C].
+
+    Raises:
+        EngineError: a tensor is too large for 32-bit indices.
     """
     out = attention_output(q, k, v, v_scale, heads, constants, factor, p_inverse, p_levels, dtype)
     if not out.numel():
         return out
+    runtime.check_size(q, k, v, out)
     batch, queries, width = out.shape
     keys = k.shape[1]
     dim = width // heads
