@@ -43,6 +43,10 @@ class GpuTensor(torch.Tensor):
     def __repr__(self) -> str:
         return f"GpuTensor({self.inner})"
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """torch.save keeps the value, as torch.load(map_location="cpu") gives it back."""
+        return self.inner.__reduce_ex__(protocol)
+
     def tolist(self) -> Any:
         """A GPU's tensors have it, and subclasses of torch.Tensor have not."""
         return self.inner.tolist()

@@ -113,8 +113,10 @@ class FinetuningState:
             whole = digest is None or digest == digest_of_tree(values)
             found = values.get("key")
         except DAMAGED as error:
+            reason = str(error).partition("\n")[0].partition(". ")[0]
             raise CheckpointError(
-                f"finetune: {path} cannot be read ({error!r}); remove it to start again"
+                f"finetune: {path} cannot be read ({type(error).__name__}: {reason}); "
+                "remove it to start again"
             ) from error
         if not whole:
             raise CheckpointError(

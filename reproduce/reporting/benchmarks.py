@@ -31,7 +31,13 @@ def _not_measured(name: str) -> str:
 
 # ---- README: what the integer engine saves, and what finetuning needs ----
 
-SAVINGS = {"fp32": "float32", "bf16-compiled": "bfloat16, compiled", "w4a4": "**W4A4 in integers**"}
+SAVINGS = {
+    "fp32": "float32",
+    "bf16-compiled": "bfloat16, compiled",
+    "openvino-int8-bf16": "OpenVINO, int8 and bfloat16",
+    "w4a4": "**W4A4 in integers**",
+    "w4a4-fused": "**W4A4 in integers, `fuse=True`**",
+}
 
 
 def savings(folder: Path) -> str:

@@ -44,10 +44,11 @@ def on_gpu(monkeypatch) -> Iterator[None]:
     forget()
 
 
-@pytest.mark.parametrize("row_id", ["bedrooms-w4a4-quest", "bedrooms-w4a8-efficientdm"])
-def test_a_row_that_was_stopped_goes_on(tiny_plan, on_gpu, monkeypatch, row_id):
+# The pretended GPU's device is called "meta", to which torch says that nothing is copied.
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_a_row_that_was_stopped_goes_on(tiny_plan, on_gpu, monkeypatch):
     plan = tiny_plan()
-    row = plan.table.row(row_id)
+    row = plan.table.row("bedrooms-w4a4-quest")
 
     def stop(*args):
         raise KeyboardInterrupt
@@ -76,15 +77,17 @@ def test_inception_is_there_and_its_features_come_back(on_gpu, monkeypatch):
     """The mini network in its place, which is quicker."""
 
     def small(name, layers, weights):
-        return features.MiniFeatures("quest-mini", ["pooled", "spatial"], None)
+        net = features.MiniFeatures("quest-mini", ["pooled", "spatial"], None)
+        net.has_classifier = False
+        return net
 
     monkeypatch.setattr(features, "InceptionFeatures", small)
-    images = torch.randint(0, 256, (12, 3, 64, 64), dtype=torch.uint8)
+    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
     there = features.load_extractor("inception", "none")
     assert isinstance(next(there.parameters()), GpuTensor)
     found = statistics(images, there)
-    assert found.features.device.type == "cpu"
-    torch.testing.assert_close(found.features, statistics(images, there.cpu()).features)
+    assert found.pooled.device.type == "cpu"
+    torch.testing.assert_close(found.pooled, statistics(images, there.cpu()).pooled)
 
 
 def test_clip_scores_there(tmp_path, on_gpu):
@@ -92,8 +95,8 @@ def test_clip_scores_there(tmp_path, on_gpu):
     save_file(open_clip.model.CLIP(**CLIP).state_dict(), tmp_path / "open_clip_model.safetensors")
     about = {"model_cfg": CLIP, "preprocess_cfg": {"size": 32}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
-    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    prompts = [f"a picture of {i} cats" for i in range(4)]
+    images = torch.randint(0, 256, (16, 3, 64, 64), dtype=torch.uint8)
+    prompts = [f"a picture of {i} cats" for i in range(16)]
     model = f"local-dir:{tmp_path}"
     score = clip_score.clip_score(images, prompts, model=model)
     assert next(clip_score.load_clip(model)[0].parameters()).device == GPU

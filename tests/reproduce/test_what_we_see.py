@@ -130,13 +130,19 @@ def test_your_own_pipeline(psnr, says):
     assert says in text and "8.0 times less" in text
 
 
-@pytest.mark.parametrize(("half", "says"), [(3.0, "1.5 times faster"), (1.0, "2.0 times slower")])
+@pytest.mark.parametrize(
+    ("half", "says"),
+    [
+        (3.0, "1.5 times as fast as compiled bfloat16 and 2.0 times slower than OpenVINO"),
+        (1.0, "2.0 times slower than compiled bfloat16"),
+    ],
+)
 def test_the_engine(half, says):
     def run(identical: bool, cpu: float) -> dict:
         metrics = {"fake": {"fid": 1.0}, "cpu": {"fid": cpu}}
         return {"cpu_against_reference": {"bit_identical": identical}, "metrics": metrics}
 
-    steps = {"w4a4": 2.0, "fp32": 7.0, "bf16-compiled": half}
+    steps = {"w4a4-fused": 2.0, "fp32": 7.0, "bf16-compiled": half, "openvino-int8-bf16": 1.0}
     variants = {name: {"step_s": step, "peak_bytes": 2e9} for name, step in steps.items()}
     equality = {"results": [run(True, 1.25), run(False, 0.9)]}
     text = what_we_see.of_engine(equality, {"models": {"sd14": {"variants": variants}}})

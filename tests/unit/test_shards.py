@@ -57,6 +57,14 @@ def real_work(folder: Path, index: int, count: int) -> None:
     write_samples(folder, how.run(10, 2), how.draw, process_index=index, num_processes=count)
 
 
+def test_a_damaged_number_of_samples_is_refused_at_once(tmp_path):
+    work(tmp_path / "samples", 0, 1)
+    run = tmp_path / "samples" / "run.json"
+    run.write_text(run.read_text().replace("23", "230000000000"))
+    with pytest.raises(QuestError, match="76666666659 of 76666666667 shards are missing"):
+        next(read_samples(tmp_path / "samples"))
+
+
 class Worker:
     """A process of a run, as seen from the test: it stops in every batch until it is let go."""
 
