@@ -10,8 +10,12 @@ LONG = 15  # names, that a message does not list where one is near to the wrong 
 class QuestError(Exception):
     """Base of all errors that a user can cause.
 
-    The command line prints its message and exits with code 2.
+    The command line prints its message and exits with code 2. A message is one line: names out of
+    damaged files may hold anything, and what cannot be printed is escaped.
     """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
 
 
 class ConfigError(QuestError, ValueError):

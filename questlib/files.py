@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import functools
+import glob
 import os
+import platform
 import re
 import shutil
 import stat
 import tempfile
 import threading
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from safetensors import SafetensorError
 
 from questlib.errors import ConfigError, StorageError
@@ -32,6 +38,10 @@ STORAGE = {
     errno.ENAMETOOLONG,
 }
 KEPT = "what was there before is kept"
+
+# The end of the name of a file that a process is writing.
+TEMPORARY = re.compile(r"\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-\d+\.tmp$")
+ABANDONED = 24 * 3600  # seconds
 
 
 def check_writable(folder: Path) -> None:
@@ -79,7 +89,8 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
     """A temporary path beside `path`, which takes its place when the block ends.
 
     A reader of `path` sees the old file (or folder) or the new one, never half of it. When the
-    block raises, `path` stays as it was and what was written is removed. The new file has the
+    block raises, `path` stays as it was and what was written is removed. What a process that was
+    killed has left beside `path` is removed by the next one that writes there. The new file has the
     permissions that the umask gives, also where a library has written it for its owner alone, as
     safetensors does. A symbolic link at `path` is replaced; what it points to stays as it is.
 
@@ -95,11 +106,12 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
         ...     temporary.write_text("{}", encoding="utf-8")
     """
     path = Path(path)
-    owner = f"{os.getpid()}-{threading.get_ident()}"
+    owner = f"{_machine()}-{os.getpid()}-{threading.get_ident()}"
     temporary = path.with_name(f"{path.name}.{owner}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # a link that stands there is not written through
+        _remove_abandoned(path)
         yield temporary
         _give_umask(temporary)
         os.replace(temporary, path)
@@ -110,6 +122,27 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
         raise StorageError(f"cannot write {path}: {reason}; {kept}") from error
     finally:
         _remove(temporary)
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight digits for this machine: a process number means something only there."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that are gone were writing in the place of `path`.
+
+    Whether a process of another machine is gone cannot be known: its files go after a day.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        found = TEMPORARY.search(left.name)
+        if found is None:
+            continue
+        with suppress(OSError):
+            gone = found["machine"] == _machine() and not psutil.pid_exists(int(found["process"]))
+            if gone or time.time() - left.lstat().st_mtime > ABANDONED:
+                _remove(left)
 
 
 def _remove(path: Path) -> None:

@@ -39,8 +39,8 @@ def read_json(path: Path, *keys: str) -> dict[str, Any]:
         keys: what it must have.
 
     Raises:
-        CheckpointError: it cannot be read, lacks a key, or is not what was written. Files of before
-            have no digest, which tells the last.
+        CheckpointError: it cannot be read, lacks a key, or is not what was written, which its
+            digest tells where it has one.
     """
     advice = "remove it, and the same command makes it again"
     try:
@@ -82,7 +82,7 @@ class Artifact:
         Raises:
             CheckpointError: done.json is damaged.
         """
-        return read_json(self.folder / "done.json", "seconds", "interrupted", "provenance")
+        return read_json(self.folder / "done.json", "seconds", "interrupted", "provenance", DIGEST)
 
     def make(self, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """Run `build(folder)` unless done.

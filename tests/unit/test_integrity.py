@@ -122,6 +122,29 @@ for write in (lambda path: write_tensors(path, {"a": large}), state.save, text):
 """
 
 
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    """But not what a process that lives is writing, nor for a day what another machine left."""
+    code = (
+        "import os, sys; from questlib.files import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    path = tmp_path / "log[1].json"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    (abandoned,) = tmp_path.iterdir()
+    machine = abandoned.name.split(".")[-2].split("-")[0]
+    alive = tmp_path / f"{path.name}.{machine}-{os.getppid()}-1.tmp"
+    elsewhere, long_ago = (tmp_path / f"{path.name}.{n:08x}-999999999-1.tmp" for n in (1, 2))
+    not_ours = tmp_path / f"{path.name}.part.tmp"
+    for other in (alive, elsewhere, long_ago, not_ours):
+        other.write_text("half")
+    os.utime(long_ago, (0, 0))
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+    assert path.read_text() == "whole"
+    assert set(tmp_path.iterdir()) == {path, alive, elsewhere, not_ours}
+
+
 def test_a_full_disk_is_one_line_and_keeps_the_old_file(tmp_path):
     (tmp_path / "file").write_text("old")
     done = subprocess.run(
