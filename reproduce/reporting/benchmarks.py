@@ -35,7 +35,6 @@ SAVINGS = {
     "fp32": "float32",
     "bf16-compiled": "bfloat16, compiled",
     "openvino-int8-bf16": "OpenVINO, int8 and bfloat16",
-    "w4a4": "**W4A4 in integers**",
     "w4a4-fused": "**W4A4 in integers, `fuse=True`**",
 }
 
