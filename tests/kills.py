@@ -56,7 +56,7 @@ def survive(
         The last folder, in which it has not.
     """
     rng = random.Random(kills)
-    survived = 0
+    survived = finished = 0
     folder = base / "killed"
     while survived < kills:
         process = SERVER.Process(target=run, args=(*arguments(folder), rng.randrange(1, moments)))
@@ -64,7 +64,8 @@ def survive(
         process.join(300)
         if process.exitcode == 0:  # it has come to its end: another one begins
             check(folder)
-            folder = base / f"killed-{survived}"
+            finished += 1
+            folder = base / f"killed-{finished}"
         else:
             assert process.exitcode == -signal.SIGKILL
             survived += 1

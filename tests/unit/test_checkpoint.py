@@ -329,7 +329,11 @@ def one_thread():
 @pytest.mark.parametrize("engine", ["fake", "reference"])
 @pytest.mark.parametrize("name", ["quest_carrier", "quest_token", "ptq_d"])
 def test_format_1_has_the_outputs_that_it_had(one_thread, tmp_path, name, engine):
-    """Bit for bit on a machine like the one that wrote them, also when it is saved again."""
+    """Also when it is saved again.
+
+    The simulation's are the same bit for bit on a machine like the one that wrote them. The integer
+    engines have added the zero points of 8-bit weights in another order since.
+    """
     expected = load_file(FORMAT_1 / name / "outputs.safetensors")
     unet = from_pretrained(FORMAT_1 / name)
     save_pretrained(unet, tmp_path)
@@ -338,7 +342,7 @@ def test_format_1_has_the_outputs_that_it_had(one_thread, tmp_path, name, engine
         model = from_pretrained(folder, engine)
         with torch.no_grad():
             found = torch.stack([model(expected["x"], t).sample for t in expected["timesteps"]])
-        if written_here:
+        if written_here and engine == "fake":
             assert torch.equal(found, expected[engine])
         else:
             torch.testing.assert_close(found, expected[engine], rtol=1e-4, atol=1e-4)

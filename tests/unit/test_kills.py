@@ -23,7 +23,7 @@ FAST = dict(
 PRESETS = {
     "quest": QuantConfig.preset("quest", 4, 4, adaround=True, **FAST),
     "long": QuantConfig.preset("q-diffusion", 4, 4, **FAST | {"adaround_iters": 20_000}),
-    "ptq-d": QuantConfig.preset("ptq-d", 8, 8, calib_batch=2, act_range="minmax"),
+    "ptq-d": QuantConfig.preset("ptq-d", 8, 8, **FAST),
 }
 
 
