@@ -11,6 +11,7 @@ from questlib import QuantConfig, calibrate, finetune, quantize, save_pretrained
 
 FAST = dict(
     adaround_iters=4,
+    act_iters=3,
     tla_iters=3,
     cma_iters=3,
     batch_size=2,
