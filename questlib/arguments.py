@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from questlib.diffusion.schedulers import SAMPLERS
 from questlib.errors import ConfigError, QuestError, did_you_mean, unknown
 from questlib.files import storage_reason
+from questlib.integer.engines import ENGINES
 
 if TYPE_CHECKING:
     import torch
@@ -91,8 +92,6 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Add the options of a quantized model's engine; `machine_choices` reads them."""
-    from questlib.integer.engines import ENGINES
-
     parser.add_argument(
         "--engine",
         default="fake",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import glob
 import os
 import platform
 import re
@@ -90,7 +89,7 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
 
     A reader of `path` sees the old file (or folder) or the new one, never half of it. When the
     block raises, `path` stays as it was and what was written is removed. What a process that was
-    killed has left beside `path` is removed by the next one that writes there. The new file has the
+    killed has left in the folder is removed by the next one that writes there. The new file has the
     permissions that the umask gives, also where a library has written it for its owner alone, as
     safetensors does. A symbolic link at `path` is replaced; what it points to stays as it is.
 
@@ -111,7 +110,7 @@ def atomic_path(path: str | Path, kept: str = KEPT) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)  # a link that stands there is not written through
-        _remove_abandoned(path)
+        _remove_abandoned(path.parent.absolute())
         yield temporary
         _give_umask(temporary)
         os.replace(temporary, path)
@@ -130,12 +129,13 @@ def _machine() -> str:
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that are gone were writing in the place of `path`.
+@functools.cache  # once a process: a folder of many thousand files takes long to list
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what processes that are gone were writing in a folder.
 
     Whether a process of another machine is gone cannot be known: its files go after a day.
     """
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+    for left in folder.glob("*.tmp"):
         found = TEMPORARY.search(left.name)
         if found is None:
             continue

@@ -34,8 +34,8 @@ inline float float_of(uint32_t bits) {
 inline float value_of(float x) { return x; }
 inline float value_of(uint16_t x) { return float_of(uint32_t(x) << 16); }  // bfloat16
 
-// 1.5 * 2^23. Adding it rounds a small number to a whole one, to even from halfway, and leaves that in
-// the lowest bits of the sum.
+// 1.5 * 2^23. Adding it rounds a small number to a whole one, to even from halfway, and leaves that
+// in the lowest bits of the sum.
 constexpr float ROUND = 12582912.0f;
 
 // 2^y for y <= 0, by the operations of softmax.py

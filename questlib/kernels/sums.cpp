@@ -51,7 +51,7 @@ void add(T* y, const int32_t* sums, float base, const float* factor, int64_t row
 
 extern "C" {
 
-// out [batch, out_height, out_width] = sums of x - zero. `pixels` has room for [batch, height, width].
+// out [batch, out_height, out_width] = sums of x - zero. `pixels` has room for one sum a pixel of x.
 int window_sums(const uint8_t* x, Window of, int zero, int32_t* pixels, int32_t* out, int threads) {
   const int64_t all = of.batch * of.height * of.width;
   const bool parallel = all * of.channels >= PARALLEL;

@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from tiny_bedrooms import tiny_bedrooms
 
+import questlib
 from reproduce import datasets, plan, seed_run
 from reproduce.choices import Choices
 from reproduce.evaluation import features
 from reproduce.models.classifier import GroupClassifier
+from reproduce.pipeline import run_row
 
 
 @pytest.fixture(scope="session")
@@ -78,3 +80,19 @@ def tiny_plan(tiny, tmp_path, monkeypatch):
     yield make
     features._load_extractor.cache_clear()
     seed_run.load.cache_clear()
+
+
+@pytest.fixture
+def stop_at_the_end(monkeypatch):
+    """stop(row, plan): a run that is stopped before it saves what it has quantized."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    def stop(row, plan):
+        with monkeypatch.context() as patch:
+            patch.setattr(questlib, "save_pretrained", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                run_row(row, plan)
+
+    return stop

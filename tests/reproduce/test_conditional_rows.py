@@ -9,7 +9,6 @@ import dataclasses
 import json
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 from diffusers import (
@@ -22,15 +21,16 @@ from diffusers import (
     UNet2DModel,
     VQModel,
 )
-from safetensors.torch import save_file
+from kept_networks import clear_caches
+from tiny_clip import save_clip
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from questlib.errors import MetricError
-from reproduce import datasets, notebooks, plan, seed_run
+from reproduce import datasets, notebooks, plan
 from reproduce.__main__ import main
 from reproduce.choices import Choices
 from reproduce.evaluation import drawing, features, metrics
-from reproduce.evaluation.clip_score import clip_score, coco_prompts, load_clip
+from reproduce.evaluation.clip_score import clip_score, coco_prompts
 from reproduce.evaluation.samples import read_samples
 from reproduce.models.compvis import clip_tokenizer
 from reproduce.models.pipelines import ClassConditionalPipeline, ClassEmbedder
@@ -38,12 +38,6 @@ from reproduce.pipeline import run_row
 from reproduce.reporting import report
 from reproduce.seed_run import SeedRun
 from reproduce.tables.registry import get_table
-
-CLIP = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
-}
 
 
 def unet(channels: int, size: int) -> UNet2DConditionModel:
@@ -59,14 +53,6 @@ def unet(channels: int, size: int) -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )
-
-
-def clear_caches() -> None:
-    """Forget models and features, which tests replace under the same names."""
-    features._load_extractor.cache_clear()
-    seed_run.load.cache_clear()
-    seed_run.FULL_FEATURES.clear()
-    load_clip.cache_clear()
 
 
 @pytest.fixture
@@ -138,13 +124,7 @@ def conditional(tiny, tmp_path, monkeypatch):
             requires_safety_checker=False,
         )
         pipe.save_pretrained(tmp_path / "sd")
-        (tmp_path / "clip").mkdir()
-        save_file(
-            open_clip.model.CLIP(**CLIP).state_dict(),
-            tmp_path / "clip" / "open_clip_model.safetensors",
-        )
-        about = {"model_cfg": CLIP, "preprocess_cfg": {"size": 32}}
-        (tmp_path / "clip" / "open_clip_config.json").write_text(json.dumps(about))
+        clip = save_clip(tmp_path / "clip")
         entries = [{"id": i, "image_id": i, "caption": f"a picture of {i} cats"} for i in range(30)]
         (tmp_path / "captions.json").write_text(json.dumps({"annotations": entries}))
         setting(
@@ -154,7 +134,7 @@ def conditional(tiny, tmp_path, monkeypatch):
             guidance_scale=7.5,
             reference=None,
             captions=str(tmp_path / "captions.json"),
-            clip=f"local-dir:{tmp_path / 'clip'}",
+            clip=clip,
         )
 
     def make(table: str, **choices) -> plan.Plan:

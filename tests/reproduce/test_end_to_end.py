@@ -51,6 +51,7 @@ def test_smoke(made):
     assert list((folder / "runs" / "results" / "smoke" / table).glob("*.ipynb"))
 
 
+@pytest.mark.parametrize("made", ["table2"], indirect=True)
 def test_engine(made):
     """The same checkpoint, simulated and in integers: alike, but for codes that flip."""
     table, folder, _ = made

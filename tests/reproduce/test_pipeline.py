@@ -230,17 +230,11 @@ def test_stopped_run_goes_on(tiny_plan, calls, monkeypatch, stop_in, done):
     assert result.seeds[0].interrupted == 1
 
 
-def test_stopped_and_unstopped_runs_agree(tiny_plan, monkeypatch, tmp_path):
+def test_stopped_and_unstopped_runs_agree(tiny_plan, stop_at_the_end, tmp_path):
     plan = tiny_plan()
     row = plan.table.row("bedrooms-w4a8-quest-paper")
 
-    def stop(*args):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(questlib, "save_pretrained", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run_row(row, plan)
+    stop_at_the_end(row, plan)
     stopped = run_row(row, plan)
     straight = run_row(row, plan.choose(work=tmp_path / "other"))
     assert stopped.seeds[0].metrics == straight.seeds[0].metrics
