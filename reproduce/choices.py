@@ -18,12 +18,12 @@ from typing import Any
 from questlib.errors import ConfigError, unknown
 from questlib.integer.engines import ENGINES as INTEGER_ENGINES
 from reproduce.parameters import check_parameters
-from reproduce.scales import SCALES
+from reproduce.scales import FASTEST, SCALES, SIMULATED
 
 FEATURES = ("mini", "inception")
 
-# How the quantized models run: simulated, or in integers.
-ENGINES = ("fake", *INTEGER_ENGINES)
+# How the quantized models draw: simulated, in integers, or the faster of these for each row.
+ENGINES = (FASTEST, SIMULATED, *INTEGER_ENGINES)
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,11 @@ class Choices:
         values=FEATURES,
         for_a_run=True,
     )
-    engine: str = _choice(
-        "fake",
-        f"fake (simulated), or in integers: {', '.join(INTEGER_ENGINES)}; their results are in "
-        "TABLE-ENGINE",
+    engine: str | None = _choice(
+        None,
+        "fastest (in integers where a row can on this CPU, otherwise simulated; the row names it), "
+        f"fake (simulated), or always in integers: {', '.join(INTEGER_ENGINES)}, whose results are "
+        "in TABLE-ENGINE (default: the scale's)",
         values=ENGINES,
     )
     model: str | None = _choice(

@@ -23,6 +23,7 @@ from papermill.parameterize import parameterize_notebook
 from questlib.diffusion.sampling import image_size
 from questlib.errors import ConfigError, QuestError, StorageError
 from questlib.files import STORAGE, atomic_path
+from questlib.integer.engines import ENGINES as INTEGER_ENGINES
 from questlib.integer.engines import choose_engine
 from reproduce import timing
 from reproduce.choices import Choices
@@ -76,12 +77,12 @@ def preflight(plan: Plan) -> None:
     }:
         coco_prompts(captions, count)
         load_clip(clip)
-    if settings and plan.choices.engine != "fake":
-        choose_engine(plan.choices.engine)
+    if settings and plan.engine in INTEGER_ENGINES:
+        choose_engine(plan.engine)
     if plan.choices.keep_seeds:
         for row, setting in zip(rows, settings, strict=True):
             if setting.model is not None:
-                kept_result(row, plan, load(setting.model, plan.choices.engine)[1])
+                kept_result(row, plan, load(setting.model, plan.engine)[1])
     if any(s.features == "inception" for s in settings):
         InceptionFeatures("preflight", ["2048"])
 

@@ -13,7 +13,8 @@ from questlib.files import atomic_path
 from reproduce.kept_seeds import kept_result
 from reproduce.plan import Plan
 from reproduce.provenance import Provenance, provenance
-from reproduce.results import FULL_PRECISION, Result, ResultError, Status
+from reproduce.results import Result, ResultError, SeedResult, Status
+from reproduce.scales import FASTEST, SIMULATED
 from reproduce.seed_run import SeedRun
 from reproduce.table_results import planned_conditions, readable_result, without_numbers
 from reproduce.tables.base import Row
@@ -25,14 +26,19 @@ def is_current(row: Row, plan: Plan) -> bool:
     It is when its images are by this version, configuration and model (the artifacts' hashes) and
     were measured with files of these names. The score's hash does not count: it has the times of
     files, which each clone has anew.
+
+    Where a run would draw by what is fastest, images that were simulated are current, too: the
+    integers are those of the simulation, and the row's result names its engine.
     """
     stored = readable_result(row, plan)
     if not stored.done or plan.missing(row) is not None:
         return False
-    runs = [SeedRun(row, plan, seed) for seed in plan.seeds]
-    for run in runs:
-        seed = stored.of_seed(run.seed)
-        if seed is None or seed.artifacts | {"evaluate": ""} != run.artifacts | {"evaluate": ""}:
+    plans = [plan, plan.choose(engine=SIMULATED)] if plan.engine == FASTEST else [plan]
+    for number in plan.seeds:
+        seed = stored.of_seed(number)
+        runs = [SeedRun(row, each, number) for each in plans]
+        would_make = [run.artifacts | {"evaluate": ""} for run in runs]
+        if seed is None or seed.artifacts | {"evaluate": ""} not in would_make:
             return False
     return stored.conditions == planned_conditions(row, plan, runs[0].model_sha256)
 
@@ -45,6 +51,12 @@ def _provenance_of(runs: list[SeedRun], earlier: Result | None) -> tuple[Provena
         first = earlier.seeds[0].seed < runs[0].seed
         made = kept + made if first else made + kept
     return tuple(p for i, p in enumerate(made) if p not in made[:i])
+
+
+def _engines_of(seeds: list[SeedResult], earlier: Result | None) -> str:
+    """What drew the images of all seeds; kept ones of before this was recorded: by their row."""
+    recorded = None if earlier is None else earlier.engine
+    return ", ".join(sorted({seed.engine or str(recorded) for seed in seeds}))
 
 
 def _make_row(row: Row, plan: Plan) -> Result:
@@ -62,7 +74,7 @@ def _make_row(row: Row, plan: Plan) -> Result:
         row=row.id,
         scale=plan.scale.name,
         status=Status.DONE,
-        engine=FULL_PRECISION if row.preset is None else plan.choices.engine,
+        engine=_engines_of(seeds, earlier),
         conditions=planned_conditions(row, plan, model),
         seeds=tuple(seeds),
         provenance=_provenance_of(runs, earlier),

@@ -13,6 +13,7 @@ from typing import Any
 from questlib.config import QuantConfig
 from questlib.errors import ConfigError
 from questlib.files import check_writable
+from questlib.integer.engines import ENGINES as INTEGER_ENGINES
 from reproduce.choices import Choices, option_name
 from reproduce.datasets import DATASETS, Setting
 from reproduce.models.embedded import embedded_models
@@ -54,6 +55,11 @@ class Plan:
         return tuple(sorted(seeds))
 
     @property
+    def engine(self) -> str:
+        """What draws the images of quantized rows; see `row_engine`."""
+        return self.choices.engine or self.scale.engine
+
+    @property
     def results(self) -> Path:
         """Folder of the result files of all tables that this plan writes."""
         return self.choices.results or self.work / "results"
@@ -65,7 +71,10 @@ class Plan:
 
     @property
     def folder(self) -> Path:
-        """Folder that this table's results are written to; each engine has its own."""
+        """Folder that this table's results are written to.
+
+        An integer engine that was named has a folder of its own, beside the tables' usual one.
+        """
         return self.results / self._place
 
     @property
@@ -81,8 +90,8 @@ class Plan:
 
     @property
     def _place(self) -> Path:
-        engine = self.choices.engine
-        name = self.table.name if engine == "fake" else f"{self.table.name}-{engine}"
+        named = self.engine in INTEGER_ENGINES
+        name = f"{self.table.name}-{self.engine}" if named else self.table.name
         return Path(self.scale.name, name)
 
     def _has_rows(self, folder: Path) -> bool:

@@ -124,6 +124,9 @@ class SeedResult:
     """Share of AdaRound's roundings that were 0 or 1 before they were hardened; None: no AdaRound,
     or a result of before it was recorded."""
 
+    engine: str | None = None
+    """What drew its images (`row_engine.Drawing`); None: a result of before it was recorded."""
+
     about: dict[str, str | int | float | None]
     """What the metrics say beside their values."""
 
@@ -147,7 +150,8 @@ class Result:
     """Why there are no numbers."""
 
     engine: str | None = None
-    """What ran the quantized model; FULL_PRECISION for the model itself, None without numbers."""
+    """What drew the images of the quantized model, each that a seed names; FULL_PRECISION for the
+    model itself, None without numbers."""
 
     conditions: Conditions
     seeds: tuple[SeedResult, ...] = ()

@@ -12,6 +12,10 @@ from typing import Any
 from questlib.errors import unknown
 from reproduce.datasets import NOTHING
 
+# What draws the images of quantized rows, beside an engine's name (`row_engine`).
+SIMULATED = "fake"
+FASTEST = "fastest"
+
 # conv_out of the mini models has three outputs of 48 channels: 4-bit weights there alone drown the
 # image, whatever the method. So all rows of these models keep the weights of the first and the
 # last layer at 8 bits.
@@ -31,6 +35,9 @@ class Scale:
     """mini: the embedded classifier; inception: FID's Inception-v3."""
 
     seeds: tuple[int, ...]
+    engine: str
+    """What draws the images of quantized rows; see `row_engine`."""
+
     overrides: Mapping[str, Any] = field(default_factory=lambda: NOTHING)
     """Values of `QuantConfig` by name, for all presets."""
 
@@ -45,6 +52,7 @@ SCALES: dict[str, Scale] = {
         name="smoke",
         features="mini",
         seeds=(0,),
+        engine=FASTEST,
         overrides=MINI_LAYERS
         | dict(
             adaround_iters=3,
@@ -63,6 +71,7 @@ SCALES: dict[str, Scale] = {
         name="mini",
         features="mini",
         seeds=(0, 1),
+        engine=FASTEST,
         # Budgets for two cores: 9 to 320 times fewer iterations than the presets have, by stage.
         # AdaRound and Q-Diffusion, with which most rows start, get higher learning rates for it.
         # Finetuning keeps its own: ten times as much broke the W8A8 rows.
@@ -93,6 +102,7 @@ SCALES: dict[str, Scale] = {
         name="full",
         features="mini",
         seeds=(0, 1),
+        engine=FASTEST,
         overrides=MINI_LAYERS,
         about="the embedded models with the paper's iterations; days on two cores",
     ),
@@ -100,6 +110,7 @@ SCALES: dict[str, Scale] = {
         name="paper",
         features="inception",
         seeds=(0,),
+        engine=SIMULATED,  # as in the paper, on GPUs
         overrides=dict(save_memory=True),
         about="the paper's models and numbers of samples, on GPUs",
     ),

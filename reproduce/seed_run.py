@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import shutil
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,9 @@ from reproduce.evaluation.features import MINI_FEATURES, inception_weights
 from reproduce.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, Provenance, processors
-from reproduce.results import METRICS, SeedResult
+from reproduce.results import FULL_PRECISION, METRICS, SeedResult
+from reproduce.row_engine import open_for_drawing
+from reproduce.scales import SIMULATED
 from reproduce.store import Artifact, ArtifactStore
 from reproduce.tables.base import Row
 
@@ -69,9 +72,7 @@ class SeedRun:
         self.setting = plan.setting(row)
         self.features = self.setting.features or plan.scale.features
         self.store = ArtifactStore(plan.work)
-        self.pipe, self.model_sha256, self._parts_sha256 = load(
-            self.setting.model, plan.choices.engine
-        )
+        self.pipe, self.model_sha256, self._parts_sha256 = load(self.setting.model, plan.engine)
         self.config = None if row.preset is None else plan.config(row, seed)
         self.how = self._choices(self.setting)  # while calibrating
         self.drawn = self._choices(plan.drawing(row))  # for the images
@@ -132,8 +133,8 @@ class SeedRun:
             "versions": versions("sample"),
             "unet": None if checkpoint is None else checkpoint.hash,
         }
-        if checkpoint is not None and self.plan.choices.engine != "fake":
-            key |= {"engine": self.plan.choices.engine, "engine versions": versions("integer")}
+        if checkpoint is not None and self.plan.engine != SIMULATED:
+            key |= {"engine": self.plan.engine, "engine versions": versions("integer")}
         return self.store.artifact("sample", key)
 
     def _score(self) -> Artifact:
@@ -208,19 +209,19 @@ class SeedRun:
         key = {"calibration": calibration.hash, "versions": stages}
         return self.store.artifact("quantize", key).folder
 
-    def draw(self, artifact: Artifact, unet: Any) -> Samples:
+    def draw(self, artifact: Artifact, unet: Any, engine: str = SIMULATED) -> Samples:
         """The samples of an artifact: those that its folder lacks are drawn, the others read."""
         drawn = []
 
         def build(folder: Path) -> dict[str, Any]:
-            drawn.append(self.draw_into(folder, unet))
-            return {}
+            drawn.append(self.draw_into(folder, unet, engine))
+            return {"engine": engine}
 
         # Nothing is built when that was done before, or by another process meanwhile.
         artifact.make(build)
-        return drawn[0] if drawn else self.draw_into(artifact.folder, unet)
+        return drawn[0] if drawn else self.draw_into(artifact.folder, unet, engine)
 
-    def draw_into(self, folder: Path, unet: Any) -> Samples:
+    def draw_into(self, folder: Path, unet: Any, engine: str = SIMULATED) -> Samples:
         """Draw the samples that `folder` lacks, and read all."""
         return drawing.sample(
             self.pipe,
@@ -229,22 +230,19 @@ class SeedRun:
             batch_size=self.setting.sample_batch,
             out_dir=folder / "shards",
             unet=unet,
+            about={} if engine == SIMULATED else {"engine": engine},
             **self.drawn,
         )
 
-    def _measured_unet(self) -> Any:
-        """What is measured is what is on disk: the checkpoint is loaded again."""
+    def _draw_row(self) -> Samples:
+        """The row's samples. What is measured is what is on disk: the checkpoint is loaded."""
         if self.checkpoint is None:
-            return unet_of(self.pipe)
-        unet = questlib.from_pretrained(
-            self.checkpoint.folder / "unet",
-            engine=self.plan.choices.engine,
-            # The tables' numbers are of single precision, layer by layer, on every machine.
-            dtype=torch.float32,
-            fuse=False,
-            graphs=False,
-        )
-        return unet.to(self.pipe.device)
+            return self.draw(self.samples, unet_of(self.pipe))
+        folder = self.checkpoint.folder / "unet"
+        unet, engine, reason = open_for_drawing(folder, self.plan.engine, self.pipe.device)
+        if reason is not None:
+            print(f"{self.row.id}: drawn by the simulation: {reason}", file=sys.stderr)
+        return self.draw(self.samples, unet, engine)
 
     def _evaluate(self, folder: Path, samples: Samples, paired: Samples | None) -> dict[str, Any]:
         """Metrics of the samples, and a strip of the first ones as a picture."""
@@ -292,7 +290,7 @@ class SeedRun:
         if not self.score.done:
             original = unet_of(self.pipe)
             paired = None if self.checkpoint is None else self.draw(self.fp_samples, original)
-            samples = self.draw(self.samples, self._measured_unet())
+            samples = self._draw_row()
             self.score.make(lambda folder: self._evaluate(folder, samples, paired))
         calibrated = {} if self.calibration is None else self.calibration.info
         score = self.score.info
@@ -310,6 +308,7 @@ class SeedRun:
             interrupted=sum(artifact.info["interrupted"] for artifact in self._stages),
             config_hash=None if self.config is None else self.config.hash(),
             calibration_hash=calibrated.get("calibration_hash"),
+            engine=self._engine,
             about=score["about"],
             artifacts=self.artifacts,
             processors=processors(self.made),
@@ -325,6 +324,13 @@ class SeedRun:
         }
 
     # ---- what they are ----
+
+    @property
+    def _engine(self) -> str:
+        """What drew the images; artifacts of before this was recorded were drawn as asked."""
+        if self.checkpoint is None:
+            return FULL_PRECISION
+        return self.samples.info.get("engine", self.plan.engine)
 
     @property
     def _stages(self) -> list[Artifact]:

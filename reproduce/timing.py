@@ -32,7 +32,7 @@ def record_time(results: TableResults, seconds: float, fresh: bool) -> None:
     scale = "" if plan.scale.name == "mini" else f" SCALE={plan.scale.name}"
     target = f"make {plan.table.target}{scale}"
     run = {
-        "command": target if plan.choices.engine == "fake" else plan.command,
+        "command": target if plan.choices.engine is None else plan.command,
         "seconds": round(seconds, 1),
         "machine": machine(),
     }

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from reproduce.paired_test import LEVEL, Spread, p_value, pooled, spread_of
 from reproduce.results import Result, Status
 from reproduce.table_results import TableResults
 from reproduce.tables.base import FAILED, UNKNOWN, Number, Row
@@ -15,6 +16,8 @@ HIGHER_IS_BETTER = ("inception_score", "clip_score")
 JUDGED = ("fid", "sfid", "kid", "inception_score", "clip_score")
 # Compared with the order of the paper's FIDs: it resolves what the FID of few samples cannot.
 PAIRED = "feature_distance_to_fp"
+# It is near 0 for good rows, where a relative spread of other rows means nothing.
+NOT_POOLED = ("kid",)
 
 
 class Order(StrEnum):
@@ -35,7 +38,10 @@ MEASURED_ORDERS = (Order.BETTER, Order.WORSE, Order.UNCLEAR)
 
 # In a table's column, and what explains them there.
 SIGNS = {Order.BETTER: "▲", Order.WORSE: "▼", Order.UNCLEAR: "="}
-LEGEND = "▲ better, ▼ worse, = no difference beyond the spread over seeds; ✓ as in the paper, ✗ not"
+LEGEND = (
+    "▲ better, ▼ worse, = no difference that chance does not explain (paired t-test over seeds, "
+    f"p < {LEVEL}); ✓ as in the paper, ✗ not"
+)
 
 
 class Remark(StrEnum):
@@ -57,8 +63,8 @@ class Verdict:
     difference: float | None = None
     """Mean over the seeds of our value minus the other row's."""
 
-    spread: float | None = None
-    """Sample standard deviation of these differences; None for one seed."""
+    p: float | None = None
+    """Of the paired test (`paired_test.p_value`); None where nothing is known of the spread."""
 
     agrees: bool | None = None
     """Whether the paper has this order; None where it gives none or its run failed."""
@@ -85,7 +91,7 @@ class Verdict:
         if self.difference is None:
             return str(self.order)
         size = [f"by {abs(self.difference):.3g}"]
-        size += [] if self.spread is None else [f"spread {self.spread:.2g}"]
+        size += [] if self.p is None else [p_in_words(self.p)]
         size += [str(r) for r in self.remarks if r != Remark.PAPER_FAILED]
         than = "from" if self.order == Order.UNCLEAR else "than"
         return f"{self.order} {than} {self.base} ({', '.join(size)}); {self._papers_order}"
@@ -106,15 +112,14 @@ def compare(
     mine: Result,
     other: Result | None,
     claim: str | None = None,
+    common: Spread | None = None,
 ) -> Verdict:
     """Our order of two rows by one metric, and whether the paper has the same.
 
-    Our order. d is our value minus the base's value, seed by seed: both rows see the same noise,
-    so what the noise does cancels out. "better" or "worse" when |mean d| exceeds the sample
-    standard deviation of d over the seeds, else "no clear difference". This is a weak test: with
-    two seeds it tells 39% of pairs of equal rows apart (t distribution, 1 degree of freedom).
-    With one seed there is no spread, and a remark says so. Another remark says when a seed of the
-    two rows comes from two processors, on which training goes another way.
+    Our order: "better" or "worse" when a paired test over the seeds gives p < 0.05
+    (`paired_test`), else "no clear difference". Where nothing is known of the spread (one seed),
+    the order is that of the two values, and a remark says so. Another remark says when a seed of
+    the two rows comes from two processors, on which training goes another way.
 
     The paper's order is that of its two numbers in metric `claim`, or what its text says
     (`Row.paper_order`); a number wins against "N/A" (generation failed). Of a row that failed in
@@ -127,6 +132,7 @@ def compare(
         row: the row that is judged, and `mine` its result.
         base: the row that the paper's claim compares it with (`Row.against`), `other` its result.
         claim: the metric of the paper's order; None: `metric`.
+        common: the spread that this and other pairs of rows have in common (`common_spread`).
     """
     if not mine.done:
         return Verdict(Order.FAILED if mine.status == Status.FAILED else Order.NOT_RUN)
@@ -136,19 +142,19 @@ def compare(
         return Verdict(Order.REFERENCE)
     if other is None or other.metric(metric).value is None:
         return Verdict(Order.NO_BASE, base.label)
-    differences = [a - b for a, b in by_seed(metric, mine, other)]
-    if not differences:
+    pairs = by_seed(metric, mine, other)
+    if not pairs:
         return Verdict(Order.NO_COMMON_SEED, base.label)
-    mean = statistics.fmean(differences)
-    spread = statistics.stdev(differences) if len(differences) > 1 else None
-    order = _order(mean, spread or 0.0, metric in HIGHER_IS_BETTER)
+    mean = statistics.fmean(a - b for a, b in pairs)
+    p = p_value(pairs, common)
+    order = _order(mean, p, metric in HIGHER_IS_BETTER)
     claim = claim or metric
     papers = row.paper_order.get(claim) or paper_order(
         row.paper.get(claim), base.paper.get(claim), claim in HIGHER_IS_BETTER
     )
     failed = row.paper.get(claim) == FAILED
     remarks = {
-        Remark.ONE_SEED: spread is None,
+        Remark.ONE_SEED: p is None,
         Remark.TWO_PROCESSORS: _two_processors(mine, other),
         Remark.PAPER_FAILED: failed,
     }
@@ -156,7 +162,7 @@ def compare(
         order,
         base.label,
         mean,
-        spread,
+        p,
         None if failed or papers is None else papers == order,
         tuple(remark for remark, holds in remarks.items() if holds),
     )
@@ -170,11 +176,35 @@ def verdict(results: TableResults, row: Row, metric: str) -> Verdict | None:
     """
     base = None if row.against is None else results.table.row(row.against)
     other = None if base is None else results[base.id]
+    common = common_spread(results, metric, row.bits)
     if metric in JUDGED:
-        return compare(metric, row, base, results[row.id], other)
+        return compare(metric, row, base, results[row.id], other, None, common)
     if metric == PAIRED and base is not None and not base.full_precision:
-        return compare(metric, row, base, results[row.id], other, results.table.claim)
+        return compare(metric, row, base, results[row.id], other, results.table.claim, common)
     return None
+
+
+def common_spread(results: TableResults, metric: str, bits: str) -> Spread | None:
+    """The spread that the table's pairs of rows of these bits have in common.
+
+    A pair is a row and the one that it is judged against. The distance to full precision is
+    pooled over pairs of quantized rows.
+    """
+    if metric in NOT_POOLED:
+        return None
+    found = []
+    for row in results.table.rows:
+        if row.bits != bits or row.against is None:
+            continue
+        base = results.table.row(row.against)
+        if metric != PAIRED or not base.full_precision:
+            found.append(spread_of(by_seed(metric, results[row.id], results[base.id])))
+    return pooled(found)
+
+
+def p_in_words(p: float) -> str:
+    """A p-value as it is read: "p 0.03", or "p < 0.001"."""
+    return "p < 0.001" if p < 0.001 else f"p {p:.2g}"
 
 
 def between_quantized(results: TableResults, metrics: Sequence[str]) -> list[Verdict]:
@@ -189,8 +219,8 @@ def between_quantized(results: TableResults, metrics: Sequence[str]) -> list[Ver
     return [judged for judged in found if judged is not None]
 
 
-def _order(mean: float, spread: float, higher_is_better: bool) -> Order:
-    if abs(mean) <= spread:
+def _order(mean: float, p: float | None, higher_is_better: bool) -> Order:
+    if mean == 0 or (p is not None and p >= LEVEL):
         return Order.UNCLEAR
     return Order.BETTER if (mean < 0) != higher_is_better else Order.WORSE
 

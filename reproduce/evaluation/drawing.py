@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def sample(
     *,
     batch_size: int = 100,
     out_dir: str | Path | None = None,
+    about: Mapping[str, Any] | None = None,
     progress: bool = True,
     **drawing: Any,
 ) -> Samples:
@@ -29,6 +31,7 @@ def sample(
     Args:
         out_dir: a folder of samples, where each batch is a file (`reproduce.evaluation.samples`). A
             second call reads what is done and goes on.
+        about: what else decides the samples, such as the engine; a folder refuses to mix two.
         drawing: keywords of `questlib.diffusion.drawing.Drawing`.
 
     Raises:
@@ -51,6 +54,7 @@ def sample(
         bar = tqdm(ranges, desc="sample", disable=not progress, mininterval=2)
         shards = [how.draw(indices) for indices in bar]
     else:
-        write_samples(out_dir, how.run(num_samples, batch_size), how.draw, progress=progress)
+        run = how.run(num_samples, batch_size) | dict(about or {})
+        write_samples(out_dir, run, how.draw, progress=progress)
         shards = list(read_samples(out_dir))
     return Samples(torch.cat([s.images for s in shards]), torch.cat([s.latents for s in shards]))

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import fmean
 from typing import NamedTuple
 
+from reproduce.paired_test import LEVEL
 from reproduce.reporting.report import HEADS
 from reproduce.results import Result
 from reproduce.table_results import TableResults
 from reproduce.tables.methods import LABELS
-from reproduce.verdicts import PAIRED, Order, Remark, by_seed, compare
+from reproduce.verdicts import (
+    PAIRED,
+    Order,
+    Remark,
+    by_seed,
+    common_spread,
+    compare,
+    p_in_words,
+)
 
 
 @dataclass(frozen=True)
@@ -186,6 +195,7 @@ class Holds(StrEnum):
 
     HOLDS = "holds"
     IN_PART = "holds in part"
+    UNCLEAR = "cannot be told"
     NOT = "does not hold"
     NOT_RUN = "not run"
 
@@ -200,6 +210,9 @@ class Comparison:
     values: tuple[float, float] | None
     order: Order
     remarks: tuple[Remark, ...] = ()
+    p: float | None = None
+    """Of the paired test; None for a cost, or where nothing is known of the spread."""
+
     is_cost: bool = False
 
     @property
@@ -215,6 +228,7 @@ class Comparison:
             less = "less" if self.holds else "not less"
             return f"{self.head} {mine:.0f} against {base:.0f}: {less}"
         words = [str(self.order)]
+        words += [] if self.p is None else [p_in_words(self.p)]
         words += [str(r) for r in self.remarks if r == Remark.TWO_PROCESSORS]
         return f"{self.head} {mine:.2f} against {base:.2f}: {', '.join(words)}"
 
@@ -241,7 +255,10 @@ class Judgement:
 
 
 def judge(claim: Claim, results: Mapping[str, TableResults]) -> Judgement:
-    """Whether a claim holds.
+    """Whether a claim holds: all its comparisons come out so, beyond what chance explains.
+
+    It holds in part when some do, cannot be told when none does and none comes out the other way,
+    and otherwise does not hold.
 
     Args:
         results: by table; that of the claim is looked at.
@@ -253,9 +270,25 @@ def judge(claim: Claim, results: Mapping[str, TableResults]) -> Judgement:
     missing = tuple(c for c in comparisons if c.values is None)
     if missing:
         return Judgement(Holds.NOT_RUN, missing[:1])
-    true = [c.holds for c in comparisons]
-    holds = Holds.HOLDS if all(true) else Holds.IN_PART if any(true) else Holds.NOT
-    return Judgement(holds, comparisons)
+    return Judgement(_holds([c.order for c in comparisons]), comparisons)
+
+
+def _holds(orders: Collection[Order]) -> Holds:
+    if set(orders) == {Order.BETTER}:
+        return Holds.HOLDS
+    if Order.BETTER in orders:
+        return Holds.IN_PART
+    return Holds.NOT if Order.WORSE in orders else Holds.UNCLEAR
+
+
+def by_chance(judgements: Iterable[Judgement]) -> str:
+    """How many of the tested differences chance alone would make, in a sentence."""
+    tested = [c for judgement in judgements for c in judgement.comparisons if c.p is not None]
+    found = sum(c.order != Order.UNCLEAR for c in tested)
+    return (
+        f"{len(tested)} comparisons were tested (paired t-test over the seeds) and {found} differ "
+        f"with p < {LEVEL}; were all rows equal, {LEVEL * len(tested):.0f} would by chance."
+    )
 
 
 def _comparisons(claim: Claim, results: TableResults) -> Iterator[Comparison]:
@@ -281,10 +314,12 @@ def _by_cost(bits: str, name: str, mine: Result, base: Result) -> Comparison:
 def _by_metric(bits: str, metric: str, results: TableResults, mine: str, base: str) -> Comparison:
     """Means over the seeds that both rows have, and the order of the rows' verdict."""
     rows = results.table
-    found = compare(metric, rows.row(mine), rows.row(base), results[mine], results[base])
+    row, other = rows.row(mine), rows.row(base)
+    common = common_spread(results, metric, row.bits)
+    found = compare(metric, row, other, results[mine], results[base], None, common)
     head = bits + HEADS[metric]
     if not found.measured:
         return Comparison(head, None, found.order)
     pairs = by_seed(metric, results[mine], results[base])
     values = fmean(a for a, _ in pairs), fmean(b for _, b in pairs)
-    return Comparison(head, values, found.order, found.remarks)
+    return Comparison(head, values, found.order, found.remarks, found.p)

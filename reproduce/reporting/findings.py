@@ -10,7 +10,6 @@ from reproduce.reporting import report
 from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
 from reproduce.reporting.overview import SIGNS
 from reproduce.table_results import TableResults
-from reproduce.verdicts import Order
 
 
 @dataclass(frozen=True)
@@ -145,15 +144,16 @@ def answers(folder: Path) -> str:
 def _answer(question: Question, results: Mapping[str, TableResults]) -> str:
     judged = [(claim, judge(claim, results)) for claim in question.claims]
     holds = {judgement.holds for _, judgement in judged}
-    orders = {c.order for _, judgement in judged for c in judgement.comparisons}
     if not question.yes_or_no:
         answer = ""
     elif holds == {Holds.HOLDS}:
         answer = "Yes."
     elif holds == {Holds.NOT_RUN}:
         answer = "Not run."
-    elif holds <= {Holds.NOT, Holds.NOT_RUN}:
-        answer = "No." if Order.WORSE in orders else "No clear difference."
+    elif holds <= {Holds.UNCLEAR, Holds.NOT_RUN}:
+        answer = "No clear difference."
+    elif holds <= {Holds.NOT, Holds.UNCLEAR, Holds.NOT_RUN}:
+        answer = "No."
     else:
         answer = "In part."
     lines = [

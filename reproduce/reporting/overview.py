@@ -12,11 +12,17 @@ import pandas as pd
 
 from reproduce.datasets import DATASETS
 from reproduce.reporting import benchmarks, report, run_times
-from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
+from reproduce.reporting.claims import CLAIMS, Claim, Holds, by_chance, judge
 from reproduce.table_results import TableResults
 from reproduce.tables.registry import all_tables
 
-SIGNS = {Holds.HOLDS: "✅", Holds.IN_PART: "🟡", Holds.NOT: "❌", Holds.NOT_RUN: "⬜"}
+SIGNS = {
+    Holds.HOLDS: "✅",
+    Holds.IN_PART: "🟡",
+    Holds.UNCLEAR: "➖",
+    Holds.NOT: "❌",
+    Holds.NOT_RUN: "⬜",
+}
 
 
 # ---- README's picture, and what quantizing takes ----
@@ -96,11 +102,13 @@ def main_claims(folder: Path) -> str:
     for text, parts in STORY.items():
         answer = "<br>".join(_told(part, results) for part in parts)
         lines.append(f"| {text} | {answer} |")
-    found = Counter(judge(claim, results).holds for claim in CLAIMS)
+    judged = [judge(claim, results) for claim in CLAIMS]
+    found = Counter(judgement.holds for judgement in judged)
     counts = f"{found[Holds.HOLDS]} hold, {found[Holds.IN_PART]} hold in part, "
-    counts += f"{found[Holds.NOT]} do not hold"
+    counts += f"{found[Holds.NOT]} do not hold, {found[Holds.UNCLEAR]} cannot be told"
     counts += f", {found[Holds.NOT_RUN]} were not run" if found[Holds.NOT_RUN] else ""
-    total = f"Of all {len(CLAIMS)} claims {counts}: [the list with numbers](docs/claims.md)."
+    total = f"Of all {len(CLAIMS)} claims {counts}: [the list with numbers](docs/claims.md). "
+    total += by_chance(judged)
     return "\n".join([*lines, "", total])
 
 
@@ -126,9 +134,9 @@ def _told(part: Part, results: Mapping[str, TableResults]) -> str:
 def all_claims(folder: Path) -> str:
     """Every claim, whether it holds here, and the numbers."""
     results = report.all_committed(folder)
+    judged = {claim: judge(claim, results) for claim in CLAIMS}
     lines = []
-    for claim in CLAIMS:
-        judgement = judge(claim, results)
+    for claim, judgement in judged.items():
         lines.append(
             {
                 "the paper's claim": claim.text,
@@ -137,7 +145,7 @@ def all_claims(folder: Path) -> str:
                 "measured": judgement.details,
             }
         )
-    return report.as_markdown(pd.DataFrame(lines))
+    return f"{report.as_markdown(pd.DataFrame(lines))}\n\n{by_chance(judged.values())}"
 
 
 # ---- how to reproduce ----

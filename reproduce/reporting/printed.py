@@ -112,7 +112,7 @@ def terminal(results: TableResults) -> str:
 def _judged(both: pd.DataFrame, head: str) -> pd.DataFrame:
     """The columns of one metric, under short names."""
     first = [c for c in (f"{head} paper", f"{head} here", f"{head} verdict") if c in both]
-    data = both[[*_names(both), *first, "against", f"{head} difference", f"{head} spread"]]
+    data = both[[*_names(both), *first, "against", f"{head} difference", f"{head} p"]]
     return data.rename(columns=lambda column: column.removeprefix(f"{head} "))
 
 

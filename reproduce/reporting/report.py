@@ -17,10 +17,11 @@ from reproduce.choices import Choices
 from reproduce.figures import strips, style
 from reproduce.plan import Plan, make_plan
 from reproduce.results import IF_REPORTED, Result, Status
+from reproduce.scales import SIMULATED
 from reproduce.table_results import TableResults
 from reproduce.tables.base import COSTS, FAILED, UNKNOWN, Number, Row
 from reproduce.tables.registry import all_tables
-from reproduce.verdicts import LEGEND, PAIRED, verdict
+from reproduce.verdicts import LEGEND, PAIRED, p_in_words, verdict
 
 HEADS = {
     "fid": "FID",
@@ -166,9 +167,9 @@ def side_by_side(results: TableResults) -> pd.DataFrame:
             line[f"{head} here"] = _here(result, metric)
             found = verdict(results, row, metric)
             line[f"{head} verdict"] = "" if found is None else found.sign
-            difference, spread = (None, None) if found is None else (found.difference, found.spread)
+            difference, p = (None, None) if found is None else (found.difference, found.p)
             line[f"{head} difference"] = _number(difference, metric, "+")
-            line[f"{head} spread"] = _number(spread, metric)
+            line[f"{head} p"] = "-" if p is None else p_in_words(p).removeprefix("p ")
         lines.append(line | _sizes(row, result, results) | _costs(row, result, results))
     return pd.DataFrame(lines)
 
@@ -248,16 +249,30 @@ def _conditions_of(result: Result) -> str:
     )
 
 
+def _engines(results: TableResults) -> list[str]:
+    """What drew the images of the quantized rows, as a sentence; none where all were simulated."""
+    rows: dict[str, list[str]] = {}
+    for row, result in results.done:
+        if result.engine is not None and not row.full_precision:
+            rows.setdefault(result.engine, []).append(row.id)
+    integers = [engine for engine in rows if engine != SIMULATED]
+    if not integers:
+        return []
+    words = [f"{len(rows[engine])} in integers (engine {engine})" for engine in integers]
+    if SIMULATED in rows:
+        words += [f"{len(rows[SIMULATED])} by simulation ({', '.join(rows[SIMULATED])})"]
+    return [f"Images of quantized rows were drawn: {', '.join(words)}."]
+
+
 def conditions(results: TableResults) -> str:
     """How the numbers were made, and what stands between them and the paper's."""
     plan = results.plan
     if not results.done:
         return f"Scale {plan.scale.name}: nothing was measured here. {plan.table.note}"
-    engine = plan.choices.engine
-    by = "" if engine == "fake" else f", quantized models run by engine {engine}"
-    kinds = sorted({_conditions_of(result) + by for _, result in results.done})
+    kinds = sorted({_conditions_of(result) for _, result in results.done})
     words = [
         f"Scale {plan.scale.name}: {'; '.join(kinds)}.",
+        *_engines(results),
         "Values: mean ± standard deviation over the seeds.",
     ]
     if plan.scale.name != "paper":

@@ -10,13 +10,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from reproduce.figures import figure2
+from reproduce.paired_test import Spread
 from reproduce.reporting import report
 from reproduce.reporting.claims import CLAIMS, Holds, judge
 from reproduce.reporting.overview import SIGNS
 from reproduce.results import Result
 from reproduce.table_results import TableResults
 from reproduce.tables.base import Row
-from reproduce.verdicts import PAIRED, Order, between_quantized, compare, verdict
+from reproduce.verdicts import (
+    PAIRED,
+    Order,
+    between_quantized,
+    common_spread,
+    compare,
+    verdict,
+)
 
 # What an image's PSNR to the full-precision image means to the eye, from our own pictures.
 VISIBLE = (
@@ -81,13 +89,13 @@ def _closest(results: TableResults) -> str:
     lines = [
         f"- {bits}{f', {dataset}' if several else ''}: {order}."
         for (dataset, bits), rows in groups.items()
-        for order in _ranking(rows)
+        for order in _ranking(rows, common_spread(results, PAIRED, bits))
     ]
     head = "**Closest to full precision**, image by image from the same noise:"
     return "\n".join([head, "", *lines]) if lines else ""
 
 
-def _ranking(rows: list[tuple[Row, Result]]) -> Iterator[str]:
+def _ranking(rows: list[tuple[Row, Result]], common: Spread | None) -> Iterator[str]:
     """The order of some rows, in words; nothing where fewer than two were measured."""
     by_distance = any(result.metric(PAIRED).value is not None for _, result in rows)
     metric, name = (PAIRED, "distance {:.2f}") if by_distance else ("psnr_to_fp", "PSNR {:.1f} dB")
@@ -102,7 +110,8 @@ def _ranking(rows: list[tuple[Row, Result]]) -> Iterator[str]:
     measured.sort(key=lambda found: found[0], reverse=not by_distance)
     (best, first, mine), (following, second, other), *rest = measured
     # The PSNR is no metric of a verdict: its order is that of the means.
-    clear = not by_distance or compare(PAIRED, first, second, mine, other).order == Order.BETTER
+    order = compare(PAIRED, first, second, mine, other, None, common).order
+    clear = not by_distance or order == Order.BETTER
     words = f"*{first.label}* ({name.format(best)}), "
     words += "then" if clear else "with no clear difference to"
     words += f" *{second.label}* ({name.format(following)})"
@@ -174,7 +183,8 @@ def _worth(results: TableResults) -> str:
     rows = f"{len(results.done)} of {len(results)} rows"
     several = f"{seeds} seeds" if seeds > 1 else "one seed"
     spread = (
-        "A difference that is smaller than its own spread over the seeds counts as none."
+        "A difference that chance explains (paired t-test over the seeds, p of 0.05 or more) "
+        "counts as none."
         if seeds > 1
         else "With one seed there is no spread to judge a difference by."
     )

@@ -112,7 +112,7 @@ def test_what_a_notebook_sets_is_set_again():
         ({"KEEP_SEEDS": "False"}, "keep_seeds: expected True or False"),
         ({"STORED": 1}, "stored: expected True or False"),
         ({"FEATURES": "clip"}, "features: expected one of mini, inception"),
-        ({"ENGINE": "gpu"}, f"engine: expected one of fake, {', '.join(ENGINES)}"),
+        ({"ENGINE": "gpu"}, f"engine: expected one of fastest, fake, {', '.join(ENGINES)}"),
         ({"RESULTS": 3}, "results: expected a path"),
     ],
 )

@@ -10,10 +10,10 @@ from made_results import STAGES, made_result, made_table, seed_result
 
 from reproduce.choices import Choices
 from reproduce.plan import make_plan
-from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
+from reproduce.reporting.claims import CLAIMS, Claim, Holds, by_chance, judge
 from reproduce.table_results import TableResults
 from reproduce.tables.registry import all_tables, get_table
-from reproduce.verdicts import HIGHER_IS_BETTER, PAIRED, Order, paper_order
+from reproduce.verdicts import HIGHER_IS_BETTER, PAIRED, Order, p_in_words, paper_order
 
 
 def results_of(claim: Claim, metrics: dict[str, dict[str, list[float]]]) -> dict[str, TableResults]:
@@ -71,6 +71,8 @@ def test_costs_are_compared_as_they_are():
         ([1.0, 1.1], [1.0, 1.1], Holds.HOLDS, Order.BETTER),
         ([1.0, 1.1], [3.0, 3.1], Holds.IN_PART, Order.BETTER),
         ([3.0, 1.0], [3.0, 3.1], Holds.NOT, Order.UNCLEAR),
+        ([3.0, 1.0], [3.0, 1.0], Holds.UNCLEAR, Order.UNCLEAR),
+        ([3.0, 1.0], [1.0, 1.1], Holds.IN_PART, Order.UNCLEAR),
     ],
 )
 def test_metrics_are_compared_as_in_verdicts(fid, distance, holds, order):
@@ -88,7 +90,23 @@ def test_metrics_are_compared_as_in_verdicts(fid, distance, holds, order):
     first = found.comparisons[0]
     assert (first.head, first.order) == ("FID", order)
     assert first.values == pytest.approx((sum(fid) / 2, 2.05))
-    assert str(first) == f"FID {sum(fid) / 2:.2f} against 2.05: {order}"
+    assert first.p is not None and (first.p < 0.05) == (order != Order.UNCLEAR)
+    assert str(first) == f"FID {sum(fid) / 2:.2f} against 2.05: {order}, {p_in_words(first.p)}"
+
+
+def test_how_many_would_differ_by_chance():
+    claim = CLAIMS[0]
+    ((mine, base),) = claim.pairs
+    fid, distance = [1.0, 1.1], [3.0, 1.0]
+    results = results_of(
+        claim,
+        {mine: {"fid": fid, PAIRED: distance}, base: {"fid": [2.0, 2.1], PAIRED: [2.0, 2.1]}},
+    )
+    said = by_chance([judge(claim, results)] * 20)
+    assert said == (
+        "40 comparisons were tested (paired t-test over the seeds) and 20 differ with p < 0.05; "
+        "were all rows equal, 2 would by chance."
+    )
 
 
 def test_seeds_that_one_row_lacks_are_left_out():

@@ -51,18 +51,26 @@ def test_smoke(made):
     assert list((folder / "runs" / "results" / "smoke" / table).glob("*.ipynb"))
 
 
+def smoke_result(folder, table: str, row: str) -> Result:
+    return Result.read(folder / "runs" / "results" / "smoke" / table / f"{row}.json")
+
+
 @pytest.mark.parametrize("made", ["table2"], indirect=True)
 def test_engine(made):
     """The same checkpoint, simulated and in integers: alike, but for codes that flip."""
     table, folder, _ = made
     row = ROWS[table][-1]
+    fid = {"fastest": smoke_result(folder, table, row).metric("fid").value}
     run_smoke(folder, table, "--engine", "cpu")
-    fid = {}
+    run_smoke(folder, table, "--engine", "fake")
     for engine, name in (("fake", table), ("cpu", f"{table}-cpu")):
-        result = Result.read(folder / "runs" / "results" / "smoke" / name / f"{row}.json")
+        result = smoke_result(folder, name, row)
         assert result.engine == engine and result.done
         fid[engine] = result.metric("fid").value
-    assert abs(fid["cpu"] - fid["fake"]) < 0.05 * fid["fake"]
+    for engine in ("fastest", "cpu"):
+        assert abs(fid[engine] - fid["fake"]) < 0.05 * fid["fake"], engine
     quantized = [name for name in ROWS[table] if not name.endswith("-fp")]
     assert len(list((folder / "runs" / "checkpoint").iterdir())) == len(quantized)
-    assert len(list((folder / "runs" / "evaluate").iterdir())) == len(ROWS[table]) + len(quantized)
+    assert len(list((folder / "runs" / "evaluate").iterdir())) == len(ROWS[table]) + 2 * len(
+        quantized
+    )

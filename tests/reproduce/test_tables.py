@@ -97,7 +97,7 @@ def test_table_2_settings(tmp_path):
         ("table2", dict(seeds=[0, 0]), "different numbers"),
         ("table2", dict(seeds=[1000]), "0..999"),
         ("table2", dict(features="clip"), "mini, inception"),
-        ("table2", dict(engine="gpu"), "fake, cpu, reference, triton"),
+        ("table2", dict(engine="gpu"), "fastest, fake, cpu, reference, triton"),
         ("table2", dict(features="inception"), "--reference"),
         (
             "table2",

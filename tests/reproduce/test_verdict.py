@@ -8,13 +8,15 @@ import pytest
 from made_results import made_result, made_table, not_made
 
 from reproduce.choices import Choices
+from reproduce.paired_test import Spread
 from reproduce.plan import make_plan
 from reproduce.results import Result, Status
 from reproduce.tables.base import FAILED, UNKNOWN, Row
 from reproduce.verdicts import PAIRED, Order, Remark, Verdict, compare, paper_order, verdict
 
-FIRST, SECOND = [5.0, 7.0], [9.0, 11.5]  # the first is lower: by 4.25, deviation 0.35
-BY, SPREAD = pytest.approx(-4.25), pytest.approx(0.125**0.5)
+# The first is lower by 4.25, relative to both by 0.5; over three seeds that is no chance.
+FIRST, SECOND = [5.0, 7.0, 6.0], [8.5, 11.75, 10.5]
+BY = pytest.approx(-4.25)
 
 
 def fids(values: list[float]) -> Result:
@@ -35,8 +37,8 @@ def rows(mine, base) -> tuple[Row, Row]:
         (FIRST, SECOND, (3.0, 4.0), Order.BETTER, True, ()),
         (FIRST, SECOND, (4.0, 3.0), Order.BETTER, False, ()),
         (SECOND, FIRST, (3.0, 4.0), Order.WORSE, False, ()),
-        ([5.0, 5.0], [4.0, 5.5], (3.0, 4.0), Order.UNCLEAR, False, ()),
-        ([5.0, 5.0], [4.0, 5.5], (3.0, 3.0), Order.UNCLEAR, False, ()),
+        ([5.0, 5.0, 5.0], [4.0, 5.5, 6.0], (3.0, 4.0), Order.UNCLEAR, False, ()),
+        ([5.0, 5.0, 5.0], [4.0, 5.5, 6.0], (3.0, 3.0), Order.UNCLEAR, False, ()),
         ([5.0], [6.0], (3.0, 4.0), Order.BETTER, True, (Remark.ONE_SEED,)),
         ([5.0], [5.0], (3.0, 4.0), Order.UNCLEAR, False, (Remark.ONE_SEED,)),
         (FIRST, SECOND, (3.0, FAILED), Order.BETTER, True, ()),
@@ -53,21 +55,33 @@ def test_orders(mine, base, papers, order, agrees, remarks):
 
 def test_differences_are_taken_seed_by_seed():
     found = compare("fid", *rows(3.0, 4.0), fids(FIRST), fids(SECOND))
-    assert (found.difference, found.spread) == (BY, SPREAD)
+    assert found.difference == BY and found.p is not None and found.p < 0.01
     found = compare("fid", *rows(3.0, 4.0), fids([5.0]), fids([6.0]))
-    assert (found.difference, found.spread) == (-1.0, None)
+    assert (found.difference, found.p) == (-1.0, None)
+
+
+def test_the_spread_of_other_pairs_decides_with_the_own():
+    pair = fids([5.0, 6.0]), fids([5.9, 7.2])
+    alone = compare("fid", *rows(3.0, 4.0), *pair)
+    assert alone.order == Order.UNCLEAR  # two seeds alone hardly tell anything apart
+    even = compare("fid", *rows(3.0, 4.0), *pair, common=Spread(0.01, 8))
+    assert even.order == Order.BETTER
+    uneven = compare("fid", *rows(3.0, 4.0), *pair, common=Spread(0.5, 8))
+    assert uneven.order == Order.UNCLEAR
+    one = compare("fid", *rows(3.0, 4.0), fids([5.0]), fids([6.0]), common=Spread(0.5, 8))
+    assert one.order == Order.UNCLEAR and Remark.ONE_SEED not in one.remarks
 
 
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
         (
-            Verdict(Order.BETTER, "Base", -4.25, 0.354, True),
-            "better than Base (by 4.25, spread 0.35); as in the paper",
+            Verdict(Order.BETTER, "Base", -4.25, 0.0354, True),
+            "better than Base (by 4.25, p 0.035); as in the paper",
         ),
         (
-            Verdict(Order.UNCLEAR, "Base", 0.25, 1.1, False),
-            "no clear difference from Base (by 0.25, spread 1.1); differs from the paper",
+            Verdict(Order.UNCLEAR, "Base", 0.25, 0.6, False),
+            "no clear difference from Base (by 0.25, p 0.6); differs from the paper",
         ),
         (
             Verdict(Order.WORSE, "Base", 1.0, None, None, (Remark.ONE_SEED, Remark.TWO_PROCESSORS)),
@@ -75,8 +89,8 @@ def test_differences_are_taken_seed_by_seed():
             "the paper gives no order",
         ),
         (
-            Verdict(Order.WORSE, "Base", 1.0, 0.5, None, (Remark.PAPER_FAILED,)),
-            "worse than Base (by 1, spread 0.5); the paper's run failed",
+            Verdict(Order.WORSE, "Base", 1.0, 0.0005, None, (Remark.PAPER_FAILED,)),
+            "worse than Base (by 1, p < 0.001); the paper's run failed",
         ),
         (Verdict(Order.NO_BASE, "Base"), "Base has no result to compare with"),
         (Verdict(Order.NO_COMMON_SEED, "Base"), "no seed in common with Base"),
@@ -104,11 +118,11 @@ def on(result: Result, *processors: str) -> Result:
 @pytest.mark.parametrize(
     ("mine", "other", "two"),
     [
-        (("A", "B"), ("A", "B"), False),  # each seed on one processor
-        (("A", "B"), ("B", "A"), True),
-        (("A", "B"), ("A", "A"), True),
-        (("AB", "A"), ("A", "A"), True),
-        (("A", "A"), ("A", "A"), False),
+        (("A", "B", "B"), ("A", "B", "B"), False),  # each seed on one processor
+        (("A", "B", "B"), ("B", "A", "B"), True),
+        (("A", "B", "A"), ("A", "A", "A"), True),
+        (("AB", "A", "A"), ("A", "A", "A"), True),
+        (("A", "A", "A"), ("A", "A", "A"), False),
     ],
 )
 def test_seeds_of_two_processors_say_so(mine, other, two):
@@ -145,7 +159,7 @@ def test_paper_order():
 
 def test_the_distance_to_full_precision_takes_the_order_of_the_papers_fid():
     row, base = rows(3.0, 4.0)
-    mine, other = (made_result({PAIRED: [v, v + 0.1]}) for v in (0.5, 0.75))
+    mine, other = (made_result({PAIRED: [v, 1.1 * v, 1.2 * v]}) for v in (0.5, 0.75))
     assert compare(PAIRED, row, base, mine, other, claim="fid").agrees is True
     assert compare(PAIRED, row, base, other, mine, claim="fid").agrees is False
     assert compare(PAIRED, row, base, mine, other).agrees is None
@@ -164,7 +178,7 @@ def test_higher_scores_are_better(metric):
 def test_rows_of_a_table_are_judged_against_the_row_of_the_claim():
     plan = make_plan("table3", Choices(), dry=True)
     distances = {PAIRED: [1.0, 1.2], "fid": [1.0, 1.2], "psnr_to_fp": [30.0, 31.0]}
-    worse = {name: [value + 1 for value in values] for name, values in distances.items()}
+    worse = {name: [value * 2 for value in values] for name, values in distances.items()}
     results = made_table(
         plan,
         {
