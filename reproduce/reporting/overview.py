@@ -127,6 +127,7 @@ def _told(part: Part, results: Mapping[str, TableResults]) -> str:
     else:
         words = f"on {holds.count(Holds.HOLDS)} of {len(holds)} {part.several}"
         words += f", in part on {n}" if (n := holds.count(Holds.IN_PART)) else ""
+        words += f", not to be told on {n}" if (n := holds.count(Holds.UNCLEAR)) else ""
         words += f", {n} not run" if (n := holds.count(Holds.NOT_RUN)) else ""
     return f"{sign} {part.words}: {words}"
 
