@@ -6,7 +6,8 @@ spread more.
 
 Two seeds tell little of the spread of one pair. A table has several pairs of rows of the same bits,
 which spread alike, so that their spreads are pooled: the root mean square, with the degrees of
-freedom of all pairs. A pair that spreads more than that keeps its own spread.
+freedom of all pairs. A pair that spreads more than that keeps its own spread, and where an F-test
+says that this is no chance, its own few degrees of freedom as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 LEVEL = 0.05  # a difference with a smaller p-value is called one
@@ -83,13 +85,24 @@ def p_value(pairs: Pairs, common: Spread | None = None) -> float | None:
         >>> round(p_value([(9.0, 11.0), (8.0, 10.0), (9.1, 10.9)]), 3)
         0.004
     """
-    own = spread_of(pairs)
-    known = [spread for spread in (own, common) if spread is not None]
-    if not known or not pairs:
+    spread = _in_force(spread_of(pairs), common)
+    if spread is None or not pairs:
         return None
-    freedom = max(spread.freedom for spread in known)
-    spread = max(spread.relative for spread in known)
     mean = abs(statistics.fmean(relative_differences(pairs)))
-    if spread == 0:
+    if spread.relative == 0:
         return 1.0 if mean == 0 else 0.0
-    return float(2 * t_distribution.sf(mean * math.sqrt(len(pairs)) / spread, freedom))
+    t = mean * math.sqrt(len(pairs)) / spread.relative
+    return float(2 * t_distribution.sf(t, spread.freedom))
+
+
+def _in_force(own: Spread | None, common: Spread | None) -> Spread | None:
+    """The larger spread: a pair's own one with its own freedom where it is larger by no chance."""
+    if own is None or common is None:
+        return own or common
+    if own.relative <= common.relative:
+        return common
+    if common.relative > 0:
+        ratio = (own.relative / common.relative) ** 2
+        if f_distribution.sf(ratio, own.freedom, common.freedom) >= LEVEL:
+            return Spread(own.relative, common.freedom)
+    return own

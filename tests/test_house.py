@@ -60,7 +60,8 @@ FLOORS: dict[str, list[set[str]]] = {
         {"models.minis", "models.__main__"},
         {"scales", "datasets", "choices", "parameters", "unet_counts"},
         {"tables"},
-        {"plan", "results", "verdicts", "kept_seeds", "table_results", "timing", "agreement"},
+        {"plan", "results", "paired_test", "verdicts", "kept_seeds"}
+        | {"table_results", "timing", "agreement", "row_engine"},
         {"pipeline", "sample", "seed_run"},
         {"figures"},
         {"reporting"},

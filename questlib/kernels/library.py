@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 from questlib.kernels.compiler import NoCompilerError, compiled
 
@@ -64,7 +65,8 @@ def load() -> Kernels:
 def call(name: str, *arguments: object) -> int:
     """Call a kernel with tensors, ctypes structures and numbers, and torch's number of threads.
 
-    ctypes lets other Python threads run meanwhile.
+    ctypes lets other Python threads run meanwhile. Torch's profiler shows the call as
+    `questlib::NAME`.
     """
     function = getattr(kernels().library, name)
     passed = [
@@ -75,4 +77,8 @@ def call(name: str, *arguments: object) -> int:
         else x
         for x in arguments
     ]
+    # A range costs microseconds, which small kernels would feel.
+    if torch.autograd._profiler_enabled():
+        with record_function(f"questlib::{name}"):
+            return function(*passed, torch.get_num_threads())
     return function(*passed, torch.get_num_threads())

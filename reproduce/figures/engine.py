@@ -98,3 +98,52 @@ def engine_figure(result: dict[str, Any], model: str) -> Figure:
     places[0].invert_yaxis()
     places[0].set_title(f"{model}, batch {result['models'][model]['batch']}", fontsize=9)
     return figure
+
+
+BOUND = "the hardware's bound"
+KINDS = {
+    "products": style.BLUE,
+    "attention": style.VIOLET,
+    "quantization": style.RED,
+    "norms and activations": style.ORANGE,
+    "sums and copies": style.GREY,
+    "other": style.BROWN,
+}
+
+
+def _kinds(result: dict[str, Any], model: str) -> pd.DataFrame:
+    """Seconds by variant (rows) and kind of work (columns), and the bound as the last row."""
+    about = result["models"][model]
+    rows = about["seconds"] | {BOUND: about["bound"]}
+    return pd.DataFrame.from_dict(rows, orient="index").reindex(columns=list(KINDS)).fillna(0.0)
+
+
+def breakdown_table(result: dict[str, Any], model: str) -> pd.DataFrame:
+    """Where the time of one UNet step goes, from benchmarks/cpu_breakdown.py."""
+    seconds = _kinds(result, model)
+    seconds["step"] = seconds.sum(axis=1)
+    table = seconds.map("{:.3f}".format).reset_index(names="seconds of one step")
+    return table.drop(columns=[kind for kind in KINDS if not seconds[kind].round(3).any()])
+
+
+@styled
+def breakdown_figure(result: dict[str, Any]) -> Figure:
+    """Where the time of one UNet step goes: kinds of work, stacked, and the hardware's bound.
+
+    From benchmarks/cpu_breakdown.py, a panel for each of its models.
+    """
+    models = result["models"]
+    figure, places = plt.subplots(1, len(models), figsize=(5 * len(models), 2.2), squeeze=False)
+    for axes, model in zip(places[0], models, strict=True):
+        seconds = _kinds(result, model)
+        left = pd.Series(0.0, index=seconds.index)
+        for kind, color in KINDS.items():
+            axes.barh(seconds.index, seconds[kind], left=left, color=color, label=kind)
+            left += seconds[kind]
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds a step")
+        axes.grid(True, axis="x")
+        axes.grid(False, axis="y")
+        axes.set_title(f"{model}, batch {models[model]['batch']}", fontsize=9)
+    places[0][-1].legend(**style.BESIDE)
+    return figure

@@ -97,10 +97,26 @@ def speed(found: dict[str, Any]) -> list[str]:
     return parts
 
 
-def engines(folder: Path) -> str:
-    """The integer engine: whether it is equal, and how fast it is."""
+def breakdown(found: dict[str, Any]) -> list[str]:
+    """Where the time goes, and what the hardware would allow."""
     parts = []
-    for name, write in (("equality", equality), ("cpu_unet", speed)):
+    for model, about in found["models"].items():
+        peak = about["peaks"]
+        heading = (
+            f"`python benchmarks/cpu_breakdown.py` ({model}, batch {about['batch']}, "
+            f"{machine_words(about['provenance']['machine'])}; int8 {peak['int8'] / 1e9:.0f}, "
+            f"float32 {peak['float32'] / 1e9:.0f} billion multiplications a second, copying "
+            f"{peak['copy'] / 1e9:.1f} GB/s):"
+        )
+        parts += [heading, report.as_markdown(engine.breakdown_table(found, model))]
+    return parts
+
+
+def engines(folder: Path) -> str:
+    """The integer engine: whether it is equal, how fast it is, and where the time goes."""
+    parts = []
+    written = (("equality", equality), ("cpu_unet", speed), ("cpu_breakdown", breakdown))
+    for name, write in written:
         found = _benchmark(folder, name)
         parts += [_not_measured(name)] if found is None else write(found)
     return "\n\n".join(parts)

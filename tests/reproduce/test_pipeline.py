@@ -252,7 +252,7 @@ def test_samples_do_not_depend_on_global_random_state(tiny_plan):
 
 def test_measured_model_is_the_one_on_disk(tiny_plan, monkeypatch):
     """Sampling sees the checkpoint that was loaded again, not the model in memory."""
-    plan = tiny_plan()
+    plan = tiny_plan(engine="fake")
     loaded, used = [], []
     real, real_sample = questlib.from_pretrained, drawing.sample
 

@@ -76,14 +76,14 @@ def test_the_papers_numbers_stand_beside_ours():
 
 
 def test_verdicts_are_signs_and_numbers():
-    """A sign for our order and one for the paper's; the difference and its spread as numbers."""
-    mine, base = made_result({"fid": [1.0, 1.2]}), made_result({"fid": [2.0, 2.4]})
+    """A sign for our order and one for the paper's; the difference and its p-value as numbers."""
+    mine, base = made_result({"fid": [1.0, 1.2]}), made_result({"fid": [2.0, 2.6]})
     results = table3(w4a4_quest=mine, w4a4_q_diffusion=base, w4a4_quest_paper=base)
     sides = report.side_by_side(results).set_index(["bits", "method"])
-    columns = ["against", "FID verdict", "FID difference", "FID spread"]
-    assert list(sides.loc[("W4A4", OURS), columns]) == ["Q-Diffusion", "▲ ✓", "-1.10", "0.14"]
+    columns = ["against", "FID verdict", "FID difference", "FID p"]
+    assert list(sides.loc[("W4A4", OURS), columns]) == ["Q-Diffusion", "▲ ✓", "-1.20", "0.0025"]
     same = sides.loc[("W4A4", "QuEST (paper's text)"), columns]
-    assert list(same) == ["Q-Diffusion", "= ✗", "+0.00", "0.00"]
+    assert list(same) == ["Q-Diffusion", "= ✗", "+0.00", "1"]
     assert list(sides.loc[("W8A8", OURS), columns]) == ["Q-Diffusion", "", "-", "-"]
 
 
@@ -157,7 +157,7 @@ def test_what_a_table_shows_is_chosen_by_the_numbers():
 
 
 def test_json_has_specification_result_and_verdicts():
-    mine, base = made_result({"fid": [1.0, 1.2]}), made_result({"fid": [2.0, 2.1]})
+    mine, base = made_result({"fid": [1.0, 1.2]}), made_result({"fid": [2.0, 2.5]})
     results = table3(w4a4_quest=mine, w4a4_q_diffusion=base)
     found = json.loads(printed.as_json(results))
     assert (found["table"], found["scale"]) == ("table3", "mini")

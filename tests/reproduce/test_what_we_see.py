@@ -71,10 +71,10 @@ def test_the_ablation_lists_each_change_with_its_sign():
         w4a4_quest=row(1, 2),
         w4a4_one_group=row(1.5, 2),
         w4a4_token=row(0.8, 2),
-        w4a4_tensor={PAIRED: [0.9, 1.3], "fid": [2, 2]},
+        w4a4_tensor={PAIRED: [0.95, 1.13], "fid": [2, 2]},
     )
     assert "- Clearly farther from full precision: *quest, one step group* (+0.50)." in text
-    assert "- No clear difference: *quest, scales per tensor* (+0.05)." in text
+    assert "- No clear difference: *quest, scales per tensor* (-0.01)." in text
     assert "- Clearly closer: *quest, a grid a token* (-0.20)." in text
 
 
