@@ -2,8 +2,9 @@
 
     python benchmarks/cpu_breakdown.py [--models mini-ldm4,sd14] [--repeats 3]
 
-Each variant runs in a process of its own under torch's profiler, which also sees the compiled
-kernels (`questlib::...`). Every operation belongs to one kind of work.
+Each variant runs in processes of its own, once in the given order and once in reverse (A B B A),
+under torch's profiler, which also sees the compiled kernels (`questlib::...`). Every operation
+belongs to one kind of work; the seconds of a kind are the median over all steps.
 
 The bound is a roofline. Measured first: int8 and float32 products of large matrices, and copying.
 Counted: multiplications of layers and of attention, and the activations that layers read and write
@@ -71,10 +72,10 @@ def kind_of(operation: str) -> str:
     return OTHER
 
 
-def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, Any]:
-    """Seconds of one step by kind of work: medians, in a process of its own."""
+def worker(model: str, variant: str, folder: Path, repeats: int) -> list[dict[str, float]]:
+    """Seconds of each of some steps by kind of work; in a process of its own."""
     run, _ = cpu_unet.load(model, variant, folder)
-    found: list[Counter[str]] = []
+    found = []
     with torch.inference_mode():
         run()
         for _ in range(repeats):
@@ -83,9 +84,8 @@ def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, An
             seconds: Counter[str] = Counter()
             for event in seen.key_averages():
                 seconds[kind_of(event.key)] += event.self_cpu_time_total / 1e6
-            found.append(seconds)
-    kinds = (*KINDS, OTHER)
-    return {kind: statistics.median(seconds[kind] for seconds in found) for kind in kinds}
+            found.append({kind: seconds[kind] for kind in (*KINDS, OTHER)})
+    return found
 
 
 class _Attentions(TorchFunctionMode):
@@ -132,21 +132,30 @@ def fastest(run: Callable[[], object], repeats: int = 5) -> float:
     return min(seconds)
 
 
+def int8_rate(module: nn.Linear | nn.Conv2d, x: torch.Tensor) -> float:
+    """Multiplications a second of one large layer's product, without what surrounds it."""
+    layer, steps = random_layer(module, 8, 8)
+    steps.select_group(0)
+    run = CPU.make_layer(integer_form(layer, "layer"), steps, {"fuse": False})
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(4):
+            out = run(x)
+    products = [e for e in seen.events() if e.name.startswith("onednn::")]
+    seconds = min(e.self_cpu_time_total / 1e6 for e in products)
+    return out.numel() * (module.weight.numel() // module.weight.shape[0]) / seconds
+
+
 def peaks() -> dict[str, float]:
     """What this machine can do: multiplications a second, and bytes copied a second."""
     size = 4096
     a = torch.randn(size, size)
-    layer, steps = random_layer(nn.Linear(size, size, bias=False), 8, 8)
-    steps.select_group(0)
-    product = CPU.make_layer(integer_form(layer, "linear"), steps, {"fuse": False})
+    image = torch.randn(4, 640, 64, 64).contiguous(memory_format=torch.channels_last)
     from_memory = torch.randn(1 << 26)  # 256 MiB
     to_memory = torch.empty_like(from_memory)
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU]) as seen:
-        for _ in range(4):
-            product(a)
-    int8 = [e for e in seen.events() if e.name.startswith("onednn::")]
+    linear = int8_rate(nn.Linear(size, size, bias=False), a)
+    convolution = int8_rate(nn.Conv2d(640, 640, 3, padding=1, bias=False), image)
     return {
-        "int8": size**3 / min(e.self_cpu_time_total / 1e6 for e in int8),
+        "int8": max(linear, convolution),
         "float32": size**3 / fastest(lambda: a @ a),
         "copy": 2 * from_memory.nbytes / fastest(lambda: to_memory.copy_(from_memory)),
     }
@@ -164,19 +173,25 @@ def bound(work: dict[str, int], peak: dict[str, float]) -> dict[str, float]:
 def run(model: str, repeats: int, folder: Path, peak: dict[str, float]) -> dict[str, Any]:
     """All variants of one model, and the bound."""
     cpu_unet.make_checkpoint(model, (4, 4), folder / model)
-    variants = {}
-    for variant in VARIANTS:
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+    for variant in [*VARIANTS, *reversed(VARIANTS)]:
         arguments = ["--worker", model, variant, str(folder / model), str(repeats)]
         command = [sys.executable, __file__, *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{model} {variant} failed:\n{done.stderr[-2000:]}")
-        variants[variant] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{model} {variant}: {sum(variants[variant].values()):.3f} s", file=sys.stderr)
+        steps = json.loads(done.stdout.splitlines()[-1])
+        found[variant] += steps
+        seconds = ", ".join(f"{sum(step.values()):.3f}" for step in steps)
+        print(f"{model} {variant}: {seconds} s", file=sys.stderr)
+    medians = {
+        variant: {k: statistics.median(step[k] for step in steps) for k in steps[0]}
+        for variant, steps in found.items()
+    }
     work = work_of(model)
     return {
         "batch": cpu_unet.MODELS[model],
-        "seconds": variants,
+        "seconds": medians,
         "work": work,
         "peaks": peak,
         "bound": bound(work, peak),
