@@ -58,8 +58,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--compile-mode",
         help="of torch.compile; max-autotune-no-cudagraphs takes minutes (default: torch's own)",
     )
-    # One of several processes: `gpu_shards`.
+    # One of several processes: `gpu_shards`. Of a UNet, it compiles the tiles that are tuned, too.
     parser.add_argument("--shard", type=share, help=argparse.SUPPRESS)
+    parser.add_argument("--tuned", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 

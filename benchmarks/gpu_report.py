@@ -71,6 +71,12 @@ class Report:
             self.data.setdefault("wrong", {}).setdefault(section, []).extend(lines)
             self.save()
 
+    def failed(self, what: str, why: str) -> None:
+        """Write and print why something failed."""
+        self.data.setdefault("errors", {})[what] = why
+        self.save()
+        print(f"{what}: {why}", file=sys.stderr, flush=True)
+
     def run(self, section: str, measure: Callable[[], None]) -> None:
         """Run a section, if there is time, and say how it ended.
 
@@ -82,8 +88,7 @@ class Report:
             try:
                 measure()
             except Exception:  # noqa: BLE001
-                self.data.setdefault("errors", {})[section] = traceback.format_exc()
-                print(traceback.format_exc(), file=sys.stderr, flush=True)
+                self.failed(section, traceback.format_exc())
             seconds = round(time.monotonic() - start, 1)
             self.data.setdefault("section seconds", {})[section] = seconds
         self.save()

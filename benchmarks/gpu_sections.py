@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 from gpu_check import Job, attention_error, check, jobs
-from gpu_measure import Timer, attention_row, block_row, compile_layers, layer_row, unet_rows
+from gpu_compile import compile_layers, compile_unets
+from gpu_measure import Timer, attention_row, block_row, layer_row, unet_rows
 from gpu_report import Report
 from gpu_shards import run_shards
-from gpu_subjects import ATTENTIONS, BATCHES, SHAPES, load_engine, random_unet
+from gpu_subjects import ATTENTIONS, BATCHES, FORMS, SHAPES, load_engine, random_unet
 
 FUSED_ERROR = 0.01  # of W8A8: relative mean square between fused and not fused
 ATTENTION_ERROR = 0.01  # mean error relative to the largest output
@@ -91,6 +92,17 @@ def write_checks(report: Report, section: str, found: list[dict]) -> None:
 # ---- how fast is it? ----
 
 
+def compile_in_shards(report: Report, section: str, flags: tuple[str, ...] = ()) -> None:
+    """Compile what a section needs in several processes.
+
+    It can be measured without: where they fail, that is reported, and kernels compile when they
+    are needed.
+    """
+    shards = run_shards(report, section, flags=flags)
+    if shards.failures:
+        report.failed(f"{section}, compiling", "\n\n".join(shards.failures))
+
+
 def peaks(report: Report, args: Namespace) -> None:
     """Measured ceilings.
 
@@ -121,11 +133,11 @@ def peaks(report: Report, args: Namespace) -> None:
 def layers(report: Report, args: Namespace) -> None:
     """Ours (FORMATS; with and without quantization) against cuDNN / cuBLAS and torch._int_mm."""
     if args.shard is not None:
-        compile_layers(*args.shard)
+        compile_layers(*args.shard, report.enough)
         return
     if "peaks" not in report.data:
         raise RuntimeError("layers: expected the section peaks before, found none that ended well")
-    run_shards(report, "layers").check()
+    compile_in_shards(report, "layers")
     engine = load_engine()
     timer = Timer()
 
@@ -176,13 +188,18 @@ def add_rows(
 def unet(report: Report, args: Namespace) -> None:
     """One step of SD v1.4's UNet, time and peak memory: float16, and ours at W4A4 and W8A8.
 
-    Fused models are compared with those that are not fused before they are timed.
+    Fused models are compared with those that are not fused before they are timed. Kernels are
+    compiled before they are needed, those of tiles that tuning will time after the first rows.
     """
+    if args.shard is not None:
+        compile_unets(*args.shard, args.tuned, report.enough)
+        return
     import torch
 
     if importlib.util.find_spec("diffusers") is None:
         report.skip("unet: diffusers is not installed")
         return
+    compile_in_shards(report, "unet")
     tiles = load_engine().tiles
     half = torch.float16
     plain = random_unet("float").to(dtype=half, memory_format=torch.channels_last)
@@ -199,6 +216,8 @@ def unet(report: Report, args: Namespace) -> None:
         compare_fused(report, name, bits, error)
     for tuned in (False, True):
         tiles.TUNE = tuned
+        if tuned:
+            compile_in_shards(report, "unet", ("--tuned",))
         for batch in BATCHES:
             if report.enough(f"unet: {'tuned' if tuned else 'estimated'} tiles, batch {batch}", 60):
                 rows = unet_rows(models, batch, timer)
@@ -214,9 +233,7 @@ def ours(fake: Any, dtype: Any, timer: Timer) -> tuple[dict[str, Any], float]:
     from questlib.integer.conversion import convert
 
     models = {
-        "": convert(fake, "triton", dtype=dtype, fuse=True),
-        ", attention auto": convert(fake, "triton", dtype=dtype, fuse=True, attention="auto"),
-        ", not fused": convert(fake, "triton", dtype=dtype),
+        name: convert(fake, "triton", dtype=dtype, **choices) for name, choices in FORMS.items()
     }
     fused, apart = (timer.outputs(models[what], 2).float() for what in ("", ", not fused"))
     error = (fused - apart).square().mean() / apart.square().mean()

@@ -175,6 +175,14 @@ def test_a_section_that_fails_is_reported_and_the_next_one_runs(report, capsys):
     assert "skipped: attention: 4096" in said.out and "blocks: not complete (0.0 s)" in said.out
 
 
+def test_a_section_runs_where_compiling_beforehand_fails(report, monkeypatch, capsys):
+    shards = Shards([], ["process 0 of 1 of section layers ended with code -9:\nno memory"])
+    monkeypatch.setattr(gpu_sections, "run_shards", lambda *args, **how: shards)
+    report.run("layers", lambda: gpu_sections.compile_in_shards(report, "layers"))
+    assert "no memory" in written(report)["errors"]["layers, compiling"]
+    assert "no memory" in capsys.readouterr().err and report.code == FAILED
+
+
 def test_the_headline_is_early():
     names = list(gpu_sections.SECTIONS)
     assert names[:2] == ["sample", "unet"] and names.index("peaks") < names.index("layers")

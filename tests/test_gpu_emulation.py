@@ -23,14 +23,14 @@ from ptx import PtxError  # noqa: E402
 ARCHITECTURES = (80, 89, 90)
 
 
-def emulate(arch: int, choice: str, cache: Path) -> list[dict]:
-    """The rows that the worker prints."""
+def emulate(arch: int, *choice: str, cache: Path, program: str = "worker.py") -> list[dict]:
+    """The rows that a program prints."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(cache)
     }
     run = subprocess.run(
-        [sys.executable, FOLDER / "worker.py", str(arch), choice],
+        [sys.executable, FOLDER / program, str(arch), *choice],
         env=environment,
         capture_output=True,
         text=True,
@@ -46,7 +46,7 @@ def check(rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel(arch, tmp_path):
-    rows = emulate(arch, "quick", tmp_path)
+    rows = emulate(arch, "quick", cache=tmp_path)
     check(rows)
     kernels = {kernel["kernel"] for row in rows for kernel in row["kernels"]}
     assert kernels == {
@@ -63,7 +63,15 @@ def test_every_kernel(arch, tmp_path):
 @pytest.mark.parametrize("choice", ["packed", "shifted", "int8", "shapes"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_tile_and_shape(arch, choice, tmp_path):
-    check(emulate(arch, choice, tmp_path))
+    check(emulate(arch, choice, cache=tmp_path))
+
+
+def test_kernels_of_a_unet_are_compiled_beforehand(tmp_path):
+    """In two shares, which have nothing in common; a step needs no others."""
+    (found,) = emulate(90, cache=tmp_path, program="shared_compilation.py")
+    assert found["late"] == 0 and sum(found["shares"]) >= found["kernels"] > 20
+    assert min(found["shares"]) > 0.4 * sum(found["shares"])
+    assert found["tuned"] > 2 * found["estimated"] and found["both"] == found["estimated"]
 
 
 # ---- the emulator itself ----
