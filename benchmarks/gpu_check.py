@@ -112,7 +112,7 @@ def each_tile(engine: SimpleNamespace, layer, device: str, seed: int) -> Iterato
     gpu = engine.tiles.Gpu.of(part.weight.device)
     tiles = [
         c._replace(split=(1, 3)[(i + seed // 3) % 2])
-        for i, c in enumerate(engine.tiles.CANDIDATES)
+        for i, c in enumerate(gpu.table.tiles)
         if span % c.bk == 0 and not (part.ends and c.bk > 64)
     ]
     packed = layer.kind == "packed"

@@ -5,6 +5,7 @@ specializations; the machine code has int8 tensor-core instructions and wide loa
 spilled. In processes of their own: the kernels must be imported without the interpreter.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,7 +19,11 @@ import torch
 FOLDER = Path(__file__).parent / "gpu_emulation"
 sys.path.insert(0, str(FOLDER))
 from emulator import Emulated  # noqa: E402
+from jobs import FORMATS, jobs_of  # noqa: E402
 from ptx import PtxError  # noqa: E402
+
+from questlib.integer.triton.tile_table import table_of  # noqa: E402
+from questlib.integer.triton.tiles import Gpu, serves  # noqa: E402
 
 ARCHITECTURES = (80, 89, 90)
 
@@ -57,6 +62,36 @@ def test_every_kernel(arch, tmp_path):
         "group_affine",
         "attention",
     }
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_that_do_not_fit_are_refused(arch, tmp_path):
+    """Whoever adds a tile to tiles.json is told by the checks that the slow jobs make."""
+    rows = emulate(arch, "refused", cache=tmp_path)
+    registers, shared = ("\n".join(row["wrong"]) for row in rows)
+    assert "bytes of stack" in registers and "spills" in registers
+    assert "out of resource: shared memory" in shared
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_slow_jobs_take_every_tile_that_can_be_chosen(arch, kind):
+    """Whole and split, of layers whose outputs are a multiple of 16 and of others."""
+    pytest.importorskip("triton")
+    from driver import DEVICES
+
+    packed = kind != "int8"
+    gpu = Gpu(DEVICES[arch].processors, DEVICES[arch].shared, table_of(divmod(arch, 10)))
+    jobs = jobs_of(kind, gpu)
+    for outputs, window in itertools.product((144, 140), ("Linear", "Conv2d")):
+        longest = 64 if kind == "shifted" else 128
+        wanted = {
+            c
+            for c in (c._replace(split=n) for c in gpu.table.tiles for n in (1, 2))
+            if c.bk <= longest and serves(c, outputs, packed, gpu)
+        }
+        names = [job for job in jobs if f"{window} ({outputs}" in job.name]
+        assert wanted and {job.tile for job in names} == wanted
 
 
 @pytest.mark.slow
