@@ -82,8 +82,10 @@ def check(job: Job, engine: SimpleNamespace, device: str) -> tuple[int, float, l
             )
             full = error(mine(sent), expected)
             half = error(mine(sent.half()), expected_half)
-        except engine.runtime.triton.runtime.errors.OutOfResources:
-            continue  # a tile for larger GPUs; tuning passes it over
+        except engine.runtime.triton.runtime.errors.OutOfResources as resources:
+            # It can be chosen, and then stops the layer.
+            failures.append(f"{name} {config}: {resources}")
+            continue
         checked += 1
         worst = max(worst, full)
         if not exact or not full <= 1e-5 or not half <= 2e-3:
@@ -97,7 +99,7 @@ def check(job: Job, engine: SimpleNamespace, device: str) -> tuple[int, float, l
 
 
 def each_tile(engine: SimpleNamespace, layer, device: str, seed: int) -> Iterator[Any]:
-    """Tile configurations that serve this layer, one after the other in force.
+    """Tile configurations that can be chosen for this layer, one after the other in force.
 
     Half of them have a split reduction. Each is compiled three times: a third of them is tried for
     each layer.
@@ -106,16 +108,19 @@ def each_tile(engine: SimpleNamespace, layer, device: str, seed: int) -> Iterato
         yield "interpreted"
         return
     part = layer.parts[0]
-    fit = [
-        c
-        for c in engine.tiles.CANDIDATES
-        if part.weight.shape[2] % c.bk == 0 and not (part.ends and c.bk > 64)
+    outputs, _, span = part.weight.shape
+    gpu = engine.tiles.Gpu.of(part.weight.device)
+    tiles = [
+        c._replace(split=(1, 3)[(i + seed // 3) % 2])
+        for i, c in enumerate(gpu.table.tiles)
+        if span % c.bk == 0 and not (part.ends and c.bk > 64)
     ]
+    packed = layer.kind == "packed"
+    fit = [c for c in tiles if engine.tiles.serves(c, outputs, packed, gpu)]
     chosen = engine.tiles.CACHE
     engine.tiles.CACHE = engine.tiles.ConfigCache()
     try:
-        for i, config in enumerate(fit[seed % 3 :: 3]):
-            config = config._replace(split=(1, 3)[(i + seed // 3) % 2])
+        for config in fit[seed % 3 :: 3] or fit[:1]:
             engine.tiles.CACHE.choose = functools.partial(fixed, config)
             yield config
     finally:

@@ -6,21 +6,16 @@ A row of results each for a layer, a block, an attention and a whole UNet.
 from __future__ import annotations
 
 import functools
-import itertools
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from gpu_subjects import (
-    BATCHES,
     FORMATS,
-    SHAPES,
     Shape,
     attention_parts,
     input_of,
-    load_engine,
     module_of,
     triton_layer,
 )
@@ -128,43 +123,6 @@ def layer_row(
         fraction=fraction,
         speedup_over_float16=speedup,
     )
-
-
-def compile_layers(i: int, n: int) -> None:
-    """Run every tile that tuning would try, once, for this process's share of the shapes.
-
-    Afterwards they come from triton's cache.
-    """
-    import torch
-
-    engine = load_engine()
-
-    class Compiling(engine.tiles.ConfigCache):
-        """Reads and writes no choices, and times nothing."""
-
-        def load(self) -> Path:
-            return Path()
-
-        def save(self, path: Path) -> None:
-            pass
-
-        def seconds(self, config: Any, run: Callable) -> float:
-            return run_once(engine, config, run)
-
-    engine.tiles.CACHE = Compiling()
-    for shape, (_, w, a, kind, shift) in list(itertools.product(SHAPES, FORMATS))[i::n]:
-        mine = triton_layer(engine, shape, w, a, kind, shift)
-        for batch in BATCHES:
-            mine(input_of(shape, batch, "cuda", torch.float16))
-
-
-def run_once(engine: SimpleNamespace, config: Any, run: Callable) -> float:
-    """Compile and run one configuration; a tile that this GPU cannot hold is passed over."""
-    try:
-        run(config)
-    except engine.runtime.triton.runtime.errors.OutOfResources:
-        pass  # tuning will find the same
-    return 0.0
 
 
 def block_row(shape: Shape, batch: int, timer: Timer, engine: SimpleNamespace) -> dict[str, Any]:

@@ -76,6 +76,12 @@ FORMATS = (
     ("W4A4 int8", 4, 4, "int8", False),
     ("W8A8", 8, 8, "int8", False),
 )
+# How a quantized UNet is converted, by what is said of it.
+FORMS: dict[str, dict[str, Any]] = {
+    "": dict(fuse=True),
+    ", attention auto": dict(fuse=True, attention="auto"),
+    ", not fused": dict(fuse=False),
+}
 
 
 def load_engine() -> SimpleNamespace:

@@ -277,7 +277,10 @@ def estimates(models: list[str], batches: list[int]) -> Iterator[dict[str, Any]]
     """Each model and batch, printed as it comes."""
     print(f"assumed: {GPU}")
     gpu = SimpleNamespace(
-        multi_processor_count=GPU.processors, shared_memory_per_block_optin=GPU.shared, major=9
+        multi_processor_count=GPU.processors,
+        shared_memory_per_block_optin=GPU.shared,
+        major=9,
+        minor=0,
     )
     kinds = ("gemm", "quantize", "attention", "norm", "other")
     for name in models:

@@ -46,6 +46,15 @@ from questlib.quantization.preparation import prepare
 from questlib.quantization.step_groups import StepGroups
 
 OUTPUTS = 7  # of a layer while it is made; no other size of its tables
+# Our kernels, and the module of `runtime` that has them.
+KERNELS = {
+    "gemm": "gemm_kernels",
+    "quantize": "quantize_kernels",
+    "quantize_rows": "quantize_kernels",
+    "moments": "norm_kernels",
+    "group_affine": "norm_kernels",
+    "attention": "attention_kernels",
+}
 
 
 class Launch(NamedTuple):
@@ -120,8 +129,9 @@ def converted(
     bits: int = 4,
     weights: str = "packed",
     attention: str = "quantized",
+    fuse: bool = True,
 ) -> nn.Module:
-    """The full UNet as `questlib.convert(..., "triton", dtype=float16, fuse=True)` makes it."""
+    """The full UNet as `questlib.convert(..., "triton", dtype=float16)` makes it."""
     in_float = [
         name
         for name, module in models.full.named_modules()
@@ -148,7 +158,8 @@ def converted(
     steps.select(torch.tensor(500))
     unet.quest_steps = steps
     tabulate_time(unet)
-    fused.fuse(unet)
+    if fuse:
+        fused.fuse(unet)
     return unet
 
 
@@ -207,6 +218,11 @@ def _attention(
 
 
 # ---- one step ----
+
+
+def kernel_of(name: str) -> Any:
+    """The Triton kernel of this name."""
+    return getattr(getattr(runtime, KERNELS[name]), name)
 
 
 class _Kernel:
@@ -279,28 +295,7 @@ def events_of(
         gpu: as torch.cuda.get_device_properties tells of the GPU.
         seconds: the estimated time of some events, by which tiles are chosen.
     """
-    dtype = torch.float16
-    with torch.device("meta"):
-        x = torch.empty(batch, *models.sample, dtype=dtype)
-        x = x.to(memory_format=torch.channels_last)
-        inputs = {}
-        if models.context is not None:
-            inputs["encoder_hidden_states"] = torch.empty(batch, *models.context, dtype=dtype)
-        t = torch.empty(batch)
     events: list[Event] = []
-    with torch.no_grad(), _noted_kernels(events, gpu, seconds), _Noted(events):
-        unet(x, t, **inputs)
-        # Rows of the time tables are there from now on.
-        events.clear()
-        unet(x, t, **inputs)
-    return events
-
-
-@contextmanager
-def _noted_kernels(
-    events: list[Event], gpu: Any, seconds: Callable[[list[Event]], float]
-) -> Iterator[None]:
-    """Operators run their own code on "meta", and their kernels are noted."""
 
     def choose(key: str, candidates: Callable, run: Callable) -> tiles.Config:
         """The best of the tiles that would be timed; what is noted for a trial is taken back."""
@@ -314,6 +309,56 @@ def _noted_kernels(
 
         return min(candidates(), key=trial)
 
+    with _noted_kernels(events, gpu, choose), _Noted(events):
+        _step(unet, models, batch)
+        # Rows of the time tables are there from now on.
+        events.clear()
+        _step(unet, models, batch)
+    return events
+
+
+def all_launches(
+    unet: nn.Module, models: Models, batch: int, gpu: Any, tuned: bool
+) -> list[Launch]:
+    """What the first step and those after it launch of our kernels.
+
+    Args:
+        unet: `converted(models)`.
+        models: what the step takes.
+        batch: of the step.
+        gpu: as torch.cuda.get_device_properties tells of the GPU.
+        tuned: whether each tile that tuning would time is launched, or the first of them alone.
+    """
+    events: list[Event] = []
+
+    def choose(key: str, candidates: Callable, run: Callable) -> tiles.Config:
+        found = candidates()
+        for config in found if tuned else ():
+            run(config)
+        return found[0]
+
+    with _noted_kernels(events, gpu, choose):
+        for _ in range(2):
+            _step(unet, models, batch)
+    return [event for event in events if isinstance(event, Launch) and event.kernel in KERNELS]
+
+
+@torch.no_grad()
+def _step(unet: nn.Module, models: Models, batch: int) -> None:
+    """A step in half precision, on "meta"."""
+    with torch.device("meta"):
+        x = torch.empty(batch, *models.sample, dtype=torch.float16)
+        x = x.to(memory_format=torch.channels_last)
+        inputs = {}
+        if models.context is not None:
+            context = torch.empty(batch, *models.context, dtype=torch.float16)
+            inputs["encoder_hidden_states"] = context
+        unet(x, torch.empty(batch), **inputs)
+
+
+@contextmanager
+def _noted_kernels(events: list[Event], gpu: Any, choose: Callable) -> Iterator[None]:
+    """Operators run their own code on "meta", their kernels are noted, and `choose` takes tiles."""
     patches: list[tuple[Any, str, Any]] = [
         (runtime, "INTERPRET", False),
         (tiles, "CACHE", SimpleNamespace(choose=choose)),
@@ -329,19 +374,11 @@ def _noted_kernels(
         (quantizing, "group_norm_affine", quantizing.group_norm_affine._init_fn),
         (F, "scaled_dot_product_attention", _sdpa(events)),
     ]
-    for module in ("gemm_kernels", "quantize_kernels", "norm_kernels", "attention_kernels"):
-        kernels = getattr(runtime, module)
+    for module in dict.fromkeys(KERNELS.values()):
         own = {
-            name: _Kernel(name, getattr(kernels, name), events)
-            for name in (
-                "gemm",
-                "quantize",
-                "quantize_rows",
-                "moments",
-                "group_affine",
-                "attention",
-            )
-            if hasattr(kernels, name)
+            name: _Kernel(name, kernel_of(name), events)
+            for name, of in KERNELS.items()
+            if of == module
         }
         patches.append((runtime, module, SimpleNamespace(**own)))
     before = [(of, name, getattr(of, name)) for of, name, _ in patches]

@@ -1,7 +1,8 @@
 """A pretended GPU: its tensors compute on the CPU, but cannot be mixed with the CPU's own.
 
-Its device is called "meta", which needs no driver. What only a GPU has (kernels, streams, reduced
-precision) is not here.
+Its device is torch's "meta", which needs no driver. It can be called "cuda": then it is asked for
+by this name, and its tensors say that they are there. What only a GPU has (kernels, streams,
+reduced precision) is not here.
 """
 
 from __future__ import annotations
@@ -97,10 +98,23 @@ class _Calls(TorchDispatchMode):
 
 
 class _Factories(TorchFunctionMode):
-    """torch.tensor(values, device=...) fills its memory without a call that could be seen."""
+    """torch.tensor(values, device=...) fills its memory without a call that could be seen.
+
+    Args:
+        name: of the device, as programs know it.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if self.name != GPU.type and func is not torch.device:
+            args = tuple(map(self.meant, args))
+            kwargs = {key: self.meant(value) for key, value in kwargs.items()}
+            if func == torch.Tensor.device.__get__ and isinstance(args[0], GpuTensor):
+                return torch.device(self.name, 0)
         if (
             func in (torch.tensor, torch.as_tensor)
             and torch.device(kwargs.get("device") or "cpu") == GPU
@@ -108,11 +122,17 @@ class _Factories(TorchFunctionMode):
             return func(*args, **kwargs | {"device": "cpu"}).to(GPU)
         return func(*args, **kwargs)
 
+    def meant(self, x: Any) -> Any:
+        """The pretended GPU in place of a device of its name; all else as it is."""
+        if isinstance(x, str):
+            return GPU if x.split(":")[0] == self.name else x
+        return GPU if isinstance(x, torch.device) and x.type == self.name else x
+
 
 @contextmanager
-def pretended_gpu():
-    """Inside, `.to("meta")` is `.to("cuda")` on such a machine."""
+def pretended_gpu(name: str = GPU.type):
+    """Inside, `.to(name)` is `.to("cuda")` on such a machine."""
     with ExitStack() as stack:
         stack.enter_context(_Calls())
-        stack.enter_context(_Factories())
+        stack.enter_context(_Factories(name))
         yield GPU

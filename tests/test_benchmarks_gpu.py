@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +14,12 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import gpu_sections  # noqa: E402
+import gpu_shards  # noqa: E402
 from gpu_check import jobs  # noqa: E402
 from gpu_measure import floor_seconds  # noqa: E402
+from gpu_report import FAILED, NO_GPU, WRONG, Report  # noqa: E402
+from gpu_shards import ShardError, Shards, run_shards  # noqa: E402
 from gpu_subjects import SHAPES, Shape, input_of, module_of, random_unet  # noqa: E402
 
 
@@ -35,9 +41,10 @@ def test_shapes_are_what_they_say(shape):
 
 
 def test_what_does_not_fit_the_budget_is_listed_and_saved(tmp_path):
-    report = gpu.Report(tmp_path / "new" / "gpu.json", 1.0)
+    report = Report(tmp_path / "new" / "gpu.json", 1.0)
     assert report.enough("quick", 0.1) and not report.enough("slow", 100)
-    assert json.loads(report.path.read_text())["skipped"] == ["slow"]
+    report.skip("slow", "slower")
+    assert json.loads(report.path.read_text())["skipped"] == ["slow", "slower"]
 
 
 def test_unknown_sections_and_missing_gpus_end_the_program(capsys, tmp_path):
@@ -45,7 +52,7 @@ def test_unknown_sections_and_missing_gpus_end_the_program(capsys, tmp_path):
         gpu.main(["--sections", "layers,speed"])
     assert "found speed" in capsys.readouterr().err
     if not torch.cuda.is_available():
-        assert gpu.main(["--out", str(tmp_path / "x.json")]) == 2
+        assert gpu.main(["--out", str(tmp_path / "x.json")]) == NO_GPU
         assert "found none" in capsys.readouterr().err
 
 
@@ -65,53 +72,165 @@ def test_the_engine_loads_where_diffusers_is_missing():
     assert run.stdout.split() == ["packed", "False"], run.stderr
 
 
-def test_shares_of_a_section_run_in_processes_of_their_own():
+@pytest.fixture
+def report(tmp_path) -> Report:
+    return Report(tmp_path / "gpu.json", 1000.0)
+
+
+def written(report: Report) -> dict:
+    return json.loads(report.path.read_text())
+
+
+def test_shares_of_a_section_run_in_processes_of_their_own(report):
     """With it, the correctness section in the interpreter."""
     pytest.importorskip("triton")
-    found = gpu.run_shards("correctness", 2, ("--interpret", "--quick"))
-    assert [f["correctness"]["failures"] for f in found] == [[], []]
-    assert sum(f["correctness"]["checked"] for f in found) == len(jobs(small=True)[::24]) + 2
-    with pytest.raises(RuntimeError, match="ended with code 2"):
-        gpu.run_shards("nonsense", 1)
+    shards = run_shards(report, "correctness", 2, ("--interpret", "--quick"))
+    shards.check()
+    found = [data["correctness"] for data in shards.results]
+    assert [f["failures"] for f in found] == [[], []]
+    assert sum(f["checked"] for f in found) == len(jobs(small=True)[::24]) + 2
 
 
-def test_a_process_that_fails_is_not_taken_for_a_wrong_result():
-    """Its own words are there. A machine with a GPU compiles instead."""
+def test_processes_that_fail_are_not_taken_for_wrong_results(report, monkeypatch):
+    """Their own words are there, of each of them; what others found is kept."""
     pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("of machines without a GPU")
-    with pytest.raises(RuntimeError, match="expected an NVIDIA GPU, found none"):
-        gpu.run_shards("layers", 1)
+    shards = run_shards(report, "nonsense", 2)
+    assert not shards.results and len(shards.failures) == 2
+    with pytest.raises(
+        ShardError, match="process 1 of 2 of section nonsense ended with code 2"
+    ) as e:
+        shards.check()
+    assert str(e.value).count("expected some of sample, unet") == 2
+
+    found = dict(checked=3, largest_relative_error=0.0, failures=["a wrong sum"])
+    some = Shards([{"correctness": found}, {"skipped": []}], ["process 1 ended with code -9: oops"])
+    monkeypatch.setattr(gpu_sections, "run_shards", lambda *args, **how: some)
+    report.run("sample", partial(gpu_sections.sample, report, None))
+    assert written(report)["sample"] == found and report.code == WRONG
+    assert "ended with code -9: oops" in written(report)["errors"]["sample"]
 
 
-def test_a_section_that_fails_is_reported_and_the_next_one_runs(monkeypatch, tmp_path, capsys):
-    ran = []
+def test_processes_without_time_or_gpu_say_so(tmp_path):
+    pytest.importorskip("triton")
+    report = Report(tmp_path / "gpu.json", 0.0)
+    shards = run_shards(report, "correctness", 1, ("--interpret", "--quick"))
+    shards.check()
+    assert "correctness" not in shards.results[0] and written(report)["skipped"] == ["correctness"]
+    if not torch.cuda.is_available():
+        report.end += 1000
+        with pytest.raises(ShardError, match="expected an NVIDIA GPU, found none"):
+            run_shards(report, "layers", 1).check()
 
-    def broken(report, args):
+
+def test_a_process_that_hangs_is_stopped_after_the_budget(tmp_path, monkeypatch):
+    program = tmp_path / "gpu.py"
+    program.write_text("import threading\nprint('waiting', flush=True)\nthreading.Event().wait()\n")
+    monkeypatch.setattr(gpu_shards, "COMMAND", program)
+    monkeypatch.setattr(gpu_shards, "GRACE", 2.0)
+    shards = run_shards(Report(tmp_path / "gpu.json", 0.0), "layers", 1)
+    with pytest.raises(ShardError, match="(?s)did not end within the budget:.*waiting"):
+        shards.check()
+
+
+def test_a_share_without_time_lists_its_layers(report, monkeypatch):
+    """Each of its layers takes a minute; there is time for one."""
+    report.end = time.monotonic() + 60
+
+    def check(job, engine, device):
+        report.end -= 60
+        return 1, 0.0, []
+
+    monkeypatch.setattr(gpu_sections, "check", check)
+    monkeypatch.setattr(
+        gpu_sections, "load_engine", lambda: SimpleNamespace(tiles=SimpleNamespace())
+    )
+    found = gpu_sections.check_layers(report, jobs(small=True)[:3], "cpu", "1/2")
+    assert len(found) == 1
+    assert written(report)["skipped"] == ["correctness: the last 2 layers of share 1/2"]
+
+
+def test_a_section_that_fails_is_reported_and_the_next_one_runs(report, capsys):
+    def broken():
         raise ValueError("no such kernel")
 
-    def skips(report, args):
-        ran.append("attention")
-        report.data["skipped"].append("attention: no time")
-        return True
+    report.run("peaks", lambda: None)
+    assert report.code == 0
+    report.run("unet", broken)
+    assert report.code == FAILED
+    report.run("correctness", lambda: report.found_wrong("correctness", "W4A4: off by 2"))
+    assert report.code == WRONG
+    report.run("attention", lambda: report.skip("attention: 4096"))
+    assert report.code == WRONG
+    report.end = time.monotonic()
+    report.run("blocks", broken)
 
-    monkeypatch.setitem(gpu.RUN, "unet", broken)
-    monkeypatch.setitem(gpu.RUN, "attention", skips)
-    monkeypatch.setitem(gpu.RUN, "correctness", lambda report, args: ran.append("correctness"))
-    report = gpu.Report(tmp_path / "gpu.json", 100.0)
-    args = SimpleNamespace(shard=None)
-    assert gpu.run_section(report, "unet", args) == 1
-    assert gpu.run_section(report, "correctness", args) == gpu.WRONG
-    assert gpu.run_section(report, "attention", args) == 0
-    assert ran == ["correctness", "attention"]
-    written = json.loads((tmp_path / "gpu.json").read_text())
-    assert "ValueError: no such kernel" in written["errors"]["unet"]
-    said = capsys.readouterr().out
-    assert "unet: FAILED" in said and "skipped: attention: no time" in said
-    assert gpu.SECTIONS.index("sample") < gpu.SECTIONS.index("unet") < 2  # the headline is early
+    data = written(report)
+    assert "ValueError: no such kernel" in data["errors"]["unet"] and len(data["errors"]) == 1
+    assert data["wrong"] == {"correctness": ["W4A4: off by 2"]}
+    assert data["skipped"] == ["attention: 4096", "blocks"]
+    said = capsys.readouterr()
+    assert "ValueError: no such kernel" in said.err and "W4A4: off by 2" in said.err
+    for line in ("peaks: ok", "unet: FAILED", "correctness: WRONG", "attention: not complete"):
+        assert line in said.out
+    assert "skipped: attention: 4096" in said.out and "blocks: not complete (0.0 s)" in said.out
 
 
-def test_fused_unets_are_compared_before_they_are_timed():
+def test_a_section_runs_where_compiling_beforehand_fails(report, monkeypatch, capsys):
+    shards = Shards([], ["process 0 of 1 of section layers ended with code -9:\nno memory"])
+    monkeypatch.setattr(gpu_sections, "run_shards", lambda *args, **how: shards)
+    report.run("layers", lambda: gpu_sections.compile_in_shards(report, "layers"))
+    assert "no memory" in written(report)["errors"]["layers, compiling"]
+    assert "no memory" in capsys.readouterr().err and report.code == FAILED
+
+
+def test_the_headline_is_early():
+    names = list(gpu_sections.SECTIONS)
+    assert names[:2] == ["sample", "unet"] and names.index("peaks") < names.index("layers")
+
+
+def test_the_exit_code_is_that_of_the_report(monkeypatch, tmp_path):
+    """In the order of SECTIONS, whatever was asked for first."""
+    ran = []
+
+    def section(report, args, name):
+        ran.append(name)
+        if name == "blocks":
+            raise ValueError("no such kernel")
+
+    of = {name: partial(section, name=name) for name in ("peaks", "layers", "blocks")}
+    monkeypatch.setattr(gpu, "SECTIONS", of)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "machine", dict)
+    out = ["--out", str(tmp_path / "gpu.json"), "--sections"]
+    assert gpu.main([*out, "layers"]) == 0 and ran == ["peaks", "layers"]
+    assert gpu.main([*out, "blocks,peaks"]) == FAILED and ran[2:] == ["peaks", "blocks"]
+
+
+def test_results_are_written_after_each_row(report, monkeypatch, capsys):
+    """A third row that fails: two are there. So is the reason."""
+    seen = []
+
+    def layer_row(shape, batch, timer, ceiling, engine):
+        seen.append(len(written(report)["layers"]) if seen else 0)
+        if len(seen) > 2:
+            raise ValueError("no such layer")
+        return dict(shape=str(shape), batch=batch, seconds={"W4A4": 1e-6})
+
+    monkeypatch.setattr(gpu_sections, "layer_row", layer_row)
+    monkeypatch.setattr(gpu_sections, "run_shards", lambda *args, **how: Shards([], []))
+    monkeypatch.setattr(gpu_sections, "load_engine", lambda: None)
+    monkeypatch.setattr(gpu_sections, "Timer", lambda: None)
+    layers = partial(gpu_sections.layers, report, SimpleNamespace(shard=None))
+    report.run("layers", layers)
+    assert "expected the section peaks before" in written(report)["errors"]["layers"] and not seen
+    report.data["peaks"] = {}
+    report.run("layers", layers)
+    assert seen == [0, 1, 2] and [row["batch"] for row in written(report)["layers"]] == [2, 2]
+    assert "no such layer" in written(report)["errors"]["layers"]
+    assert f"layers: {SHAPES[1]}, batch 2 (us): W4A4 1.0" in capsys.readouterr().out
+
+
+def test_fused_unets_are_compared_before_they_are_timed(report):
     pytest.importorskip("triton")
     size = dict(
         sample_size=8,
@@ -135,6 +254,12 @@ def test_fused_unets_are_compared_before_they_are_timed():
             with torch.no_grad():
                 return model(x, torch.tensor(500), text).sample + self.wrong.pop(0)
 
-    models, error = gpu.ours(fake, torch.float32, Steps())
-    assert set(models) == {"", ", attention auto", ", not fused"} and error < gpu.FUSED_ERROR
-    assert gpu.ours(fake, torch.float32, Steps(1.0))[1] > gpu.FUSED_ERROR
+    models, error = gpu_sections.ours(fake, torch.float32, Steps())
+    assert set(models) == {"", ", attention auto", ", not fused"}
+    gpu_sections.compare_fused(report, "W8A8", 8, error)
+    assert report.code == 0
+    _, error = gpu_sections.ours(fake, torch.float32, Steps(1.0))
+    gpu_sections.compare_fused(report, "W4A4", 4, error)
+    assert report.code == 0
+    gpu_sections.compare_fused(report, "W8A8", 8, error)
+    assert written(report)["wrong"]["unet"] == [f"W8A8: fused against not fused {error:.1e}"]

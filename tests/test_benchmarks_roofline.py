@@ -17,7 +17,9 @@ from questlib.integer.time_table import TimeTable  # noqa: E402
 from questlib.integer.triton.attention import TritonAttnProcessor  # noqa: E402
 from questlib.integer.triton.layers import TritonLayer  # noqa: E402
 
-GPU = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=227 << 10, major=9)
+GPU = SimpleNamespace(
+    multi_processor_count=132, shared_memory_per_block_optin=227 << 10, major=9, minor=0
+)
 
 
 def unet(*widths: int) -> UNet2DModel:

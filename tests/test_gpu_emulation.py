@@ -5,6 +5,7 @@ specializations; the machine code has int8 tensor-core instructions and wide loa
 spilled. In processes of their own: the kernels must be imported without the interpreter.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,19 +19,23 @@ import torch
 FOLDER = Path(__file__).parent / "gpu_emulation"
 sys.path.insert(0, str(FOLDER))
 from emulator import Emulated  # noqa: E402
+from jobs import FORMATS, jobs_of  # noqa: E402
 from ptx import PtxError  # noqa: E402
+
+from questlib.integer.triton.tile_table import table_of  # noqa: E402
+from questlib.integer.triton.tiles import Gpu, serves  # noqa: E402
 
 ARCHITECTURES = (80, 89, 90)
 
 
-def emulate(arch: int, choice: str, cache: Path) -> list[dict]:
-    """The rows that the worker prints."""
+def emulate(arch: int, *choice: str, cache: Path, program: str = "worker.py") -> list[dict]:
+    """The rows that a program prints."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
         "TRITON_CACHE_DIR": str(cache)
     }
     run = subprocess.run(
-        [sys.executable, FOLDER / "worker.py", str(arch), choice],
+        [sys.executable, FOLDER / program, str(arch), *choice],
         env=environment,
         capture_output=True,
         text=True,
@@ -46,7 +51,7 @@ def check(rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_kernel(arch, tmp_path):
-    rows = emulate(arch, "quick", tmp_path)
+    rows = emulate(arch, "quick", cache=tmp_path)
     check(rows)
     kernels = {kernel["kernel"] for row in rows for kernel in row["kernels"]}
     assert kernels == {
@@ -59,11 +64,49 @@ def test_every_kernel(arch, tmp_path):
     }
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_tiles_that_do_not_fit_are_refused(arch, tmp_path):
+    """Whoever adds a tile to tiles.json is told by the checks that the slow jobs make."""
+    rows = emulate(arch, "refused", cache=tmp_path)
+    registers, shared = ("\n".join(row["wrong"]) for row in rows)
+    assert "bytes of stack" in registers and "spills" in registers
+    assert "out of resource: shared memory" in shared
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_slow_jobs_take_every_tile_that_can_be_chosen(arch, kind):
+    """Whole and split, of layers whose outputs are a multiple of 16 and of others."""
+    pytest.importorskip("triton")
+    from driver import DEVICES
+
+    packed = kind != "int8"
+    gpu = Gpu(DEVICES[arch].processors, DEVICES[arch].shared, table_of(divmod(arch, 10)))
+    jobs = jobs_of(kind, gpu)
+    for outputs, window in itertools.product((144, 140), ("Linear", "Conv2d")):
+        longest = 64 if kind == "shifted" else 128
+        wanted = {
+            c
+            for c in (c._replace(split=n) for c in gpu.table.tiles for n in (1, 2))
+            if c.bk <= longest and serves(c, outputs, packed, gpu)
+        }
+        names = [job for job in jobs if f"{window} ({outputs}" in job.name]
+        assert wanted and {job.tile for job in names} == wanted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["packed", "shifted", "int8", "shapes"])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_tile_and_shape(arch, choice, tmp_path):
-    check(emulate(arch, choice, tmp_path))
+    check(emulate(arch, choice, cache=tmp_path))
+
+
+def test_kernels_of_a_unet_are_compiled_beforehand(tmp_path):
+    """In two shares, which have nothing in common; a step needs no others."""
+    (found,) = emulate(90, cache=tmp_path, program="shared_compilation.py")
+    assert found["late"] == 0 and sum(found["shares"]) >= found["kernels"] > 20
+    assert min(found["shares"]) > 0.4 * sum(found["shares"])
+    assert found["tuned"] > 2 * found["estimated"] and found["both"] == found["estimated"]
 
 
 # ---- the emulator itself ----

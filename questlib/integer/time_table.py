@@ -10,6 +10,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from questlib.denoisers import TRANSFORMERS
+from questlib.errors import EngineError
+from questlib.integer.triton.flags import capturing
 from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.time_path import depends_on_time_alone
 
@@ -38,6 +40,10 @@ class TimeTable(nn.Module):
 
         Under torch.compile so is every call: a row that is looked up by its timestep would be
         compiled into the program, and each timestep be compiled anew.
+
+        Raises:
+            EngineError: a CUDA graph is being captured, and the timestep's row is not there: it
+                would lie in the graph's memory, where other values take its place.
         """
         if torch.compiler.is_compiling():
             return self.layer(x, *args)
@@ -47,6 +53,11 @@ class TimeTable(nn.Module):
         if t is None:
             return self.layer(x, *args)
         if t not in self.rows:
+            if capturing():
+                raise EngineError(
+                    f"timestep {t:g}: expected a call of the UNet before a CUDA graph is captured, "
+                    "found none: what depends on the timestep alone is computed there once"
+                )
             self.rows[t] = self.layer(x[:1], *args)
         return self.row().expand(x.shape[0], -1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,11 @@ from questlib import Calibration, QuantConfig, calibrate, finetune, quantize, sa
 from questlib.checkpoint import from_pretrained
 from questlib.diffusion.digests import model_digest
 from questlib.diffusion.drawing import Samples
+from questlib.errors import EngineError
 from questlib.finetuning.loop import state_key
 from questlib.finetuning.state import FinetuningState
+from questlib.integer.triton.tile_table import table_of
+from questlib.integer.triton.tiles import ConfigCache
 from questlib.integrity import digest_of_tree
 from questlib.post_training import _activation_ranges, check_ranges
 from questlib.stage_cache import StageCache
@@ -162,6 +166,21 @@ def make_subjects(place: Path) -> list[Subject]:
         again = type(artifact)(found.parent, artifact.hash)
         return json.dumps(again.info, sort_keys=True)
 
+    choices = ConfigCache()
+    choices.about = {"gpu": "NVIDIA-Test", "triton": "3.9.0", "kernels": "1f3a0c99"}
+    choices.known = table_of((9, 0)).tiles
+    choices.chosen = {f"torch.int8-{n}": choices.known[n] for n in range(4)}
+    choices.save(place / "tiles" / "tiles.json")
+
+    def read_tiles(folder: Path) -> str:
+        with warnings.catch_warnings():
+            # A file that does not serve is ignored, and said to be.
+            warnings.simplefilter("error")
+            try:
+                return json.dumps(choices.stored(folder / "tiles.json"), sort_keys=True)
+            except UserWarning as warning:
+                raise EngineError(str(warning)) from warning
+
     return [
         Subject("checkpoint", place / "checkpoint", lambda f: output(from_pretrained(f)), 6),
         Subject("diffusers", place / "diffusers", lambda f: output(from_pretrained(f)), 3),
@@ -185,4 +204,5 @@ def make_subjects(place: Path) -> list[Subject]:
         Subject("reference", place / "reference", read_reference("images.safetensors"), 2),
         Subject("npz", place / "npz", read_reference("moments.npz"), 2),
         Subject("artifact", place / "artifact", read_artifact, 2, "done.json"),
+        Subject("tiles", place / "tiles", read_tiles, 1),
     ]

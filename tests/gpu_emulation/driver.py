@@ -186,6 +186,7 @@ def engine_on(arch: int) -> tuple[Driver, SimpleNamespace]:
         multi_processor_count=driver.device.processors,
         shared_memory_per_block_optin=driver.device.shared,
         major=arch // 10,
+        minor=arch % 10,
     )
 
     def use(tile: Any) -> None:

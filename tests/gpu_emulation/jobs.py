@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from checks import (
 )
 from torch import nn
 
-from questlib.integer.triton.tiles import CANDIDATES, SPLITS, Config, Gpu, serves
+from questlib.integer.triton.tiles import SPLITS, Config, Gpu, serves
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import gpu_check  # noqa: E402
@@ -75,22 +76,32 @@ def quick_jobs() -> list[Job]:
     ]
 
 
+def refused_jobs() -> list[Job]:
+    """Tiles that no table may have: too many sums for the registers, too many stages for a block.
+
+    The checks of machine code must find it.
+    """
+    return [
+        LayerJob(linear(128, 144), (20, 128), 8, 8, "int8", tile)
+        for tile in (Config(256, 128, 32, 4, 3), Config(128, 128, 128, 8, 8))
+    ]
+
+
 def tile_jobs(kind: str, gpu: Gpu) -> Iterator[Job]:
-    """Each tile that can be chosen in a format: for a linear, split or not, and a convolution."""
+    """Each tile that can be chosen in a format, split or not: for a linear and a convolution.
+
+    Layers have outputs that are a multiple of 16, and others.
+    """
     w_bits, a_bits, weights, shift = FORMATS[kind]
     extra = dict(shift=True) if shift else {}
-
-    def job(make: Make, size: tuple[int, ...], tile: Config) -> Job:
-        return LayerJob(make, size, w_bits, a_bits, weights, tile, extra, True)
-
-    for c in CANDIDATES:
+    for c in gpu.table.tiles:
         if shift and c.bk > 64:
             continue
-        for tile in (c, c._replace(split=SPLITS[0])):
-            if serves(tile, 144, weights == "packed", gpu):
-                yield job(linear(512, 144), (140, 512), tile)
-        if serves(c, 144, weights == "packed", gpu):
-            yield job(conv(512, 144, padding=1), (1, 512, 9, 9), c)
+        for tile, outputs in itertools.product((c, c._replace(split=SPLITS[0])), (144, 140)):
+            if serves(tile, outputs, weights == "packed", gpu):
+                how = (w_bits, a_bits, weights, tile, extra, True)
+                yield LayerJob(linear(512, outputs), (140, 512), *how)
+                yield LayerJob(conv(512, outputs, padding=1), (1, 512, 9, 9), *how)
 
 
 def shape_jobs(gpu: Gpu) -> Iterator[Job]:
@@ -99,7 +110,7 @@ def shape_jobs(gpu: Gpu) -> Iterator[Job]:
         packed = job.kind == "packed"
         # 64 channels are 32 bytes when packed.
         longest = 32 if packed else 64
-        fit = [c for c in CANDIDATES if c.bk <= longest and serves(c, 70, packed, gpu)]
+        fit = [c for c in gpu.table.tiles if c.bk <= longest and serves(c, 70, packed, gpu)]
         tile = fit[i % len(fit)]
         dtype = list(TOLERANCE)[i % 3]
         yield LayerJob(
@@ -108,7 +119,7 @@ def shape_jobs(gpu: Gpu) -> Iterator[Job]:
     for bits, p_bits in ((4, 8), (8, 8), (4, 4), (6, 8)):
         for dim in (20, 32, 40, 64, 80, 160, 256):
             yield AttentionJob(bits, p_bits, dim, 140 if dim < 80 else 70, 77, 1 + dim % 3)
-    for c in CANDIDATES:
+    for c in gpu.table.tiles:
         # 200 channels are 128 bytes when packed.
         for tile in (c, c._replace(split=2)):
             if serves(tile, 144, True, gpu):
@@ -130,11 +141,12 @@ FORMATS = {
     "shifted": (4, 4, "packed", True),
     "int8": (8, 8, "int8", False),
 }
-CHOICES = ("quick", "shapes", *FORMATS)
 
 
 def jobs_of(choice: str, gpu: Gpu) -> list[Job]:
-    """One of CHOICES, for one GPU."""
+    """Those of a choice, for one GPU: "quick", "refused", "shapes", or one of FORMATS."""
     if choice == "quick":
         return quick_jobs()
+    if choice == "refused":
+        return refused_jobs()
     return list(shape_jobs(gpu) if choice == "shapes" else tile_jobs(choice, gpu))

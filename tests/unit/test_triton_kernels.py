@@ -25,6 +25,8 @@ from questlib.integer.triton import packing, products, quantizing, runtime, tile
 from questlib.integer.triton.attention import TritonAttention
 from questlib.integer.triton.flags import check_finite
 from questlib.integer.triton.layers import TritonLayer, serves
+from questlib.integer.triton.tile_table import table_of
+from questlib.integrity import digest_of_json
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.model import quant_layers
@@ -34,8 +36,8 @@ pytestmark = pytest.mark.skipif(
     not runtime.INTERPRET, reason="needs triton, imported with TRITON_INTERPRET=1"
 )
 
-H100 = tiles.Gpu(132, 227 << 10, True)
-A100 = tiles.Gpu(108, 163 << 10, False)
+H100 = tiles.Gpu(132, 227 << 10, table_of((9, 0)))
+A100 = tiles.Gpu(108, 163 << 10, table_of((8, 0)))
 
 
 def relative(a, b):
@@ -298,9 +300,9 @@ def test_candidate_tiles_serve_every_shape():
 @pytest.mark.parametrize(("o", "most", "most_split"), [(320, 128, 64), (150, 32, 32)])
 def test_tiles_fit_the_shared_memory_and_the_registers(o, most, most_split):
     for gpu in (H100, A100):
-        own = most if gpu.wgmma else min(most, 64)
+        own = most if gpu is H100 else min(most, 64)
         for packed in (True, False):
-            found = [c for c in tiles.CANDIDATES if tiles.serves(c, o, packed, gpu)]
+            found = [c for c in gpu.table.tiles if tiles.serves(c, o, packed, gpu)]
             halves = (c._replace(split=2) for c in found)
             split = [c for c in halves if tiles.serves(c, o, packed, gpu)]
             assert max(c.bm * c.bn // (32 * c.warps) for c in found) <= own
@@ -359,8 +361,9 @@ def test_without_gpu_or_triton_the_reason_is_given(monkeypatch):
 def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test/1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    two = tiles.CANDIDATES[:2]
+    two = list(H100.table.tiles[:2])
     times = dict(zip(two, (2.0, 1.0), strict=True))
     monkeypatch.setattr(tiles.ConfigCache, "seconds", lambda self, config, run: times[config])
     assert tiles.ConfigCache().choose("key", lambda: two, lambda c: None) == two[1]
@@ -371,7 +374,12 @@ def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
     other_gpu = whole | {"about": whole["about"] | {"gpu": "NVIDIA-Test-2"}}
     other_triton = whole | {"about": whole["about"] | {"triton": "0.0"}}
     no_such_tile = whole | {"tiles": {"key": [1, 2, 3, 4, 5, 6]}}
-    damaged = ("{", "[]", "{}", *map(json.dumps, (other_gpu, other_triton, no_such_tile)))
+    for other in (other_gpu, other_triton, no_such_tile):
+        # Saved as it is, by another.
+        other["digest"] = digest_of_json({k: v for k, v in other.items() if k != "digest"})
+    another_tile = whole | {"tiles": {"key": list(two[0])}}
+    others = (other_gpu, other_triton, no_such_tile, another_tile)
+    damaged = ("{", "[]", "{}", *map(json.dumps, others))
     for text in damaged:
         own.write_text(text)
         with pytest.warns(UserWarning, match="ignored .*; the kernels are tuned again"):
@@ -382,9 +390,10 @@ def test_chosen_tiles_are_remembered_on_disk(monkeypatch, tmp_path):
 def test_processes_keep_each_others_tiles(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test/1")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(tiles.ConfigCache, "seconds", lambda self, config, run: 1.0)
-    two = tiles.CANDIDATES[:2]
+    two = list(H100.table.tiles[:2])
     processes = [tiles.ConfigCache() for _ in range(2)]
     for process in processes:
         process.path = process.load()  # before the other one has written

@@ -11,6 +11,11 @@ from torch import nn
 from questlib.errors import EngineError
 
 
+def capturing() -> bool:
+    """Whether what is launched now goes into a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Tables(nn.Module):
     """A module whose tables move with the model and stay float32 under `model.half()`."""
 
@@ -62,7 +67,7 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         EngineError: one was NaN or infinite; the message names the model's first such layer.
     """
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         return
     layers = model.__dict__.get(HELD) or flagged(model)
     if not layers:

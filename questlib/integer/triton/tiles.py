@@ -1,9 +1,10 @@
 """Tile sizes of the Triton product, chosen by timing at the first call of a shape class.
 
-The choices are remembered on disk. `triton.autotune` does not serve here: a configuration with a
-split reduction needs another grid and a buffer, so that what is timed and chosen is the whole
-operator and not one launch; and the candidates depend on the estimate of
-`fitting`, and on whether a CUDA graph is being captured.
+What they are chosen from is a table for each architecture (`tile_table`). The choices are
+remembered on disk. `triton.autotune` does not serve here: a configuration with a split reduction
+needs another grid and a buffer, so that what is timed and chosen is the whole operator and not one
+launch; and the candidates depend on the estimate of `fitting`, and on whether a CUDA graph is being
+captured.
 """
 
 from __future__ import annotations
@@ -14,53 +15,23 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from questlib.errors import StorageError
 from questlib.files import atomic_path
 from questlib.integer.triton import runtime
+from questlib.integer.triton.tile_table import Config, TileTable, table_of
+from questlib.integrity import digest_of_json
 
 # Whether candidates are timed; otherwise the first that fits is taken.
 TUNE = True
-
-
-class Config(NamedTuple):
-    """Of one launch of the product's kernel."""
-
-    bm: int  # output pixels a tile
-    bn: int  # output channels a tile
-    bk: int  # bytes of w a step
-    warps: int
-    stages: int
-    split: int = 1  # programs that share one tile's reduction
-
-
-CANDIDATES = [
-    Config(128, 256, 64, 8, 3),
-    Config(256, 128, 64, 8, 3),
-    Config(256, 128, 128, 8, 3),
-    Config(128, 128, 128, 8, 3),
-    Config(128, 128, 64, 8, 4),
-    Config(128, 128, 64, 4, 4),
-    Config(128, 64, 64, 4, 4),
-    Config(64, 128, 128, 8, 3),
-    Config(64, 64, 128, 4, 4),
-    Config(64, 64, 64, 4, 4),
-    Config(32, 64, 64, 4, 5),
-    Config(16, 64, 128, 4, 4),
-    Config(16, 64, 64, 4, 5),
-    Config(128, 256, 32, 8, 4),
-    Config(256, 128, 32, 8, 4),
-    Config(128, 128, 32, 8, 5),
-    Config(128, 64, 32, 4, 5),
-    Config(64, 64, 32, 4, 5),
-    Config(16, 64, 32, 4, 5),
-]
 SPLITS = (2, 4, 8)
 MOST_SPLIT = 1024  # tiles of one product whose reductions are split
 TRIALS = 6  # the candidates of least estimated time are timed
+# What a damaged file of choices raises.
+DAMAGE = (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError)
 INTERPRETED = [Config(64, 64, 64, 4, 1), Config(64, 64, 32, 4, 1)]
 
 
@@ -69,20 +40,18 @@ class Gpu(NamedTuple):
 
     processors: int  # multiprocessors
     shared: int  # bytes of shared memory that a block can have
-    wgmma: bool  # sm_90's products, whose operands take fewer registers
+    table: TileTable  # of its architecture
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu:
         """The GPU of a device."""
         has = torch.cuda.get_device_properties(device)
-        return cls(has.multi_processor_count, has.shared_memory_per_block_optin, has.major == 9)
+        table = table_of((has.major, has.minor))
+        return cls(has.multi_processor_count, has.shared_memory_per_block_optin, table)
 
 
 def serves(c: Config, o: int, packed: bool, gpu: Gpu) -> bool:
     """Whether a tile fits a multiprocessor: its shared memory, and the registers of its threads.
-
-    Found by compiling them all (tests/gpu_emulation): more would spill. A split reduction takes
-    more registers a value, and so do outputs that are no multiple of 16.
 
     Args:
         c: the tile.
@@ -90,15 +59,12 @@ def serves(c: Config, o: int, packed: bool, gpu: Gpu) -> bool:
         packed: whether a byte of w holds two codes.
         gpu: where it is to run.
     """
-    most = 32 if o % 16 else 128 if gpu.wgmma else 64  # accumulators a thread
-    if c.split > 1:
-        most = min(most, 64)
     planes = 2 if packed else 1
     # Packed weights go through registers, and wait in one buffer less.
     buffers = c.stages * c.bm * planes + (c.stages - packed) * c.bn
     # In the end the int32 or float32 outputs are there instead.
     needed = max(buffers * c.bk, 4 * c.bm * c.bn)
-    return c.bm * c.bn <= most * 32 * c.warps and needed <= gpu.shared
+    return gpu.table.holds(c, o) and needed <= gpu.shared
 
 
 def fitting(
@@ -140,16 +106,11 @@ def fitting(
         finish = 1500 + 4 * c.bm * c.bn * (1 / 28 + c.split / alone) if c.split > 1 else 0
         return waves * (taps * span / c.bk / c.split * step + 1500) + finish
 
-    whole = [c for c in CANDIDATES if span % c.bk == 0 and c.bk <= longest]
+    whole = [c for c in gpu.table.tiles if span % c.bk == 0 and c.bk <= longest]
     split = [c._replace(split=n) for c in whole for n in SPLITS if taps * span >= 4 * n * c.bk]
     split = [c for c in split if tiles_of(c) <= MOST_SPLIT]
     served = [c for c in whole + split if serves(c, o, packed, gpu)]
     return sorted(served, key=cycles)[:TRIALS]
-
-
-def is_candidate(config: Config) -> bool:
-    """Whether a configuration is one that the code chooses from."""
-    return config._replace(split=1) in CANDIDATES and config.split in (1, *SPLITS)
 
 
 class ConfigCache:
@@ -162,6 +123,7 @@ class ConfigCache:
         self.chosen: dict[str, Config] = {}
         self.path: Path | None = None
         self.about: dict[str, str] = {}  # what the choices are for
+        self.known: tuple[Config, ...] = ()  # what could have been chosen there
 
     def load(self) -> Path:
         """Read what earlier processes chose, and return the file's path."""
@@ -172,6 +134,8 @@ class ConfigCache:
         version = runtime.triton.__version__
         path = root / "questlib" / f"triton-{version}-{source}-{gpu}.json"
         self.about = {"gpu": gpu, "triton": version, "kernels": source}
+        whole = table_of(torch.cuda.get_device_capability()).tiles
+        self.known = tuple(c._replace(split=n) for c in whole for n in (1, *SPLITS))
         self.chosen = self.stored(path) | self.chosen
         return path
 
@@ -181,13 +145,15 @@ class ConfigCache:
             return {}
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("digest") != digest_of_json(values):
+                raise ValueError("not what was saved")
             if (about := values["about"]) != self.about:
                 raise ValueError(f"expected tiles of {self.about}, found {about}")
             found = {key: Config(*v) for key, v in values["tiles"].items()}
-            if unknown := [c for c in found.values() if not is_candidate(c)]:
+            if unknown := [c for c in found.values() if c not in self.known]:
                 raise ValueError(f"no such tile: {tuple(unknown[0])}")
             return found
-        except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        except DAMAGE as error:
             warnings.warn(f"{path}: ignored ({error!r}); the kernels are tuned again", stacklevel=2)
             return {}
 
@@ -229,7 +195,8 @@ class ConfigCache:
         self.chosen = self.stored(path) | self.chosen
         try:
             with atomic_path(path) as temporary:
-                values = {"about": self.about, "tiles": self.chosen}
+                values: dict[str, Any] = {"about": self.about, "tiles": self.chosen}
+                values["digest"] = digest_of_json(values)
                 temporary.write_text(json.dumps(values), encoding="utf-8")
         except StorageError as error:
             warnings.warn(
