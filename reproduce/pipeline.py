@@ -15,7 +15,7 @@ from reproduce.plan import Plan
 from reproduce.provenance import Provenance, provenance
 from reproduce.results import Result, ResultError, SeedResult, Status
 from reproduce.scales import FASTEST, SIMULATED
-from reproduce.seed_run import SeedRun
+from reproduce.seed_run import PREVIEW_FILE, SeedRun
 from reproduce.table_results import planned_conditions, readable_result, without_numbers
 from reproduce.tables.base import Row
 
@@ -67,8 +67,8 @@ def _make_row(row: Row, plan: Plan) -> Result:
     kept = () if earlier is None else earlier.seeds
     seeds = sorted((*kept, *(run.run() for run in runs)), key=lambda s: s.seed)
     if seeds[0].seed == runs[0].seed:
-        with atomic_path(plan.folder / f"{row.id}.png") as temporary:
-            shutil.copyfile(runs[0].score.folder / "preview.png", temporary)
+        with atomic_path(plan.folder / row.picture_file) as temporary:
+            shutil.copyfile(runs[0].score.folder / PREVIEW_FILE, temporary)
     return Result(
         table=plan.table.name,
         row=row.id,

@@ -38,6 +38,7 @@ from reproduce.tables.base import Row
 SAMPLING_SEED = 1000  # sampling with seed s draws its noise from 1000 + s
 EVALUATE_VERSION = 1  # of the metrics' numbers; raised by hand, as those of questlib.versions
 PREVIEW = 8  # images in a row's picture
+PREVIEW_FILE = "preview.jpg"
 STAGES = ("ranges", "adaround", "act_recon", "noise_correction", "finetune")  # of a checkpoint
 
 # By artifact and kind: Inception takes longer than drawing small images.
@@ -146,6 +147,7 @@ class SeedRun:
             "reference": setting.reference,
             "files": file_digests(setting.reference),
             "version": EVALUATE_VERSION,
+            "picture": PREVIEW_FILE,
         }
         if self.features == "inception":
             key |= {"inception": file_digests(inception_weights()[0])}
@@ -260,7 +262,9 @@ class SeedRun:
         if paired is not None:
             values["latent_snr_db"] = metrics.latent_snr_db(samples.latents, paired.latents)
         strip = torch.cat(list(samples.images[:PREVIEW]), dim=2)  # [3, H, PREVIEW * W]
-        Image.fromarray(strip.permute(1, 2, 0).numpy()).save(folder / "preview.png")
+        # A third of a PNG's size. Colors keep their resolution: the images are small.
+        picture = Image.fromarray(strip.permute(1, 2, 0).numpy())
+        picture.save(folder / PREVIEW_FILE, quality=90, subsampling=0)
         return {
             "metrics": {k: _finite(v) for k, v in values.items() if k in METRICS},
             "about": {k: v for k, v in values.items() if k not in METRICS},

@@ -133,12 +133,13 @@ def breakdown_figure(result: dict[str, Any]) -> Figure:
     From benchmarks/cpu_breakdown.py, a panel for each of its models.
     """
     models = result["models"]
+    shown = [kind for kind in KINDS if any(_kinds(result, m)[kind].round(3).any() for m in models)]
     figure, places = plt.subplots(1, len(models), figsize=(5 * len(models), 2.2), squeeze=False)
     for axes, model in zip(places[0], models, strict=True):
         seconds = _kinds(result, model)
         left = pd.Series(0.0, index=seconds.index)
-        for kind, color in KINDS.items():
-            axes.barh(seconds.index, seconds[kind], left=left, color=color, label=kind)
+        for kind in shown:
+            axes.barh(seconds.index, seconds[kind], left=left, color=KINDS[kind], label=kind)
             left += seconds[kind]
         axes.invert_yaxis()
         axes.set_xlabel("seconds a step")

@@ -42,7 +42,7 @@ def picture(results: TableResults) -> Figure:
         _write_above(places[0, 0], told)
     for axes, row in zip(places[bool(told) :, 0], rows, strict=True):
         axes.set_title(row.title, fontsize=8)
-        path = results.plan.source / f"{row.id}.png"
+        path = results.plan.source / row.picture_file
         result = results[row.id]
         if result.done and path.is_file():
             axes.imshow(np.asarray(Image.open(path)), interpolation="nearest")

@@ -79,6 +79,11 @@ class Row:
         """Label and bits; of full precision the label alone."""
         return self.label if self.full_precision else f"{self.label} {self.bits}"
 
+    @property
+    def picture_file(self) -> str:
+        """The file with the row's first images, beside its result."""
+        return f"{self.id}.jpg"
+
 
 @dataclass(frozen=True)
 class Table:

@@ -28,7 +28,7 @@ def edit(plan, row: str, **changes) -> Result:
 def test_a_seed_is_added_to_those_of_an_earlier_run(tiny_plan, row_id):
     whole = tiny_plan(seeds=[0, 1])
     expected = run_row(whole.table.row(row_id), whole)
-    preview = (whole.folder / f"{row_id}.png").read_bytes()
+    preview = (whole.folder / f"{row_id}.jpg").read_bytes()
     for seeds, added in (([0], [1]), ([1], [0])):
         first, second = tiny_plan(seeds=seeds), tiny_plan(seeds=added, keep_seeds=True)
         run_row(first.table.row(row_id), first)
@@ -37,13 +37,13 @@ def test_a_seed_is_added_to_those_of_an_earlier_run(tiny_plan, row_id):
         assert result.n_samples == 32
         assert result.command.endswith(f"--seeds {added[0]} --keep-seeds")
         # The picture is the first seed's, whichever came first.
-        assert (second.folder / f"{row_id}.png").read_bytes() == preview
+        assert (second.folder / f"{row_id}.jpg").read_bytes() == preview
 
 
 def test_the_order_in_which_seeds_are_asked_for_does_not_matter(tiny_plan):
     plan, turned = tiny_plan(seeds=[0, 1]), tiny_plan(seeds=[1, 0])
     result = run_row(plan.table.row(ROW), plan)
-    preview = plan.folder / f"{ROW}.png"
+    preview = plan.folder / f"{ROW}.jpg"
     picture = preview.read_bytes()
     preview.unlink()
     again = run_row(turned.table.row(ROW), turned)
