@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,15 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     """Write a result file, whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def run_worker(script: str, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
+    """Run `script --worker ARGUMENTS` in a process of its own; the JSON that it prints last."""
+    command = [sys.executable, script, "--worker", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def read_models(path: Path) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ from typing import Any
 
 import cpu_unet
 import torch
-from common import RESULTS, parser_of, read_models, write_json
+from common import RESULTS, parser_of, read_models, run_worker, write_json
 from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -175,12 +174,7 @@ def run(model: str, repeats: int, folder: Path, peak: dict[str, float]) -> dict[
     cpu_unet.make_checkpoint(model, (4, 4), folder / model)
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
     for variant in [*VARIANTS, *reversed(VARIANTS)]:
-        arguments = ["--worker", model, variant, str(folder / model), str(repeats)]
-        command = [sys.executable, __file__, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{model} {variant} failed:\n{done.stderr[-2000:]}")
-        steps = json.loads(done.stdout.splitlines()[-1])
+        steps = run_worker(__file__, model, variant, str(folder / model), str(repeats))
         found[variant] += steps
         seconds = ", ".join(f"{sum(step.values()):.3f}" for step in steps)
         print(f"{model} {variant}: {seconds} s", file=sys.stderr)

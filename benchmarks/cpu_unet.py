@@ -19,7 +19,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ from typing import Any
 import openvino_unet
 import psutil
 import torch
-from common import RESULTS, parser_of, read_models, write_json
+from common import RESULTS, parser_of, read_models, run_worker, write_json
 from diffusers import UNet2DConditionModel
 
 import questlib
@@ -141,18 +140,13 @@ def worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, An
     }
 
 
-def run_worker(model: str, variant: str, folder: Path, repeats: int) -> dict[str, Any]:
+def measure(model: str, variant: str, folder: Path, repeats: int) -> dict[str, Any]:
     """`worker` in a process of its own."""
     print(f"{model} {variant} ...", end=" ", file=sys.stderr, flush=True)
-    arguments = [model, variant, str(folder), str(repeats)]
-    command = [sys.executable, __file__, "--worker", *arguments]
     environment = {k: v for k, v in os.environ.items() if k != SWITCH}
     if variant.endswith("-torch"):
         environment[SWITCH] = "1"
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise SystemExit(f"{model} {variant} failed:\n{done.stderr[-2000:]}")
-    row = json.loads(done.stdout.splitlines()[-1])
+    row = run_worker(__file__, model, variant, str(folder), str(repeats), env=environment)
     print(f"{statistics.median(row['step_s']):.3f} s", file=sys.stderr)
     return row
 
@@ -175,7 +169,7 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
     rows: dict[str, list[dict[str, Any]]] = {v: [] for v in variants}
     for variant in [*variants, *reversed(variants)]:
         place = models if variant in others else folder / f"{model}-{INTEGER.get(variant)}"
-        rows[variant].append(run_worker(model, variant, place, repeats))
+        rows[variant].append(measure(model, variant, place, repeats))
     result: dict[str, dict[str, Any]] = {}
     for variant, runs in rows.items():
         if variant in FLOAT:

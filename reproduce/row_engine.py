@@ -15,7 +15,6 @@ from torch import nn
 
 import questlib
 from questlib.errors import EngineError
-from questlib.integer.engines import choose_engine
 from questlib.integer.modules import IntegerLayer
 from questlib.kernels.library import kernels
 from reproduce.scales import FASTEST, SIMULATED
@@ -61,7 +60,6 @@ def open_for_drawing(folder: Path, engine: str, device: torch.device) -> Drawing
     if device.type != "cpu":
         return Drawing(simulated, SIMULATED, f"the model is on {device.type}")
     try:
-        choose_engine("cpu")
         fuse = kernels().library is not None
         converted = questlib.convert(simulated, "cpu", fuse=fuse)
     except EngineError as error:

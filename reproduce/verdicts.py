@@ -176,12 +176,14 @@ def verdict(results: TableResults, row: Row, metric: str) -> Verdict | None:
     """
     base = None if row.against is None else results.table.row(row.against)
     other = None if base is None else results[base.id]
-    common = common_spread(results, metric, row.bits)
     if metric in JUDGED:
-        return compare(metric, row, base, results[row.id], other, None, common)
-    if metric == PAIRED and base is not None and not base.full_precision:
-        return compare(metric, row, base, results[row.id], other, results.table.claim, common)
-    return None
+        claim = None
+    elif metric == PAIRED and base is not None and not base.full_precision:
+        claim = results.table.claim
+    else:
+        return None
+    common = common_spread(results, metric, row.bits)
+    return compare(metric, row, base, results[row.id], other, claim, common)
 
 
 def common_spread(results: TableResults, metric: str, bits: str) -> Spread | None:
