@@ -45,14 +45,18 @@ def chosen_device(name: str | None) -> torch.device:
     To be called before `processes`. None: a GPU where there is one.
 
     Raises:
-        ConfigError: there is no GPU that torch can use.
+        ConfigError: there is no GPU that torch can use, or this process has another device already.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: expected an NVIDIA GPU that torch can use, found none")
     if name == "cpu":
         PartialState(cpu=True, timeout=PATIENCE)
-        return torch.device("cpu")
-    return device()
+    found = device()
+    if name is not None and found.type != name:
+        raise ConfigError(
+            f"--device {name}: this process uses {found.type} already; start a new one"
+        )
+    return found
 
 
 @contextmanager

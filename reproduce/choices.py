@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from questlib.arguments import DEVICES
 from questlib.errors import ConfigError, unknown
 from questlib.integer.engines import ENGINES as INTEGER_ENGINES
 from reproduce.parameters import check_parameters
@@ -177,6 +178,12 @@ class Choices:
         f"fake (simulated), or always in integers: {', '.join(INTEGER_ENGINES)}, whose results are "
         "in TABLE-ENGINE (default: the scale's)",
         values=ENGINES,
+    )
+    device: str | None = _choice(
+        None,
+        "cpu or cuda (default: a GPU where there is one)",
+        values=DEVICES,
+        for_a_run=True,
     )
     model: str | None = _choice(
         None,

@@ -21,6 +21,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from questlib.diffusion.sampling import image_size
+from questlib.distributed import chosen_device
 from questlib.errors import ConfigError, QuestError, StorageError
 from questlib.files import STORAGE, atomic_path
 from questlib.integer.engines import ENGINES as INTEGER_ENGINES
@@ -47,8 +48,8 @@ QUIET = ["--log-level=ERROR"]  # kernels warn of TCP, which does not leave this 
 def preflight(plan: Plan) -> None:
     """Check what can be known before long work.
 
-    The model loads, the features have weights, reference and captions can be read, the engine
-    runs here, and kept seeds fit the plan.
+    The device is there, the model loads, the features have weights, reference and captions can be
+    read, the engine runs here, and kept seeds fit the plan.
 
     Raises:
         QuestError: one of these is not so.
@@ -56,6 +57,7 @@ def preflight(plan: Plan) -> None:
     source_of(plan)
     if plan.choices.stored:
         return
+    chosen_device(plan.choices.device)
     rows = [row for row in plan.rows if plan.missing(row) is None]
     settings = [plan.setting(row) for row in rows]
     models = {s.model for s in settings if s.model is not None}

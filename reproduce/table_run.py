@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from questlib.config import QuantConfig
 from questlib.denoisers import unet_of
+from questlib.distributed import chosen_device
 from questlib.quantization.roles import layer_kind, layer_roles
 from reproduce.agreement import compare_with_published
 from reproduce.choices import Choices
@@ -93,6 +94,7 @@ class TableRun:
         if self.plan.choices.stored:
             self._results = TableResults.stored(self.plan)
         else:
+            chosen_device(self.plan.choices.device)
             if self.plan.choices.jobs > 1:
                 make_seeds(self.plan)
             for row in tqdm(self.plan.rows, desc=self.plan.table.name):

@@ -39,7 +39,7 @@ MEASURED_ORDERS = (Order.BETTER, Order.WORSE, Order.UNCLEAR)
 # In a table's column, and what explains them there.
 SIGNS = {Order.BETTER: "▲", Order.WORSE: "▼", Order.UNCLEAR: "="}
 LEGEND = (
-    "▲ better, ▼ worse, = no difference that chance does not explain (paired t-test over seeds, "
+    "▲ better, ▼ worse, = no difference beyond chance (paired t-test over seeds, "
     f"p < {LEVEL}); ✓ as in the paper, ✗ not"
 )
 

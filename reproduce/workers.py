@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from questlib.distributed import chosen_device
 from questlib.errors import QuestError
 from reproduce.choices import Choices
 from reproduce.plan import Plan, make_plan
@@ -141,6 +142,7 @@ def _work(connection: Connection, table: str, choices: Choices, threads: int, lo
     os.dup2(output, 1)
     os.dup2(output, 2)
     torch.set_num_threads(threads)
+    chosen_device(choices.device)
     plan = make_plan(table, choices)
     while True:
         try:

@@ -26,6 +26,7 @@ EXAMPLES = {
     "stored": (True, None),
     "features": ("inception", "inception"),
     "engine": ("cpu", "cpu"),
+    "device": ("cpu", "cpu"),
     "model": ("a folder", "a folder"),
     "reference": ("images", "images"),
     "captions": ("captions.json", "captions.json"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from papermill.exceptions import PapermillExecutionError
 
+from questlib import distributed
 from questlib.errors import ConfigError, MetricError, QuestError, StorageError
 from reproduce import notebooks, provenance
 from reproduce.__main__ import main
@@ -61,6 +62,20 @@ def test_what_a_user_can_repair_is_one_line(of_code, code, error, says):
     plan = of_code(code)
     with pytest.raises(error, match=says):
         notebooks.execute(plan)
+
+
+def test_a_device_that_is_not_here_is_refused_before_any_work(tiny_plan, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="--device cuda: expected an NVIDIA GPU"):
+        notebooks.preflight(tiny_plan(rows=[ROW], device="cuda"))
+    notebooks.preflight(tiny_plan(rows=[ROW], device="cpu"))
+
+
+def test_a_device_cannot_be_changed_afterwards(tiny_plan, monkeypatch):
+    """Rows would silently be made on the device that the process has."""
+    monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda", 0))
+    with pytest.raises(ConfigError, match="--device cpu: this process uses cuda already"):
+        notebooks.preflight(tiny_plan(rows=[ROW], device="cpu"))
 
 
 def test_an_installed_package_without_notebooks_says_so_before_any_work(
