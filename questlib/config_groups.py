@@ -138,6 +138,11 @@ class FinetuningConfig(Settings):
     cma_local_loss: bool = True
     """Whether stage CMA has its local loss (release: not on LSUN and ImageNet)."""
 
+    teacher_autocast: bool = False
+    """Whether the full-precision model computes the targets of L_CMA in bfloat16
+    (torch.autocast), which a GPU does faster. Its predicted noise, for L_G, comes from the
+    calibration and stays as it was computed there."""
+
     normalize_local: bool = False
     """Whether each layer's local error is divided by its power in full precision."""
 

@@ -13,6 +13,8 @@ included. ||.||^2 is the mean over an output's values, and E_t the mean over a b
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
@@ -108,7 +110,10 @@ def stage_losses(
 
     names = list(stage.layers)
     targets_device = "cpu" if config.save_memory else None
-    with torch.no_grad(), capture_outputs(teacher, names, targets_device, stop=True) as targets:
+    autocast = config.finetuning.teacher_autocast
+    half = torch.autocast(teacher.device.type, torch.bfloat16) if autocast else nullcontext()
+    captured = capture_outputs(teacher, names, targets_device, stop=True)
+    with torch.no_grad(), half, captured as targets:
         batch.run(teacher)
     with capture_outputs(student, names) as outputs:
         out = batch.run(student)

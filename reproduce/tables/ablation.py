@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("cma-global", "quest, CMA on the global loss alone", "quest", dict(cma_local_loss=False)),
     ("global", "quest, TLA and CMA on the global loss alone", "quest", dict(local_loss=False)),
     ("global-2", "quest, global loss at the paper's weight, 2", "quest", dict(global_weight=2.0)),
+    ("bf16-targets", "quest, targets of CMA in bfloat16", "quest", dict(teacher_autocast=True)),
     ("long", "quest, 600 iterations of CMA", "quest", dict(cma_iters=600)),
     ("softmax-16", "quest, softmax not quantized", "quest", dict(softmax_bits=16)),
     ("softmax-4", "quest, softmax at 4 bits", "quest", dict(softmax_bits=4)),

@@ -64,6 +64,7 @@ FIELDS = {
     "finetuning.lora_rank": (4, set()),
     "finetuning.local_loss": (False, set()),
     "finetuning.cma_local_loss": (False, set()),
+    "finetuning.teacher_autocast": (True, set()),
     "finetuning.normalize_local": (True, set()),
     "finetuning.global_weight": (20.0, set()),
     "finetuning.global_per_layer": (True, set()),
@@ -98,6 +99,7 @@ SINCE_FORMAT_2 = {
     "cma_samples",
     "train_biases",
     "scale_layers",
+    "teacher_autocast",
 }
 
 # config.json of a checkpoint of format 1 that questlib 0.1.0 wrote: quest at W4A4, with changes

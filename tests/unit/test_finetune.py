@@ -333,6 +333,25 @@ def test_the_losses_are_the_papers_equations(pipe, calib, fast):
         torch.testing.assert_close(total, expected_global)
 
 
+def test_the_teacher_may_compute_its_targets_in_bfloat16(pipe, calib, fast):
+    """Targets alone change, by what 8 bits of mantissa lose; weights stay in float32."""
+    config = fast("quest", 4, 4)
+    q = quantize(pipe.unet, config, calib)
+    stage = next(stage for stage in select_stages(q, config) if stage.name == "cma")
+    select_parameters(q, stage, config)
+    batch = calib.batch(torch.arange(4), torch.zeros(4, dtype=torch.int64))
+    found = {}
+    for half in (False, True):
+        own = config.replace(teacher_autocast=half)
+        local, total = stage_losses(q, pipe.unet, stage, own, batch, None, {})
+        found[half] = (local.item(), total.item())
+        assert local.dtype == total.dtype == torch.float32
+    assert found[True][0] != found[False][0]
+    assert found[True][0] == pytest.approx(found[False][0], rel=0.02)
+    assert found[True][1] == found[False][1]  # the noise is the calibration's
+    assert {p.dtype for p in pipe.unet.parameters()} == {torch.float32}
+
+
 def test_scales_are_stepped_as_by_an_adam_of_each_row():
     """As torch's own Adam on every row that has a gradient, bit for bit, with weights beside them.
 
