@@ -11,7 +11,7 @@ from torch import nn
 
 from questlib.denoisers import TRANSFORMERS
 from questlib.errors import EngineError
-from questlib.integer.triton.flags import capturing
+from questlib.integer.graph_capture import capturing
 from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.time_path import depends_on_time_alone
 

@@ -9,11 +9,7 @@ import torch
 from torch import nn
 
 from questlib.errors import EngineError
-
-
-def capturing() -> bool:
-    """Whether what is launched now goes into a CUDA graph."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+from questlib.integer.graph_capture import capturing
 
 
 class Tables(nn.Module):

@@ -21,6 +21,7 @@ import torch
 
 from questlib.errors import StorageError
 from questlib.files import atomic_path
+from questlib.integer.graph_capture import capturing
 from questlib.integer.triton import runtime
 from questlib.integer.triton.tile_table import Config, TileTable, table_of
 from questlib.integrity import digest_of_json
@@ -171,7 +172,7 @@ class ConfigCache:
             self.path = self.load()
         if key not in self.chosen:
             found = candidates()
-            if len(found) == 1 or not TUNE or torch.cuda.is_current_stream_capturing():
+            if len(found) == 1 or not TUNE or capturing():
                 return found[0]
             self.chosen[key] = min(found, key=lambda c: self.seconds(c, run))
             self.save(self.path)
