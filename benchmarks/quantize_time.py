@@ -1,67 +1,57 @@
 """Seconds to calibrate, quantize and finetune a row's model, with our CPU kernels and without.
 
-    python benchmarks/quantize_time.py [--row bedrooms-w4a4-quest] [--threads 1] [--repeats 2]
+    python benchmarks/quantize_time.py [--row bedrooms-w4a4-quest] [--before CHECKOUT]
 
 The row is one of Table 3 at `mini` scale. Nothing is read from a cache. Each run is a process of
-its own; without kernels ($QUEST_NO_KERNELS) torch's operations do the same. The runs alternate
-(A B B A ...). The error is that of the predicted noise on trajectories that were not calibrated on,
-so that one sees whether the faster run gives the same model.
+its own; without kernels ($QUEST_NO_KERNELS) torch's operations do the same. `--before` times the
+code of another checkout, too. The runs alternate (A B B A). The error is that of the predicted
+noise on trajectories that were not calibrated on, so that one sees whether the faster run gives the
+same model.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from common import RESULTS, parser_of, run_worker, write_json
-from held_out import SEED, TRAJECTORIES, error_db
+from common import RESULTS, ROOT, parser_of, write_json
 
-import questlib
-from questlib.denoisers import unet_of
 from questlib.kernels.library import SWITCH
 from reproduce.choices import Choices
-from reproduce.models.loading import load_pipeline
-from reproduce.plan import Plan, make_plan
+from reproduce.plan import make_plan
 from reproduce.provenance import provenance
-from reproduce.tables.base import Row
 
 RESULT = RESULTS / "quantize_time.json"
-TABLE = "table3"
-VARIANTS = ("kernels", "torch")
+WORKER = Path(__file__).with_name("quantize_time_worker.py")
 
 
-def plan_of(row: str) -> tuple[Plan, Row]:
-    """The row and its plan. ConfigError for an unknown row."""
-    plan = make_plan(TABLE, Choices(scale="mini", rows=(row,)), dry=True)
-    return plan, plan.table.row(row)
+def run(row: str, threads: int, code: Path, kernels: bool) -> dict[str, Any]:
+    """One run, in a process of its own.
+
+    Args:
+        code: the checkout whose packages are timed.
+        kernels: whether they may use compiled kernels.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != SWITCH}
+    environment |= {"PYTHONPATH": str(code)} | ({} if kernels else {SWITCH: "1"})
+    command = [sys.executable, str(WORKER), row, str(threads)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=code
+    )
+    if done.returncode:
+        raise SystemExit(f"{row} in {code} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def worker(name: str, threads: int) -> dict[str, Any]:
-    """One run: seconds of each stage, and the error of what it gives."""
-    torch.set_num_threads(threads)
-    plan, row = plan_of(name)
-    setting = plan.setting(row)
-    config = plan.config(row, 0)
-    pipe = load_pipeline(str(setting.model))
-    how = vars(setting.sampling)
-    start = time.perf_counter()
-    calib = questlib.calibrate(pipe, setting.calib_samples, seed=0, **how)
-    seconds = {"calibrate": time.perf_counter() - start}
-    teacher = unet_of(pipe)
-    unet = questlib.quantize(teacher, config, calib)
-    seconds |= unet.quest_log["seconds"]
-    start = time.perf_counter()
-    questlib.finetune(unet, teacher, calib, config)
-    seconds["finetune"] = time.perf_counter() - start
-    held_out = questlib.calibrate(pipe, TRAJECTORIES, seed=SEED, **how)
-    return {"seconds": seconds, "error_db": error_db(unet, held_out)}
+def commit_of(code: Path) -> str:
+    """The commit of a checkout."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=code).stdout[:-1]
 
 
 def main() -> None:
@@ -69,25 +59,21 @@ def main() -> None:
     parser.add_argument("--row", default="bedrooms-w4a4-quest")
     parser.add_argument("--threads", type=int, default=1, help="of each run, as in `--jobs 2`")
     parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--before", type=Path, help="a checkout of older code")
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--worker", nargs=2, metavar=("ROW", "THREADS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(worker(args.worker[0], int(args.worker[1]))))
-        return
-    plan, row = plan_of(args.row)
+    plan = make_plan("table3", Choices(scale="mini", rows=(args.row,)), dry=True)
+    row = plan.table.row(args.row)
     if row.full_precision:
         parser.error(f"--row: expected a quantized row, found {args.row}")
-    runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
+    variants = {"kernels": (ROOT, True), "torch": (ROOT, False)}
+    if args.before is not None:
+        variants["before"] = (args.before.resolve(), True)
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in variants}
     for number in range(args.repeats):
-        for variant in VARIANTS if number % 2 == 0 else reversed(VARIANTS):
-            environment = {k: v for k, v in os.environ.items() if k != SWITCH}
-            if variant == "torch":
-                environment[SWITCH] = "1"
-            found = run_worker(__file__, args.row, str(args.threads), env=environment)
-            runs[variant].append(found)
-            print(variant, found, file=sys.stderr, flush=True)
-    stages = runs["kernels"][0]["seconds"]
+        for name in list(variants) if number % 2 == 0 else list(reversed(variants)):
+            runs[name].append(run(args.row, args.threads, *variants[name]))
+            print(name, runs[name][-1], file=sys.stderr, flush=True)
     result = {
         "command": f"python benchmarks/quantize_time.py --row {args.row}",
         "row": args.row,
@@ -95,15 +81,15 @@ def main() -> None:
         "model": plan.setting(row).model,
         "threads": args.threads,
         "variants": {
-            variant: {
+            name: {
+                "commit": commit_of(variants[name][0]),
                 "seconds": {
                     stage: statistics.median(run["seconds"][stage] for run in found)
-                    for stage in stages
+                    for stage in found[0]["seconds"]
                 },
-                "error_db": [run["error_db"] for run in found],
                 "runs": found,
             }
-            for variant, found in runs.items()
+            for name, found in runs.items()
         },
         "provenance": provenance(),
     }
