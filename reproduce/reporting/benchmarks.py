@@ -179,6 +179,34 @@ def finetuned_line(model: str, counts: list[dict[str, Any]]) -> dict[str, str]:
     return {"model": model} | memory
 
 
+QUANTIZED_BY = {
+    "kernels": "with compiled kernels",
+    "torch": "without them",
+    "before": "before them, at {commit}",
+}
+
+
+def quantizing(folder: Path) -> str:
+    """Seconds to quantize one row's model, stage by stage."""
+    found = _benchmark(folder, "quantize_time")
+    if found is None:
+        return _not_measured("quantize_time")
+    lines = []
+    for name, about in found["variants"].items():
+        seconds = about["seconds"]
+        errors = sorted({f"{run['error_db']:.1f}" for run in about["runs"]})
+        line = {"": QUANTIZED_BY[name].format(commit=about["commit"])}
+        line |= {f"{stage}, s": f"{value:.1f}" for stage, value in seconds.items()}
+        line |= {"sum, s": f"{sum(seconds.values()):.1f}", "error, dB": ", ".join(errors)}
+        lines.append(line)
+    heading = (
+        f"`python benchmarks/quantize_time.py` ({found['row']}, {found['bits']}, {found['model']}, "
+        f"{found['threads']} thread, {machine_words(found['provenance']['machine'])}; error of the "
+        "predicted noise on trajectories that were not calibrated on):"
+    )
+    return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"
+
+
 def machines(folder: Path) -> str:
     """The same seeds on two machines."""
     found = _benchmark(folder, "machines")

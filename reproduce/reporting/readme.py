@@ -44,6 +44,7 @@ BLOCKS: dict[str, Callable[[Path], str]] = {
     "estimate": benchmarks.estimate,
     "full-size": benchmarks.full_size,
     "machines": benchmarks.machines,
+    "quantizing": benchmarks.quantizing,
     "adaround": benchmarks.adaround,
     "release": benchmarks.release,
     "paper": overview.paper_scale,
