@@ -41,6 +41,7 @@ BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention, TimestepEmbedding)
 BETA_START = 20.0
 BETA_END = 2.0
 WARMUP = 0.2  # share of the iterations that run without the regularizer
+REFERENCE_BITS = 4  # at which `config.adaround.round_weight` is the regularizer's weight
 
 # ---- blocks and their data ----
 
@@ -206,13 +207,30 @@ def round_beta(i: int, iters: int) -> float | None:
     from 20 to 2, so that at first only weights near 0 or 1 are pulled, and all in the end.
 
     The original adds the sum over a block's weights to an error in the units of the block's
-    output. Here the error is relative and the term is a mean, so that one lambda
-    (`config.adaround.round_weight`) serves blocks of every size.
+    output. Here the error is relative and the term is a mean, so that one lambda (`round_weight`)
+    serves blocks of every size.
     """
     progress = i / max(1, iters)
     if progress < WARMUP:
         return None
     return BETA_END + (BETA_START - BETA_END) * (1 - (progress - WARMUP) / (1 - WARMUP))
+
+
+def round_weight(weight: float, bits: int) -> float:
+    """lambda for weights of some bits.
+
+    A rounding error has a fourth of the power with each bit more. So has its regularizer:
+    otherwise it outweighs the error at 8 bits, and every weight goes to the nearest code.
+
+    Args:
+        weight: lambda at 4 bits, `config.adaround.round_weight`.
+        bits: of the quantizer.
+
+    Example:
+        >>> round_weight(10.0, 4), round_weight(10.0, 8)
+        (10.0, 0.0390625)
+    """
+    return weight * 4.0 ** (REFERENCE_BITS - bits)
 
 
 class Rounding(NamedTuple):
@@ -249,7 +267,7 @@ def learn_rounding(
     def regularize(i: int) -> None:
         beta = round_beta(i, choices.iters)
         for quantizer in quantizers if beta is not None else ():
-            quantizer.regularize(beta, choices.round_weight)
+            quantizer.regularize(beta, round_weight(choices.round_weight, quantizer.bits))
 
     minimize(
         loss,

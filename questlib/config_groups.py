@@ -88,8 +88,9 @@ class AdaRoundConfig(Settings):
 
     round_weight: Rate = 10.0
     """Weight of the rounding regularizer, a mean over each layer's weights, beside the block's
-    relative error. Ten decides over 95% of the roundings at every scale's budget
-    (`benchmarks/adaround.py`); an undecided one loses what it learned when it is hardened."""
+    relative error, at 4 bits; a bit more has a fourth of it, as a rounding error has. Ten decides
+    over 95% of the roundings of 4 bits at every scale's budget (`benchmarks/adaround.py`); an
+    undecided one loses what it learned when it is hardened."""
 
     samples: Count = 256
     """Calibration inputs that are kept for a block, also for the activation scales' blocks."""

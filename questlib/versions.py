@@ -10,7 +10,7 @@ from __future__ import annotations
 STAGE_VERSIONS: dict[str, int] = {
     "calibrate": 1,
     "ranges": 1,
-    "adaround": 2,
+    "adaround": 3,
     "act_recon": 2,
     "noise_correction": 1,
     "finetune": 1,

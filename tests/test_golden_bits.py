@@ -35,7 +35,10 @@ from reproduce.models.pipelines import ClassEmbedder
 from reproduce.seed_run import EVALUATE_VERSION
 
 GOLDEN = Path(__file__).with_name("golden_bits.json")
-TOLERANCE = 1e-3  # of a tensor's mean size: far above the rounding of other machines
+# Of a tensor's mean size: far above the rounding of other machines. Where a model is trained, single
+# roundings go the other way there, and what follows goes with them.
+TOLERANCE = 1e-3
+TRAINED = 5e-2
 Numbers = dict[str, torch.Tensor]
 
 
@@ -338,11 +341,17 @@ def values_of(numbers: Numbers) -> dict[str, list[float]]:
     return values
 
 
-def values_agree(found: dict[str, list[float]], golden: dict[str, list[float]]) -> bool:
+def tolerance_of(stage: str) -> float:
+    return TRAINED if stage in ("adaround", "act_recon", "finetune") else TOLERANCE
+
+
+def values_agree(
+    found: dict[str, list[float]], golden: dict[str, list[float]], tolerance: float
+) -> bool:
     if found.keys() != golden.keys():
         return False
     for name, expected in golden.items():
-        allowed = max(1e-8, TOLERANCE * abs(expected[0]))
+        allowed = max(1e-8, tolerance * abs(expected[0]))
         if any(abs(a - b) > allowed for a, b in zip(found[name], expected, strict=True)):
             return False
     return True
@@ -362,7 +371,8 @@ def failure(stage: str, numbers: Numbers, golden: dict, version: int, machine: s
     if machine in entry["bits"]:
         what, same = "bits", bits_of(numbers) == entry["bits"][machine]
     else:
-        what, same = "values", values_agree(values_of(numbers), entry["values"])
+        found = values_of(numbers)
+        what, same = "values", values_agree(found, entry["values"], tolerance_of(stage))
     if same:
         return None
     place = "STAGE_VERSIONS['" + stage + "'] in questlib/versions.py"
@@ -434,7 +444,7 @@ def test_one_last_bit_counts_where_the_machine_is_known_and_a_percent_elsewhere(
         stage, nearly, golden, 1, "here"
     )
     assert failure(stage, nearly, golden, 1, "elsewhere") is None
-    other = found | {name: found[name] * 1.01}
+    other = found | {name: found[name] * (1 + 2 * tolerance_of(stage))}
     assert "(values)" in failure(stage, other, golden, 1, "elsewhere")
 
 
@@ -444,7 +454,8 @@ def test_one_last_bit_counts_where_the_machine_is_known_and_a_percent_elsewhere(
 def entry_of(stage: str, numbers: Numbers, old: dict | None) -> dict:
     """A stage's new entry; bits of other machines stay where these numbers are still theirs."""
     entry = {"version": version_of(stage), "values": values_of(numbers), "bits": {}}
-    if old and old["version"] == entry["version"] and values_agree(entry["values"], old["values"]):
+    same = old and old["version"] == entry["version"]
+    if same and values_agree(entry["values"], old["values"], tolerance_of(stage)):
         entry["bits"] |= old["bits"]
         entry["values"] = old["values"]  # one machine's, as long as they are right
     entry["bits"][fingerprint()] = bits_of(numbers)

@@ -14,6 +14,7 @@ from questlib.adaround import (
     pick_samples,
     reconstruct_acts,
     reconstruct_weights,
+    round_weight,
 )
 from questlib.capture import capture_calls
 from questlib.errors import CheckpointError, ConfigError
@@ -179,6 +180,19 @@ def test_roundings_gradient_is_that_of_autograd():
     torch.testing.assert_close(alpha.grad.double(), exact.grad, rtol=1e-4, atol=1e-7)
     assert 0 < int((h == 0).sum() + (h == 1).sum()) < h.numel()
     assert ((lower < low) | (lower >= low + 7)).any()  # weights beyond the grid's ends
+
+
+def test_the_regularizer_keeps_its_place_beside_an_error_of_any_bits():
+    """Rounding errors of uniform weights have a fourth of the power with each bit more."""
+    w = torch.rand(4, 4096, generator=torch.Generator().manual_seed(0))
+    one_part = torch.zeros(4096, dtype=torch.int64)
+    ratios = []
+    for bits in (3, 4, 6, 8):
+        quantizer = WeightQuantizer.from_weight(w, bits, one_part, "minmax")
+        error = (quantizer(w) - w).pow(2).mean().item()
+        ratios.append(round_weight(10.0, bits) / error)
+    assert ratios == pytest.approx([ratios[1]] * 4, rel=0.35)
+    assert round_weight(10.0, 4) == 10.0
 
 
 @pytest.mark.parametrize("scale", ["smoke", "mini"])
