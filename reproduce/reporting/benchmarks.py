@@ -232,10 +232,13 @@ def machines(folder: Path) -> str:
 
 
 def adaround(folder: Path) -> str:
-    """What the weight of AdaRound's regularizer does."""
-    found = _benchmark(folder, "adaround")
-    if found is None:
-        return _not_measured("adaround")
+    """What the weight of AdaRound's regularizer does, at 4 bits and at 8."""
+    found = [_benchmark(folder, name) for name in ("adaround", "adaround8")]
+    return "\n\n".join(_not_measured("adaround") if f is None else rounded(f) for f in found)
+
+
+def rounded(found: dict[str, Any]) -> str:
+    """AdaRound at some bits, a line a run."""
     lines = []
     for run in found["runs"]:
         blocks = run["blocks"].values()
@@ -251,7 +254,7 @@ def adaround(folder: Path) -> str:
         )
     nearest = found["runs"][0]["model_nearest_db"]
     heading = (
-        f"`python benchmarks/adaround.py` ({found['model']}, W{found['bits']}, on trajectories "
+        f"`python benchmarks/adaround.py --bits {found['bits']}` ({found['model']}, W{found['bits']}, on trajectories "
         f"that were not calibrated on; rounded to nearest the model has {nearest:.1f} dB):"
     )
     return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"
