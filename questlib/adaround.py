@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from questlib.alignment import alignment_error
-from questlib.calibration import Calibration
+from questlib.calibration import Calibration, pick_samples
 from questlib.calls import Batch, put_tensors, take_tensors
 from questlib.capture import Call, capture_calls, capture_outputs, execution_order
 from questlib.config import QuantConfig
@@ -67,21 +67,6 @@ def blocks(unet: nn.Module, inputs: Batch) -> list[str]:
 
     visit(unet, "")
     return execution_order(unet, found, inputs[:1].run)
-
-
-def pick_samples(calib: Calibration, count: int, seed: int) -> list[Batch]:
-    """Draw `count` calls (x_t, t), a batch a table: all steps in turn, samples at random.
-
-    Each table gives as many as it has steps among all, rounded up.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    batches = []
-    for table in calib.tables:
-        share = -(-count * len(table.t) // len(calib.t))
-        step = torch.arange(share) % len(table.t)
-        which = torch.randint(table.width, (share,), generator=generator)
-        batches.append(table.batch(step, which))
-    return batches
 
 
 class RecordedCalls:

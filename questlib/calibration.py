@@ -435,3 +435,18 @@ def _record(pipe: DiffusionPipeline, run: Callable[[], Any]) -> Calibration:
     if not state.is_main_process:
         tables = _tables(found, skeletons)
     return Calibration(tables, model_digest(denoiser), files)
+
+
+def pick_samples(calib: Calibration, count: int, seed: int) -> list[Batch]:
+    """Draw `count` calls (x_t, t), a batch a table: all steps in turn, samples at random.
+
+    Each table gives as many as it has steps among all, rounded up.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for table in calib.tables:
+        share = -(-count * len(table.t) // len(calib.t))
+        step = torch.arange(share) % len(table.t)
+        which = torch.randint(table.width, (share,), generator=generator)
+        batches.append(table.batch(step, which))
+    return batches

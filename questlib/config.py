@@ -9,34 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, ValidationError, model_validator
+from pydantic import ValidationError, model_validator
 
 from questlib.config_groups import (
     GROUPS,
+    OFF,
     ActReconConfig,
     AdaRoundConfig,
+    Bits,
     Count,
     FinetuningConfig,
+    MixedConfig,
     Power,
     RangeConfig,
     Seed,
     Settings,
+    TransformConfig,
 )
 from questlib.errors import ConfigError, did_you_mean
 from questlib.presets import preset_values
-
-OFF = 16  # a bit-width of 16 switches a quantizer off
-
-
-def _check_bits(bits: int) -> int:
-    if not (2 <= bits <= 8 or bits == OFF):
-        raise ValueError(f"expected 2..8, or {OFF} for off")
-    return bits
-
-
-Bits = Annotated[int, AfterValidator(_check_bits)]
 
 
 def digest(values: Any) -> str:
@@ -105,6 +98,13 @@ class QuantConfig(Settings):
     their names, or patterns such as "*.attn1". `attention="float"` or "auto" of `convert` and
     `from_pretrained` sets it."""
 
+    layer_weight_bits: dict[str, Bits] = {}
+    """Bits of the weights of single layers, by name; they win over all other choices. `mixed` sets
+    them."""
+
+    layer_act_bits: dict[str, Bits] = {}
+    """Bits of the inputs of single layers, likewise."""
+
     noise_correction: bool = False
     """Whether the predicted noise is corrected by its error on the calibration set (PTQ-D)."""
 
@@ -133,6 +133,12 @@ class QuantConfig(Settings):
     finetuning: FinetuningConfig = FinetuningConfig()
     """Selective finetuning."""
 
+    transforms: TransformConfig = TransformConfig()
+    """What stands before and beside linear layers."""
+
+    mixed: MixedConfig = MixedConfig()
+    """Bits for each layer by its sensitivity."""
+
     def __init__(self, **values: Any) -> None:
         nested = _nested(values)
         try:
@@ -150,6 +156,15 @@ class QuantConfig(Settings):
                 "noise_correction: expected post-training quantization alone, "
                 "found finetuning stages beside it"
             )
+        for name, bits, choices in (
+            ("weight", self.weight_bits, self.mixed.weight_choices),
+            ("act", self.act_bits, self.mixed.act_choices),
+        ):
+            if choices and not min(choices) <= bits < OFF:
+                raise ValueError(
+                    f"mixed.{name}_choices: expected one of at most {name}_bits, which is their "
+                    f"mean; found {choices} with {name}_bits {bits}"
+                )
         if self.ranges.calib_model == "quantized" and (
             self.ranges.act_granularity in ("carrier", "token") or self.ranges.te_token
         ):
@@ -228,6 +243,7 @@ class QuantConfig(Settings):
             names += ["weight_bits", "first_last_weight_bits"]
         names += ["skip_layers"] if self.skip_layers else []
         names += ["float_attention"] if self.float_attention else []
+        values |= self._of_layers()
         return digest(values | {name: getattr(self, name) for name in names})
 
     def adaround_key(self) -> str:
@@ -236,7 +252,24 @@ class QuantConfig(Settings):
         names = ["weight_bits", "first_last_weight_bits", "weight_range", "weight_range_norm"]
         names += ["split_skip", "seed"]
         names += ["skip_layers"] if self.skip_layers else []
+        values |= self._of_layers()
         return digest(values | {name: getattr(self, name) for name in names})
+
+    def _of_layers(self) -> dict[str, Any]:
+        """What transforms and bits of single layers add to a key; nothing where there are none.
+
+        Smoothing quantizes activations where it compares its factors.
+        """
+        found: dict[str, Any] = {}
+        for name in ("transforms", "layer_weight_bits", "layer_act_bits"):
+            value = getattr(self, name)
+            if isinstance(value, Settings):
+                value = _chosen(value)
+            if value:
+                found[name] = value
+        if self.transforms.smoothing:
+            found |= {"smoothed for": [self.weight_bits, self.act_bits]}
+        return found
 
     def act_recon_key(self) -> str:
         """Key of the activation scales that Q-Diffusion's second stage gives."""
@@ -303,7 +336,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
             value = value.model_dump()
         if path[0] in GROUPS and isinstance(value, bool) and len(path) == 1:
             path = [path[0], "enabled"]
-        if len(path) == 1 and isinstance(value, Mapping):
+        if len(path) == 1 and path[0] in GROUPS and isinstance(value, Mapping):
             own = {field_path(f"{name}.{field}")[1]: v for field, v in value.items()}
             found = _merged(found, {name: own})
         elif len(path) == 1:
@@ -318,7 +351,8 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
     merged = dict(values)
     for name, value in changes.items():
         own = merged.get(name)
-        merged[name] = own | value if isinstance(own, dict) and isinstance(value, dict) else value
+        inside = name in GROUPS and isinstance(own, dict) and isinstance(value, dict)
+        merged[name] = own | value if inside else value
     return merged
 
 

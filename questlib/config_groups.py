@@ -7,11 +7,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 Granularity = Literal["tensor", "channel", "carrier", "token"]
 Search = Literal["minmax", "mse", "percentile"]
 
+OFF = 16  # a bit-width of 16 switches a quantizer off
+
+
+def _check_bits(bits: int) -> int:
+    if not (2 <= bits <= 8 or bits == OFF):
+        raise ValueError(f"expected 2..8, or {OFF} for off")
+    return bits
+
+
+Bits = Annotated[int, AfterValidator(_check_bits)]
 Count = Annotated[int, Field(ge=1)]
 Iterations = Annotated[int, Field(ge=0)]
 Rank = Annotated[int, Field(ge=0)]
@@ -197,9 +207,52 @@ class FinetuningConfig(Settings):
     """Whether learning rates fall along a cosine to zero over each stage (paper: constant)."""
 
 
+class TransformConfig(Settings):
+    """What stands before and beside linear layers outside of the time path, in methods that came
+    after QuEST (`questlib.quantization.transforms`)."""
+
+    rotation: bool = False
+    """Whether inputs of linear layers, and queries and keys of attention, are rotated by a Hadamard
+    matrix before they are quantized (QuaRot, ViDiT-Q)."""
+
+    smoothing: bool = False
+    """Whether channels of linear layers' inputs are divided by factors that weights are multiplied
+    with, chosen for the least error of each layer (SmoothQuant, SVDQuant)."""
+
+    low_rank: Rank = 0
+    """Rank of a branch in 16 bits beside each linear layer, which takes the largest singular values
+    off its weight (SVDQuant); at most a quarter of the layer's inputs and outputs. 0: none."""
+
+    @property
+    def any(self) -> bool:
+        """Whether there is anything."""
+        return self.rotation or self.smoothing or self.low_rank > 0
+
+
+class MixedConfig(Settings):
+    """Bits for each layer by its sensitivity, with `weight_bits` and `act_bits` as the means that
+    may not be exceeded (MixDQ, `questlib.baselines.mixed_precision`)."""
+
+    weight_choices: list[Bits] = []
+    """Bits that the weights of a layer may have; empty: all layers have `weight_bits`."""
+
+    act_choices: list[Bits] = []
+    """Bits that the inputs of a layer may have; empty: all layers have `act_bits`."""
+
+    sensitivity_samples: Count = 40
+    """Calls of the model that a layer's sensitivity is measured on, over all steps."""
+
+    @property
+    def enabled(self) -> bool:
+        """Whether any bits are chosen."""
+        return bool(self.weight_choices or self.act_choices)
+
+
 GROUPS: dict[str, type[Settings]] = {
     "ranges": RangeConfig,
     "adaround": AdaRoundConfig,
     "act_recon": ActReconConfig,
     "finetuning": FinetuningConfig,
+    "transforms": TransformConfig,
+    "mixed": MixedConfig,
 }

@@ -26,6 +26,7 @@ from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.seal import check_whole
 from questlib.quantization.step_groups import StepGroups
 from questlib.quantization.stored_values import wrong_act_values, wrong_weight_values
+from questlib.quantization.transforms import Transform
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 CLASSES = {c.__name__: c for c in (*UNETS, FixedHeadsUNet2DModel, *TRANSFORMERS)}
@@ -194,7 +195,7 @@ def check_values(path: Path, unet: nn.Module, state: Tensors) -> None:
         elif isinstance(module, StepGroups):
             known = module.state_dict()
             wrong += [f"{name}.{k}" for k, v in of(name).items() if not torch.equal(v, known[k])]
-        elif isinstance(module, NoiseCorrection):
+        elif isinstance(module, NoiseCorrection | Transform):
             wrong += [f"{name}.{value}" for value in module.wrong_values(of(name))]
     fail_if_any(f"checkpoint {path}", {"impossible values": wrong})
 

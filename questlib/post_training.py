@@ -11,6 +11,8 @@ import torch
 from torch import nn
 
 from questlib.adaround import decided_share, reconstruct_acts, reconstruct_weights
+from questlib.baselines.low_rank_branch import fit_transforms
+from questlib.baselines.mixed_precision import with_chosen_bits
 from questlib.baselines.noise_correction import estimate_correction, insert_correction
 from questlib.calibration import Calibration
 from questlib.capture import execution_order
@@ -76,8 +78,10 @@ def quantize(
     check_unet(unet)
     model = calib.check(unet)
     start = time.perf_counter()
+    config = with_chosen_bits(unet, calib, config)
     student = prepare(unet, config, calib.t)
     check_reached(student, calib)
+    fit_transforms(student, unet, calib, config)
     if config.noise_correction:
         insert_correction(student)
     log: QuantizationLog = {

@@ -22,6 +22,51 @@ Q_DIFFUSION: dict[str, Any] = dict(
     cma_layers="none",
 )
 
+# Ours: scales that run in integers, all time-embedding and attention layers, step groups, and both
+# losses. Local errors are relative to each layer's power, so that L_G weighs ten times as much as
+# in the paper (ablation: global-2).
+QUEST: dict[str, Any] = dict(
+    act_range="mse",
+    adaround=True,
+    step_groups=4,
+    softmax_bits=8,
+    first_last_act_bits=8,
+    first_last_weight_bits=8,
+    normalize_local=True,
+    global_weight=20.0,
+    tla_iters=1100,
+    cma_iters=1100,
+    lr_relative=True,
+    lr_decay=True,
+    lr_weight=2e-2,
+    lr_scale=2e-3,
+)
+
+# ---- after the paper: what later methods add to post-training quantization, or to QuEST ----
+
+# Li et al., ICLR 2025, "SVDQuant": outliers of activations go into weights, and the largest
+# singular values of the weights into a branch of rank 32 in 16 bits.
+SVDQUANT: dict[str, Any] = dict(smoothing=True, low_rank=32)
+
+# Ashkboos et al., NeurIPS 2024, "QuaRot", and Zhao et al., ICLR 2025, "ViDiT-Q": inputs of linear
+# layers, queries and keys are rotated.
+ROTATION: dict[str, Any] = dict(rotation=True)
+
+# Zhao et al., ECCV 2024, "MixDQ": bits of each layer by its sensitivity. A mean of 4 bits needs
+# candidates below 4 for activations, too.
+MIXDQ: dict[str, Any] = dict(weight_choices=[2, 4, 8], act_choices=[2, 4, 8])
+
+# What all three start from: learned rounding, where SVDQuant and QuaRot have GPTQ, and 8 bits where
+# every baseline of ours has them. The first two have a grid for each token as it comes.
+LATER: dict[str, Any] = dict(
+    act_range="mse",
+    adaround=True,
+    softmax_bits=8,
+    first_last_act_bits=8,
+    te="ptq",
+    cma_layers="none",
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Naive post-training quantization: the ranges are what was seen.
     "minmax": dict(
@@ -126,31 +171,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         lr_scale=1e-4,
         lr_scale_tla=1e-5,
     ),
-    # Ours: scales that run in integers, all time-embedding and attention layers, step groups, and
-    # both losses. Local errors are relative to each layer's power, so that L_G weighs ten times as
-    # much as in the paper (ablation: global-2).
-    "quest": dict(
-        act_range="mse",
-        adaround=True,
-        step_groups=4,
-        softmax_bits=8,
-        first_last_act_bits=8,
-        first_last_weight_bits=8,
-        normalize_local=True,
-        global_weight=20.0,
-        tla_iters=1100,
-        cma_iters=1100,
-        lr_relative=True,
-        lr_decay=True,
-        lr_weight=2e-2,
-        lr_scale=2e-3,
-    ),
+    "quest": QUEST,
+    "svdquant": LATER | SVDQUANT | dict(act_granularity="token"),
+    "rotation": LATER | ROTATION | dict(act_granularity="token"),
+    "mixdq": LATER | MIXDQ,
+    "svdquant-quest": QUEST | SVDQUANT,
+    "rotation-quest": QUEST | ROTATION,
+    "mixdq-quest": QUEST | MIXDQ,
 }
 
 # What changes at activations of up to 4 bits.
 PRESETS_A4: dict[str, dict[str, Any]] = {
     "quest-release": dict(act_granularity="channel", act_ema=None),
-    "quest": dict(act_granularity="carrier"),
+    **dict.fromkeys(
+        ("quest", "svdquant-quest", "rotation-quest", "mixdq-quest"),
+        dict(act_granularity="carrier"),
+    ),
 }
 
 

@@ -286,6 +286,7 @@ class Finetuning:
             for name, layer in quant_layers(self.unet).items():
                 if layer.weight_quantizer is not None:
                     full = self.teacher.get_submodule(name).weight.to(layer.weight.device)
+                    full = layer.own_weight(full)
                     layer.weight.data = layer.weight_quantizer.reopen(layer.codes(), full)
         self.rest()
         synchronize(self.unet)

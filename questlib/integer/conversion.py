@@ -12,6 +12,7 @@ from questlib.errors import EngineError
 from questlib.integer.engines import choose_engine
 from questlib.integer.float_attention import apply_attention, check_attention
 from questlib.integer.form import integer_form
+from questlib.integer.modules import TransformedLayer
 from questlib.integer.time_table import tabulate_time
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
@@ -88,12 +89,15 @@ def convert(
     for name, layer in quant_layers(unet).items():
         if not _runs_in_integers(layer):
             continue
+        new: nn.Module
         try:
             new = chosen.make_layer(integer_form(layer, name), unet.quest_steps, options)
         except EngineError:
             if not fallback:
                 raise
             continue
+        if layer.transform is not None:
+            new = TransformedLayer(new, layer.transform)
         unet.set_submodule(name, new)
 
     for name, module in unet.named_modules():

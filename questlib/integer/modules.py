@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from questlib.integer.attention_form import attention_form
 from questlib.integer.form import IntegerForm
 from questlib.quantization.attention import QuantAttnProcessor
 from questlib.quantization.precision import FixedPrecision
 from questlib.quantization.step_groups import StepGroups
+from questlib.quantization.transforms import Transform
 
 SIZES = (
     *("in_features", "out_features", "in_channels", "out_channels"),
@@ -55,6 +57,28 @@ class IntegerLayer(FixedPrecision):
         raise NotImplementedError
 
 
+class TransformedLayer(nn.Module):
+    """An engine's layer, and what stands before and beside it, in floating point.
+
+    It is no `IntegerLayer`, so that no fused block takes it for one and leaves the rest out.
+    """
+
+    def __init__(self, layer: IntegerLayer, transform: Transform) -> None:
+        super().__init__()
+        self.layer = layer
+        self.transform = transform
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The inner layer's, see there."""
+        return self.layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.transform.around(x, self.layer)
+
+
 class IntegerAttention(QuantAttnProcessor):
     """An attention whose two products run in integers. Engines implement `attend`.
 
@@ -65,7 +89,8 @@ class IntegerAttention(QuantAttnProcessor):
     engine: str
 
     def __init__(self, processor: QuantAttnProcessor, name: str) -> None:
-        super().__init__(processor.q, processor.k, processor.v, processor.probs)
+        operands = (processor.q, processor.k, processor.v, processor.probs)
+        super().__init__(*operands, rotation=processor.rotation)
         form = attention_form(processor, name)
         self.name = name
         self.format = form.format

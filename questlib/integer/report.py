@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from questlib.integer.modules import IntegerAttention, IntegerLayer
+from questlib.integer.modules import IntegerAttention, IntegerLayer, TransformedLayer
 from questlib.quantization.attention import ProjectedAttention, QuantAttnProcessor
 from questlib.quantization.layers import QuantLayer
 from questlib.quantization.packed_codes import packed_size
@@ -107,8 +107,13 @@ def engine_report(unet: nn.Module) -> EngineReport:
         >>> print(report)
     """
     layers = []
+    inner = {id(m.layer) for m in unet.modules() if isinstance(m, TransformedLayer)}
     for name, module in unet.named_modules():
-        if isinstance(module, IntegerLayer):
+        if isinstance(module, TransformedLayer):
+            layers.append(_transformed(name, module))
+        elif id(module) in inner:
+            continue
+        elif isinstance(module, IntegerLayer):
             sizes = (module.packed_bytes, module.resident_bytes)
             layers.append(LayerReport(name, module.engine, module.format, *sizes))
         elif isinstance(module, ProjectedAttention):
@@ -117,6 +122,15 @@ def engine_report(unet: nn.Module) -> EngineReport:
         elif isinstance(module, QuantLayer | nn.Linear | nn.Conv2d):
             layers.append(_float_layer(name, module))
     return EngineReport(tuple(layers))
+
+
+def _transformed(name: str, module: TransformedLayer) -> LayerReport:
+    """A layer in integers with what stands around it in floating point."""
+    layer, transform = module.layer, module.transform
+    added = sum(v.numel() * v.element_size() for v in transform.state_dict().values())
+    words = f"{layer.format}, {transform.words}"
+    sizes = (layer.packed_bytes + added, layer.resident_bytes + added)
+    return LayerReport(name, layer.engine, words, *sizes)
 
 
 def _attention_runs(processor: ProjectedAttention, unet: nn.Module) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.transforms import hadamard, largest_block
 
 SCORES = 2**28  # attention scores in one piece (1 GiB); larger ones are computed head by head
 
@@ -44,10 +45,8 @@ class ProjectedAttention(nn.Module):
             source = hidden_states
         elif attn.norm_cross:
             source = attn.norm_encoder_hidden_states(source)
-        query = attn.to_q(hidden_states)
-        hidden_states = self.attend(
-            attn, query, attn.to_k(source), attn.to_v(source), attention_mask
-        )
+        query, key = self.turned(attn, attn.to_q(hidden_states), attn.to_k(source))
+        hidden_states = self.attend(attn, query, key, attn.to_v(source), attention_mask)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         if len(shape) == 4:
             hidden_states = hidden_states.transpose(1, 2).reshape(shape)  # -> [B, C, H, W]
@@ -81,9 +80,16 @@ class ProjectedAttention(nn.Module):
         if not attn.only_cross_attention:
             key = torch.cat([key, attn.to_k(hidden_states)], 1)
             value = torch.cat([value, attn.to_v(hidden_states)], 1)
+        query, key = self.turned(attn, query, key)
         hidden_states = self.attend(attn, query, key, value, attention_mask)
         hidden_states = attn.to_out[1](attn.to_out[0](hidden_states))
         return hidden_states.transpose(1, 2).reshape(residual.shape) + residual
+
+    def turned(
+        self, attn: Attention, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [B, N, C] and keys [B, M, C] as the products take them."""
+        return query, key
 
     def attend(
         self,
@@ -135,16 +141,34 @@ class QuantAttnProcessor(ProjectedAttention):
 
     The softmax output is unsigned, with zero point 0 and one scale. The softmax and both products
     run in the model's own precision on the quantized operands. Integer engines replace `attend`.
+
+    With `rotation`, queries and keys of each head are rotated before they are quantized (QuaRot,
+    Ashkboos et al. 2024). A rotation of both leaves their products as they are.
     """
 
     def __init__(
-        self, q: ActQuantizer, k: ActQuantizer, v: ActQuantizer, probs: ActQuantizer
+        self,
+        q: ActQuantizer,
+        k: ActQuantizer,
+        v: ActQuantizer,
+        probs: ActQuantizer,
+        rotation: bool = False,
     ) -> None:
         super().__init__()
+        self.rotation = rotation
         self.q = q
         self.k = k
         self.v = v
         self.probs = probs
+
+    def turned(
+        self, attn: Attention, query: torch.Tensor, key: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.rotation:
+            return query, key
+        # Blocks of this size do not cross the bounds of heads.
+        block = largest_block(query.shape[-1] // attn.heads)
+        return hadamard(query, block), hadamard(key, block)
 
     def attend(
         self,

@@ -11,6 +11,7 @@ from torch import nn
 
 from questlib.errors import ConfigError
 from questlib.quantization.act_quantizer import ActQuantizer
+from questlib.quantization.transforms import Transform
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 HALF = (torch.float16, torch.bfloat16)
@@ -26,6 +27,7 @@ class QuantLayer(nn.Module):
         weights_on: whether the weight is quantized at present.
         w_hat: the quantized weight, computed once by `freeze`; None while the weight may change.
         held_codes: the weight's codes, where its precision cannot tell them apart; else None.
+        transform: what stands before and beside a linear layer; else None.
     """
 
     role: str
@@ -34,6 +36,11 @@ class QuantLayer(nn.Module):
     weights_on: bool
     w_hat: torch.Tensor | None
     held_codes: torch.Tensor | None
+    transform: Transform | None
+
+    def own_weight(self, full: torch.Tensor) -> torch.Tensor:
+        """What the layer holds in place of a weight of the full-precision model."""
+        return full if self.transform is None else self.transform.weight(full)
 
     def quantized_weight(self) -> torch.Tensor:
         """The weight that the forward pass uses."""
@@ -133,6 +140,10 @@ def check_precision(name: str, weight: torch.Tensor, dtype: torch.dtype) -> None
 
 class QuantLinear(QuantLayer, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x) if self.transform is None else self.transform.around(x, self.run)
+
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """The layer itself, without what stands around it."""
         weight, bias = self.operands(x.dtype)
         return F.linear(self.input_quantizer(x), weight, bias)
 
@@ -148,6 +159,7 @@ def add_quantizers(
     role: str,
     input_quantizer: ActQuantizer,
     weight_quantizer: WeightQuantizer | None,
+    transform: Transform | None = None,
 ) -> None:
     """Turn a layer into its quantized class in place.
 
@@ -157,6 +169,7 @@ def add_quantizers(
     module.role = role
     module.input_quantizer = input_quantizer
     module.weight_quantizer = weight_quantizer
+    module.transform = transform
     module.weights_on = True
     for name in ("w_hat", "held_codes"):
         module.hold(name, None)

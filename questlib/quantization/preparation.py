@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -14,7 +14,7 @@ from torch import nn
 from questlib.config import OFF, QuantConfig
 from questlib.config_groups import Granularity
 from questlib.denoisers import TRANSFORMERS, UNETS, unsupported
-from questlib.errors import ConfigError
+from questlib.errors import ConfigError, unknown
 from questlib.quantization.act_quantizer import ActQuantizer
 from questlib.quantization.attention import FloatAttnProcessor, QuantAttnProcessor
 from questlib.quantization.carrier import CARRIER_BITS
@@ -29,6 +29,7 @@ from questlib.quantization.roles import (
 )
 from questlib.quantization.seal import seal
 from questlib.quantization.step_groups import StepGroups, contiguous_groups
+from questlib.quantization.transforms import Transform
 from questlib.quantization.weight_quantizer import WeightQuantizer
 
 # Processors of diffusers that compute one and the same attention, or the one with added keys and
@@ -83,18 +84,23 @@ def insert(
     num_groups = min(config.ranges.step_groups, len(timesteps))
     steps = StepGroups(timesteps, contiguous_groups(len(timesteps), num_groups))
     modules = dict(unet.named_modules())
-    for name, role in layer_roles(unet).items():
+    roles = layer_roles(unet)
+    check_layer_bits(config, roles)
+    for name, role in roles.items():
         if config.te == "fp" and role in TIME_ROLES or is_skipped(name, config):
             continue
         layer = modules[name]
         parts = _parts(layer, splits.get(name))
         act = _input_quantizer(name, layer, role, parts, config, steps)
-        weight_quantizer = _weight_quantizer(layer, role, parts, config)
+        weight_quantizer = _weight_quantizer(name, layer, role, parts, config)
+        transform = _transform(layer, role, config)
+        if transform is not None:
+            layer.weight.data = transform.weight(layer.weight.data)
         if weight_quantizer is not None and search_weights:
             weight_quantizer.to(device).search(
                 layer.weight, config.weight_range, config.weight_range_norm
             )
-        add_quantizers(layer, role, act, weight_quantizer)
+        add_quantizers(layer, role, act, weight_quantizer, transform)
     for name, module in modules.items():
         if isinstance(module, Attention) and not is_skipped(f"{name}.to_q", config):
             width = module.to_q.out_features
@@ -147,6 +153,15 @@ def check_unet(unet: nn.Module) -> None:
 def is_skipped(name: str, config: QuantConfig) -> bool:
     """Whether a layer stays in full precision by `config.skip_layers`."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in config.skip_layers)
+
+
+def check_layer_bits(config: QuantConfig, roles: Mapping[str, str]) -> None:
+    """ConfigError that names the layers of `layer_weight_bits` and `layer_act_bits` which the model
+    does not have."""
+    for field in ("layer_weight_bits", "layer_act_bits"):
+        for name in getattr(config, field):
+            if name not in roles:
+                raise unknown(field, name, roles)
 
 
 def check_attention(name: str, module: Attention) -> None:
@@ -208,10 +223,12 @@ def _granularity(wanted: Granularity, bits: int, channels: int, tokens: bool) ->
     return "tensor"
 
 
-def _act_bits(layer: nn.Module, role: str, config: QuantConfig) -> int:
+def _act_bits(name: str, layer: nn.Module, role: str, config: QuantConfig) -> int:
     if config.act_layers not in ("all", layer_kind(layer, role)):
         return OFF
-    bits = None
+    bits = config.layer_act_bits.get(name)
+    if bits is not None:
+        return bits
     if role in ("first", "last"):
         bits = config.first_last_act_bits
     elif role in TIME_ROLES:
@@ -219,7 +236,9 @@ def _act_bits(layer: nn.Module, role: str, config: QuantConfig) -> int:
     return config.act_bits if bits is None or config.act_bits == OFF else bits
 
 
-def _weight_bits(role: str, config: QuantConfig) -> int:
+def _weight_bits(name: str, role: str, config: QuantConfig) -> int:
+    if (own := config.layer_weight_bits.get(name)) is not None:
+        return own
     bits = config.first_last_weight_bits if role in ("first", "last") else None
     return config.weight_bits if bits is None or config.weight_bits == OFF else bits
 
@@ -244,7 +263,7 @@ def _input_quantizer(
     config: QuantConfig,
     steps: StepGroups,
 ) -> ActQuantizer:
-    bits = _act_bits(layer, role, config)
+    bits = _act_bits(name, layer, role, config)
     wanted = config.ranges.act_granularity
     if config.ranges.te_token and role in TIME_ROLES:
         wanted = "token"
@@ -256,20 +275,35 @@ def _input_quantizer(
         -1 if isinstance(layer, nn.Linear) else 1,
         _granularity(wanted, bits, len(parts), sees_tokens(layer)),
         parts=parts,
-        shifts=_weight_bits(role, config) <= CARRIER_BITS and getattr(layer, "groups", 1) == 1,
+        shifts=_weight_bits(name, role, config) <= CARRIER_BITS
+        and getattr(layer, "groups", 1) == 1,
     )
 
 
 def _weight_quantizer(
-    layer: nn.Module, role: str, parts: torch.Tensor, config: QuantConfig
+    name: str, layer: nn.Module, role: str, parts: torch.Tensor, config: QuantConfig
 ) -> WeightQuantizer | None:
-    bits = _weight_bits(role, config)
+    bits = _weight_bits(name, role, config)
     if bits == OFF:
         return None
     if getattr(layer, "groups", 1) > 1:
         # a grouped convolution's weight [O, I / groups, ...] has no channel of the other half
         parts = torch.zeros(layer.weight.shape[1], dtype=torch.int64)
     return WeightQuantizer(len(layer.weight), bits, parts)
+
+
+def _transform(layer: nn.Module, role: str, config: QuantConfig) -> Transform | None:
+    """What stands around a linear layer outside of the time path."""
+    chosen = config.transforms
+    if not chosen.any or not isinstance(layer, nn.Linear) or role in (*TIME_ROLES, "first", "last"):
+        return None
+    return Transform(
+        layer.in_features,
+        layer.out_features,
+        rotation=chosen.rotation,
+        rank=chosen.low_rank,
+        smoothing=chosen.smoothing,
+    ).to(layer.weight.device)
 
 
 def _attention_processor(
@@ -285,4 +319,4 @@ def _attention_processor(
     if config.softmax_bits is not None and bits != OFF:
         bits = config.softmax_bits
     probs = ActQuantizer(f"{name}.probs", bits, steps, 1, -1, unsigned=True)
-    return QuantAttnProcessor(q, k, v, probs)
+    return QuantAttnProcessor(q, k, v, probs, rotation=config.transforms.rotation)

@@ -11,7 +11,6 @@ from questlib import quantize
 from questlib.adaround import (
     BlockRecorder,
     blocks,
-    pick_samples,
     reconstruct_acts,
     reconstruct_weights,
     round_weight,
