@@ -268,7 +268,9 @@ class QuantConfig(Settings):
             if value:
                 found[name] = value
         if self.transforms.smoothing:
-            found |= {"smoothed for": [self.weight_bits, self.act_bits]}
+            names = ["weight_bits", "act_bits", "weight_range", "weight_range_norm"]
+            names += ["adaround.samples", "forward_batch"]
+            found |= {"smoothed for": [self.get(name) for name in names]}
         return found
 
     def act_recon_key(self) -> str:

@@ -35,8 +35,8 @@ from reproduce.models.pipelines import ClassEmbedder
 from reproduce.seed_run import EVALUATE_VERSION
 
 GOLDEN = Path(__file__).with_name("golden_bits.json")
-# Of a tensor's mean size: far above the rounding of other machines. Where a model is trained, single
-# roundings go the other way there, and what follows goes with them.
+# Of a tensor's mean size: far above the rounding of other machines. Where a model is trained,
+# single roundings go the other way there, and what follows goes with them.
 TOLERANCE = 1e-3
 TRAINED = 5e-2
 Numbers = dict[str, torch.Tensor]

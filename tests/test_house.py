@@ -71,9 +71,9 @@ FLOORS: dict[str, list[set[str]]] = {
     ],
 }
 
-# What questlib uses where it is there: triton comes with torch on Linux; pandas and transformers
-# are imported inside functions only. A run without them is a test below.
-OPTIONAL = {"pandas", "transformers", "triton"}
+# What questlib uses where it is there: triton comes with torch on Linux; pandas, scipy and
+# transformers are imported inside functions only. A run without them is a test below.
+OPTIONAL = {"pandas", "scipy", "transformers", "triton"}
 
 
 # ---- what each module imports, at its head or inside a function ----

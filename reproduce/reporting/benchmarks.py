@@ -254,8 +254,9 @@ def rounded(found: dict[str, Any]) -> str:
         )
     nearest = found["runs"][0]["model_nearest_db"]
     heading = (
-        f"`python benchmarks/adaround.py --bits {found['bits']}` ({found['model']}, W{found['bits']}, on trajectories "
-        f"that were not calibrated on; rounded to nearest the model has {nearest:.1f} dB):"
+        f"`python benchmarks/adaround.py --bits {found['bits']}` ({found['model']}, "
+        f"W{found['bits']}, on trajectories that were not calibrated on; rounded to nearest the "
+        f"model has {nearest:.1f} dB):"
     )
     return f"{heading}\n\n{report.as_markdown(pd.DataFrame(lines))}"
 

@@ -15,6 +15,7 @@ from questlib.adaround import (
     reconstruct_weights,
     round_weight,
 )
+from questlib.calibration import pick_samples
 from questlib.capture import capture_calls
 from questlib.errors import CheckpointError, ConfigError
 from questlib.observers import init_ranges
