@@ -90,7 +90,7 @@ def test_table_2_settings(tmp_path):
 @pytest.mark.parametrize(
     ("table", "choices", "message"),
     [
-        ("table99", {}, "expected one of table2, table3, table3-churches"),
+        ("table99", {}, "did you mean 'table9'"),
         ("table2", dict(scale="huge"), "expected one of smoke, mini, full, paper"),
         ("table2", dict(rows=["w4a8-te-pqt"]), "w4a8-te-ptq"),
         ("table2", dict(rows=[]), "expected a list of names"),
