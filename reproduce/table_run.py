@@ -73,6 +73,26 @@ class TableRun:
         rows = [row for row in self.plan.table.rows if not row.full_precision]
         return {row.id: dict(row.overrides) for row in rows}
 
+    def iterations(self) -> pd.DataFrame:
+        """Iterations and learning rates of each quantized row at this scale."""
+        lines = []
+        for row in self.plan.table.rows:
+            if row.full_precision:
+                continue
+            config = self.config(row.id)
+            adaround, acts, tuning = config.adaround, config.act_recon, config.finetuning
+            lines.append(
+                {
+                    "method": row.label,
+                    "AdaRound, a block": adaround.iters if adaround.enabled else 0,
+                    "its learning rate": f"{adaround.lr:g}" if adaround.enabled else "-",
+                    "activation scales, a block": acts.iters if acts.enabled else 0,
+                    "TLA": tuning.tla_iters if config.te == "finetune" else 0,
+                    "CMA": tuning.cma_iters if tuning.cma_layers != "none" else 0,
+                }
+            )
+        return pd.DataFrame(lines)
+
     def sampling(self) -> str:
         """The first row's model, and how it is sampled."""
         setting = self.plan.setting(self.plan.rows[0])
@@ -160,6 +180,10 @@ class TableRun:
     def sensitivity_figure(self) -> Figure:
         """FID and distance to full precision over activation bits, a line a kind of layer."""
         return plots.sensitivity_figure(self.results)
+
+    def budget_figure(self) -> Figure:
+        """Distance to full precision over iterations and over minutes, a line a preset."""
+        return plots.budget_figure(self.results)
 
     def picture(self) -> Figure:
         """Samples of the table's chosen rows, all from the same noise."""

@@ -56,6 +56,13 @@ ROWS = {
         "fp-plms",
         "w4a4-plms",
     ],
+    "31_budget.ipynb": [
+        "bedrooms-fp",
+        "bedrooms-w4a4-q-diffusion",
+        "bedrooms-w4a4-quest-tenth",
+        "bedrooms-w4a4-quest",
+        "bedrooms-w4a4-quest-tenfold",
+    ],
     "40_dit.ipynb": ["dit-fp", "dit-w4a4-q-diffusion", "dit-w4a4-efficientdm", "dit-w4a4-quest"],
 }
 OTHERS: dict[str, dict[str, Any]] = {

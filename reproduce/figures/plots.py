@@ -21,7 +21,7 @@ from reproduce.figures.style import styled
 from reproduce.results import Measured, Result
 from reproduce.table_results import TableResults
 from reproduce.tables.base import Number, Row
-from reproduce.tables.methods import ONE_ROW
+from reproduce.tables.methods import LABELS, ONE_ROW, QUEST_PRESETS
 from reproduce.verdicts import by_seed
 
 LOG_SPAN = 10  # values that differ by more stand on a logarithmic axis
@@ -312,4 +312,45 @@ def sensitivity_figure(results: TableResults) -> Figure:
     if done:
         handles = panels[0].get_legend_handles_labels()
         panels[1].legend(*handles, **style.BESIDE)
+    return figure
+
+
+# ---- iterations ----
+
+
+@styled
+def budget_figure(results: TableResults) -> Figure:
+    """Distance to full precision over a budget: as a factor on the iterations, and in minutes.
+
+    A line stands for a preset, a dot for one of its rows, with the spread over the seeds.
+    """
+    lines: dict[str, list[tuple[Row, Result]]] = {}
+    for row, result in _quantized(results):
+        lines.setdefault(str(row.preset), []).append((row, result))
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+    for preset, rows in lines.items():
+        rows.sort(key=lambda pair: pair[0].budget)
+        measured = [result.metric("feature_distance_to_fp") for _, result in rows]
+        minutes = [(result.quantize_seconds or np.nan) / 60 for _, result in rows]
+        for axes, x in zip(panels, ([row.budget for row, _ in rows], minutes), strict=True):
+            axes.errorbar(
+                x,
+                [np.nan if m.value is None else m.value for m in measured],
+                [m.std or 0.0 for m in measured],
+                marker="o",
+                color=style.METHODS.get(preset, style.BLACK),
+                label=(LABELS | QUEST_PRESETS).get(preset, preset),
+            )
+    found = [m for rows in lines.values() for _, r in rows if (m := r.quantize_seconds)]
+    for axes, label in zip(panels, ("times the scale's iterations", "minutes"), strict=True):
+        axes.set_xlabel(label)
+        axes.grid(True, alpha=0.3)
+        if found:
+            style.logarithmic(axes, axes.xaxis)
+    panels[0].set_xticks(sorted({row.budget for rows in lines.values() for row, _ in rows}))
+    panels[0].set_title(f"distance to full precision ({results.plan.scale.name} scale)")
+    panels[1].set_title("the same over the time to quantize, one seed")
+    if lines:
+        style.logarithmic(panels[0], panels[0].yaxis)
+        panels[1].legend(**style.BESIDE)
     return figure

@@ -10,6 +10,7 @@ from reproduce.reporting import report
 from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
 from reproduce.reporting.overview import SIGNS
 from reproduce.table_results import TableResults
+from reproduce.tables.budget import row_id
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Question:
 def _ablation(better: str, other: str, text: str) -> Claim:
     """One row of the ablation against another."""
     return Claim(text, "Ablation", "ablation", ((f"w4a4-{better}", f"w4a4-{other}"),))
+
+
+def _budget(better: tuple[str, str], other: tuple[str, str], text: str) -> Claim:
+    """One row of the budget's table against another; each a method and its budget."""
+    return Claim(text, "Budget", "budget", ((row_id(*better), row_id(*other)),))
 
 
 def _papers(*prefixes: str) -> tuple[Claim, ...]:
@@ -112,6 +118,29 @@ QUESTIONS = (
             _ablation("softmax-16", "quest", "Softmax in full precision beats 8 bits"),
             _ablation("quest", "softmax-4", "Softmax at 8 bits beats 4"),
             _ablation("norm4", "quest", "Ranges by the fourth power beat squared error"),
+        ),
+        yes_or_no=False,
+    ),
+    Question(
+        "Is the small budget to blame?",
+        "Each method with ten times the iterations of `mini` scale, against the same method there; "
+        "then the methods against each other with ten times the iterations.",
+        (
+            *(
+                _budget((method, "tenfold"), (method, ""), f"More iterations bring {name} closer")
+                for method, name in (
+                    ("quest", "`quest`"),
+                    ("quest-paper", "`quest-paper`"),
+                    ("q-diffusion", "Q-Diffusion"),
+                    ("efficientdm", "EfficientDM"),
+                    ("full-finetune", "full finetuning"),
+                )
+            ),
+            *(
+                _budget((ours, "tenfold"), (other, "tenfold"), f"`{ours}` then beats {name}")
+                for ours in ("quest-paper", "quest")
+                for other, name in (("q-diffusion", "Q-Diffusion"), ("efficientdm", "EfficientDM"))
+            ),
         ),
         yes_or_no=False,
     ),

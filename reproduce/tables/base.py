@@ -38,6 +38,9 @@ class Row:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values of `QuantConfig` by name; they win over the scale's."""
 
+    budget: float = 1.0
+    """Factor on the scale's iterations, of every stage. A preset's own number is the most."""
+
     dataset: str = "bedrooms"
     """Name in `reproduce.datasets`, which says the model and how it is sampled."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from questlib.errors import unknown
 from reproduce.tables.ablation import ABLATION
 from reproduce.tables.base import Table
+from reproduce.tables.budget import BUDGET
 from reproduce.tables.dit import DIT
 from reproduce.tables.figures import FIGURE2, FIGURE3
 from reproduce.tables.table2 import TABLE2
@@ -33,6 +34,7 @@ TABLES = (
     FIGURE2,
     FIGURE3,
     ABLATION,
+    BUDGET,
     DIT,
 )
 

@@ -23,7 +23,7 @@ from reproduce.plan import make_plan
 from reproduce.results import Status
 from reproduce.seed_run import SeedRun
 from reproduce.table_results import TableResults
-from reproduce.tables.base import FAILED, Row
+from reproduce.tables.base import FAILED, OURS, Row
 from reproduce.tables.registry import all_tables
 from reproduce.verdicts import PAIRED
 
@@ -142,6 +142,22 @@ def test_the_ablation_is_sorted_differences():
     assert dots(right) == pytest.approx([-0.5, 0.25, 7.0])
     names = [label.get_text() for label in left.get_yticklabels()]
     assert names == [plan.table.row(f"w4a4-{k}").label for k in ("token", "nearest", "minmax")]
+
+
+def test_a_methods_budgets_are_one_line():
+    plan = make_plan("budget", Choices(), dry=True)
+    values = {"quest-tenfold": 2.0, "quest": 2.5, "quest-tenth": 3.5, "q-diffusion": 4.0}
+    seeds = (seed_result(metrics={PAIRED: 1.0}, seconds=dict(calibrate=60.0, finetune=120.0)),)
+    made = {f"bedrooms-w4a4-{k}": made_result({PAIRED: [v]}) for k, v in values.items()}
+    made["bedrooms-w4a4-quest-paper"] = made_result({}, seeds=seeds)
+    left, right = plots.budget_figure(made_table(plan, made)).axes
+    lines = {tuple(line.get_xdata()): list(line.get_ydata()) for line in left.get_lines()}
+    assert lines[(0.1, 1.0, 10.0)] == [3.5, 2.5, 2.0]
+    assert [4.0] in lines.values()
+    minutes = [list(line.get_xdata()) for line in right.get_lines()]
+    assert [3.0] in minutes
+    names = {"Q-Diffusion", "QuEST (paper's text)", OURS}
+    assert set(right.get_legend_handles_labels()[1]) == names
 
 
 def test_cost_is_in_minutes():

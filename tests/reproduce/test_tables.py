@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from questlib.config import OFF
+from questlib.config import OFF, QuantConfig
 from questlib.errors import ConfigError
 from reproduce.choices import Choices
 from reproduce.datasets import DATASETS
@@ -90,7 +90,7 @@ def test_table_2_settings(tmp_path):
 @pytest.mark.parametrize(
     ("table", "choices", "message"),
     [
-        ("table99", {}, "expected one of table2, table3, table3-churches"),
+        ("table99", {}, "did you mean 'table9'"),
         ("table2", dict(scale="huge"), "expected one of smoke, mini, full, paper"),
         ("table2", dict(rows=["w4a8-te-pqt"]), "w4a8-te-ptq"),
         ("table2", dict(rows=[]), "expected a list of names"),
@@ -230,3 +230,43 @@ def test_a_dry_plan_writes_nothing(tmp_path, monkeypatch):
         "table3", Choices(scale="mini", results=tmp_path / "r", work=tmp_path / "w"), dry=True
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_is_a_factor_on_every_stages_iterations():
+    """The methods' own numbers are the most; a rate raised for few iterations goes down again."""
+    plan = make_plan("budget", Choices(scale="mini"), dry=True)
+
+    def numbers(row):
+        config = plan.config(plan.table.row(f"bedrooms-w4a4-{row}"), 0)
+        rounding = config.adaround
+        return (
+            (rounding.iters, rounding.lr),
+            (config.act_recon.iters, config.act_recon.lr),
+            (config.finetuning.tla_iters, config.finetuning.cma_iters),
+        )
+
+    rounding, acts, tuning = numbers("quest")
+    tenth, tenfold = numbers("quest-tenth"), numbers("quest-tenfold")
+    assert tenth[0] == pytest.approx((rounding[0] / 10, rounding[1] * 10))
+    assert tenfold[0] == pytest.approx((rounding[0] * 10, rounding[1] / 10))
+    assert tenth[2] == (tuning[0] / 10, tuning[1] / 10)
+    own = QuantConfig.preset("quest").finetuning
+    assert tenfold[2] == (tuning[0] * 10, min(tuning[1] * 10, own.cma_iters))
+    fewest = QuantConfig.preset("q-diffusion").act_recon.lr
+    assert numbers("q-diffusion-tenfold")[1] == (acts[0] * 10, max(acts[1] / 10, fewest))
+
+    full = make_plan("budget", Choices(scale="full"), dry=True)
+    configs = [full.config(full.table.row(f"bedrooms-w4a4-quest{b}"), 0) for b in ("", "-tenfold")]
+    assert configs[0] == configs[1]
+
+
+def test_the_tables_budget_shares_its_products():
+    """A row without a factor is that of Table 3, or of Table 8 for full finetuning."""
+    budget = make_plan("budget", Choices(scale="mini"), dry=True)
+    others = {"full-finetune": ("table8", "w4a4-full-finetune")}
+    for row in budget.table.rows:
+        if row.full_precision or row.budget != 1:
+            continue
+        table, name = others.get(row.preset, ("table3", row.id))
+        plan = make_plan(table, Choices(scale="mini"), dry=True)
+        assert budget.config(row, 0) == plan.config(plan.table.row(name), 0)
