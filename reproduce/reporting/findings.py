@@ -123,21 +123,29 @@ QUESTIONS = (
     ),
     Question(
         "Is the small budget to blame?",
-        "Each method with ten times the iterations of `mini` scale, against the same method there; "
-        "then the methods against each other with ten times the iterations.",
+        "Each method at a tenth of the iterations of `mini` scale, at these, and at ten times as "
+        "many; then the methods against each other at ten times as many.",
         (
             *(
-                _budget((method, "tenfold"), (method, ""), f"More iterations bring {name} closer")
+                _budget((method, more), (method, less), f"{name}: {words}")
                 for method, name in (
                     ("quest", "`quest`"),
                     ("quest-paper", "`quest-paper`"),
                     ("q-diffusion", "Q-Diffusion"),
                     ("efficientdm", "EfficientDM"),
-                    ("full-finetune", "full finetuning"),
+                    ("full-finetune", "Full finetuning"),
+                )
+                for more, less, words in (
+                    ("", "tenth", "the budget beats a tenth of it"),
+                    ("tenfold", "", "ten times the budget beat it"),
                 )
             ),
             *(
-                _budget((ours, "tenfold"), (other, "tenfold"), f"`{ours}` then beats {name}")
+                _budget(
+                    (ours, "tenfold"),
+                    (other, "tenfold"),
+                    f"`{ours}` beats {name} at ten times the budget",
+                )
                 for ours in ("quest-paper", "quest")
                 for other, name in (("q-diffusion", "Q-Diffusion"), ("efficientdm", "EfficientDM"))
             ),
