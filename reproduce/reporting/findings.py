@@ -137,7 +137,7 @@ QUESTIONS = (
                 )
                 for more, less, words in (
                     ("", "tenth", "the budget beats a tenth of it"),
-                    ("tenfold", "", "ten times the budget beat it"),
+                    ("tenfold", "", "ten times the budget beats it"),
                 )
             ),
             *(
