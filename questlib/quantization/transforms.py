@@ -63,8 +63,8 @@ class Transform(FixedPrecision):
         in_features: K.
         out_features: O.
         rotation: whether inputs are rotated.
-        rank: r of the branch beside it, 0 for none; at most a quarter of K and of O, where a branch
-            of 16 bits costs no more than the 4-bit weights.
+        rank: r of the branch beside it, 0 for none; at most a quarter of K and of O. With so many a
+            square layer's branch takes twice the bits of its 4-bit weights.
         smoothing: whether inputs are divided.
 
     Attributes:
