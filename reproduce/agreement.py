@@ -160,11 +160,10 @@ def _other_conditions(own: Result, published: Result) -> str | None:
 
 def _differences(row: Row, own: Result, published: TableResults) -> list[Difference]:
     """The row's numbers; over the seeds that both runs have, or over all where they share none."""
-    reported = {metric for other in published.table.rows for metric in other.paper}
     common = {s.seed for s in own.seeds} & {s.seed for s in published[row.id].seeds}
     found = []
     for metric in METRICS:
-        if metric in IF_REPORTED and metric not in reported:
+        if metric in IF_REPORTED and metric not in published.told:
             continue
         mine = _of_seeds(own, common).metric(metric).value
         theirs = _of_seeds(published[row.id], common).metric(metric).value

@@ -35,7 +35,8 @@ METRICS = (
     "feature_distance_to_fp",
     "latent_snr_db",
 )
-IF_REPORTED = ("inception_score", "clip_score")  # told where the paper's table has them
+# Told where the paper's table has them; in a table of our own the CLIP score of prompts, too.
+IF_REPORTED = ("inception_score", "clip_score")
 DIGEST = "digest"  # of the values of a result file; files of before have none
 FULL_PRECISION = "full precision"  # in place of an engine, where nothing is quantized
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -127,6 +128,10 @@ class SeedResult:
     engine: str | None = None
     """What drew its images (`row_engine.Drawing`); None: a result of before it was recorded."""
 
+    layers: dict[str, int] | None = None
+    """Number of its layers by how they ran while it was drawn (`row_engine.layer_counts`); None:
+    full precision, or a result of before it was recorded."""
+
     about: dict[str, str | int | float | None]
     """What the metrics say beside their values."""
 
@@ -211,6 +216,11 @@ class Result:
         return sum(v for stage, v in self.seconds.items() if stage not in ("sample", "evaluate"))
 
     @property
+    def layers(self) -> dict[str, int] | None:
+        """Number of layers by how they ran; None: full precision, or not recorded."""
+        return next((s.layers for s in self.seeds if s.layers is not None), None)
+
+    @property
     def trained_fraction(self) -> float | None:
         """Share of the quantized layers' weights that finetuning trains; None: of none."""
         found = (s.trained_fraction for s in self.seeds)
@@ -230,7 +240,12 @@ class Result:
                 return f"seeds.{i}.metrics: unknown {', '.join(sorted(unknown))}"
             if seed.seconds.keys() != self.seeds[0].seconds.keys():
                 return f"seeds.{i}.seconds: expected the stages of the first seed"
-            amounts = {**seed.seconds, "size_bytes": seed.size_bytes, "seed": seed.seed}
+            amounts = {
+                **seed.seconds,
+                **(seed.layers or {}),
+                "size_bytes": seed.size_bytes,
+                "seed": seed.seed,
+            }
             if negative := [key for key, value in amounts.items() if value < 0]:
                 return f"seeds.{i}: {negative[0]} is below zero"
         return None

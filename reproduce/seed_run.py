@@ -30,7 +30,7 @@ from reproduce.models import loading
 from reproduce.plan import Plan
 from reproduce.provenance import PeakMemory, Provenance, processors
 from reproduce.results import FULL_PRECISION, METRICS, SeedResult
-from reproduce.row_engine import open_for_drawing
+from reproduce.row_engine import layer_counts, open_for_drawing
 from reproduce.scales import SIMULATED
 from reproduce.store import Artifact, ArtifactStore
 from reproduce.tables.base import Row
@@ -217,7 +217,7 @@ class SeedRun:
 
         def build(folder: Path) -> dict[str, Any]:
             drawn.append(self.draw_into(folder, unet, engine))
-            return {"engine": engine}
+            return {"engine": engine, "layers": layer_counts(unet)}
 
         # Nothing is built when that was done before, or by another process meanwhile.
         artifact.make(build)
@@ -313,6 +313,7 @@ class SeedRun:
             config_hash=None if self.config is None else self.config.hash(),
             calibration_hash=calibrated.get("calibration_hash"),
             engine=self._engine,
+            layers=None if self.checkpoint is None else self.samples.info.get("layers"),
             about=score["about"],
             artifacts=self.artifacts,
             processors=processors(self.made),

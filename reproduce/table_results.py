@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from reproduce.datasets import DATASETS
 from reproduce.plan import Plan
 from reproduce.provenance import Provenance
-from reproduce.results import Conditions, Model, Result, ResultError, Status
+from reproduce.results import IF_REPORTED, Conditions, Model, Result, ResultError, Status
 from reproduce.tables.base import Row, Table
 from reproduce.tables.methods import QUEST_PRESETS
 
@@ -149,6 +150,16 @@ class TableResults:
     def done(self) -> list[tuple[Row, Result]]:
         """Rows that have numbers."""
         return [(row, result) for row, result in self if result.done]
+
+    @property
+    def told(self) -> tuple[str, ...]:
+        """Those of IF_REPORTED that the table tells: what the paper's table has, and in a table of
+        our own the CLIP score of images from prompts."""
+        rows = self.table.rows
+        scored = not self.table.in_paper and any(DATASETS[r.dataset].has_captions for r in rows)
+        found = {metric for row in rows for metric in row.paper if row.paper[metric] is not None}
+        found |= {"clip_score"} if scored else set()
+        return tuple(metric for metric in IF_REPORTED if metric in found)
 
     @property
     def full_precision(self) -> tuple[Row, Result] | None:

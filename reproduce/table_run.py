@@ -170,7 +170,7 @@ class TableRun:
         return plots.cost_figure(self.results)
 
     def rows_figure(self, base: str) -> Figure:
-        """FID and distance to full precision of every row; a line marks the row `base`."""
+        """FID (CLIP score of prompts) and distance of the base's data; a line marks the base."""
         return plots.rows_figure(self.results, base)
 
     def difference_figure(self, base: str) -> Figure:

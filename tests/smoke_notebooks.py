@@ -64,6 +64,13 @@ ROWS = {
         "bedrooms-w4a4-quest-tenfold",
     ],
     "40_dit.ipynb": ["dit-fp", "dit-w4a4-q-diffusion", "dit-w4a4-efficientdm", "dit-w4a4-quest"],
+    "41_after_the_paper.ipynb": [
+        "bedrooms-fp",
+        "bedrooms-w4a4-quest",
+        "bedrooms-w4a4-svdquant",
+        "bedrooms-w4a4-rotation-quest",
+        "bedrooms-w4a4-mixdq",
+    ],
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "00_tour.ipynb": {"SCALE": "smoke", "IMAGES": 16},

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from reproduce.datasets import DATASETS
 from reproduce.figures import style
 from reproduce.figures.style import styled
 from reproduce.results import Measured, Result
@@ -28,6 +29,7 @@ LOG_SPAN = 10  # values that differ by more stand on a logarithmic axis
 
 # Metrics shown side by side, and their names.
 PANELS = (("fid", "FID"), ("feature_distance_to_fp", "distance to full precision"))
+CLIP = ("clip_score", "CLIP score")
 
 STAGES = ("calibrate", "ranges", "reconstruct", "finetune", "correction")
 
@@ -185,14 +187,18 @@ def _quantized(results: TableResults) -> list[tuple[Row, Result]]:
 
 @styled
 def rows_figure(results: TableResults, base: str) -> Figure:
-    """FID and distance to full precision of every row, with the spread over seeds.
+    """FID and distance to full precision of the rows of one data set, with the spread over seeds.
+
+    Images from prompts have a CLIP score in place of the FID.
 
     Args:
-        base: id of the row that the dashed line marks.
+        base: id of the row that the dashed line marks; its data set is shown.
     """
-    places = Places(_quantized(results))
+    dataset = results.table.row(base).dataset
+    places = Places([(row, r) for row, r in _quantized(results) if row.dataset == dataset])
+    left = CLIP if DATASETS[dataset].has_captions else PANELS[0]
     figure, panels = plt.subplots(1, 2, figsize=(10, places.height + 0.2), sharey=True)
-    for axes, (metric, label) in zip(panels, PANELS, strict=True):
+    for axes, (metric, label) in zip(panels, (left, PANELS[1]), strict=True):
         measured = [result.metric(metric) for _, result in places.rows]
         _choose_scale(axes, _dots(axes, places, measured))
         _line(axes, results[base].metric(metric).value)

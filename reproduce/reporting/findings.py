@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reproduce.reporting import report
-from reproduce.reporting.claims import CLAIMS, Claim, Holds, judge
+from reproduce.reporting.claims import BEDROOMS, CLAIMS, SD, Claim, Data, Holds, judge
 from reproduce.reporting.overview import SIGNS
 from reproduce.table_results import TableResults
+from reproduce.tables.after_paper import LATER, with_quest
 from reproduce.tables.budget import row_id
+from reproduce.tables.methods import QUEST, W4A4, name
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,12 @@ def _ablation(better: str, other: str, text: str) -> Claim:
 def _budget(better: tuple[str, str], other: tuple[str, str], text: str) -> Claim:
     """One row of the budget's table against another; each a method and its budget."""
     return Claim(text, "Budget", "budget", ((row_id(*better), row_id(*other)),))
+
+
+def _later(better: str, other: str, text: str, data: Data) -> Claim:
+    """One preset of the table of later methods against another."""
+    pair = (name(data.prefix, W4A4, better), name(data.prefix, W4A4, other))
+    return Claim(f"{text}, {data.words}", "After the paper", "after-paper", (pair,), data.metrics)
 
 
 def _papers(*prefixes: str) -> tuple[Claim, ...]:
@@ -149,6 +157,22 @@ QUESTIONS = (
                 for ours in ("quest-paper", "quest")
                 for other, name in (("q-diffusion", "Q-Diffusion"), ("efficientdm", "EfficientDM"))
             ),
+        ),
+        yes_or_no=False,
+    ),
+    Question(
+        "Do later methods make QuEST's finetuning unnecessary?",
+        "SVDQuant, Hadamard rotation and MixDQ change how a layer is quantized, and train nothing "
+        "but AdaRound's roundings. QuEST beside them, and its finetuning on top of each.",
+        tuple(
+            claim
+            for data in (BEDROOMS, SD)
+            for method, label in LATER.items()
+            for claim in (
+                _later(QUEST, method, f"`quest` beats {label}", data),
+                _later(with_quest(method), method, f"Finetuning improves {label}", data),
+                _later(with_quest(method), QUEST, f"{label} improves `quest`", data),
+            )
         ),
         yes_or_no=False,
     ),

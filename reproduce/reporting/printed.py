@@ -187,6 +187,7 @@ def _row_json(row: Row, result: Result, results: TableResults) -> dict[str, Any]
         "metrics": {metric: result.metric(metric)._asdict() for metric in report.HEADS},
         "size_bytes": result.size_bytes,
         "peak_bytes": result.peak_bytes,
+        "layers": result.layers,
         "seconds": result.seconds,
         "verdicts": {
             metric: dataclasses.asdict(found) | {"text": str(found)}

@@ -17,6 +17,7 @@ from reproduce.choices import Choices
 from reproduce.figures import strips, style
 from reproduce.plan import Plan, make_plan
 from reproduce.results import IF_REPORTED, Result, Status
+from reproduce.row_engine import INTEGERS, INTEGERS_BESIDE_FLOAT
 from reproduce.scales import SIMULATED
 from reproduce.table_results import TableResults
 from reproduce.tables.base import COSTS, FAILED, UNKNOWN, Number, Row
@@ -121,7 +122,7 @@ def _name(row: Row, results: TableResults) -> dict[str, str]:
 
 def frame(results: TableResults) -> pd.DataFrame:
     """The numbers measured here: mean ± sample standard deviation over the seeds."""
-    shown = [m for m in HEADS if m not in IF_REPORTED or m in reported(results)]
+    shown = [m for m in HEADS if m not in IF_REPORTED or m in results.told]
     trains = any(result.trained_fraction is not None for _, result in results)
     lines = []
     for row, result in results.ordered():
@@ -131,10 +132,23 @@ def frame(results: TableResults) -> pd.DataFrame:
             trained = result.trained_fraction
             line["trained"] = "-" if trained is None else f"{trained:.0%}"
         line["size MB"] = _quantity(result.size_bytes, 1e6, 2)
+        if results.table.tells_layers:
+            line |= _layers(result)
         line["minutes"] = _quantity(result.quantize_seconds, 60)
         line["memory MB"] = _quantity(result.peak_bytes, 1e6, 0)
         lines.append(line)
     return pd.DataFrame(lines)
+
+
+def _layers(result: Result) -> dict[str, str]:
+    """How many layers ran in integers, and how many of these need floating point beside them."""
+    heads = ("layers in integers", "of these beside float")
+    if result.layers is None:
+        return dict.fromkeys(heads, "-")
+    beside = result.layers.get(INTEGERS_BESIDE_FLOAT, 0)
+    integers = result.layers.get(INTEGERS, 0) + beside
+    words = (f"{integers} of {sum(result.layers.values())}", str(beside))
+    return dict(zip(heads, words, strict=True))
 
 
 def judged(results: TableResults) -> list[str]:

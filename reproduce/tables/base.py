@@ -110,6 +110,10 @@ class Table:
     """Whether its rows read ranges and weights that another row made. Rows of tables of cost do
     not, so that their time and memory are those of all stages."""
 
+    tells_layers: bool = False
+    """Whether its rows say how many layers ran in integers, and how many with floating point
+    beside them."""
+
     claim: str = "fid"
     """The metric whose order in the paper the distance to full precision is compared with."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from questlib.errors import unknown
 from reproduce.tables.ablation import ABLATION
+from reproduce.tables.after_paper import AFTER_PAPER
 from reproduce.tables.base import Table
 from reproduce.tables.budget import BUDGET
 from reproduce.tables.dit import DIT
@@ -36,6 +37,7 @@ TABLES = (
     ABLATION,
     BUDGET,
     DIT,
+    AFTER_PAPER,
 )
 
 

@@ -134,6 +134,21 @@ def test_a_method_has_one_color_in_all_figures():
     assert len({style.COLORS[row.label] for row in rows}) == len(rows)
 
 
+@pytest.mark.parametrize("data, metric", [("bedrooms", "fid"), ("sd", "clip_score")])
+def test_rows_of_one_data_set_by_their_own_metric(data, metric):
+    """Images from prompts have a CLIP score and no FID."""
+    plan = make_plan("after-paper", Choices(), dry=True)
+    presets = ("quest", "svdquant")
+    made = {
+        f"{name}-w4a4-{preset}": made_result({metric: [3.0 + i], PAIRED: [1.0 + i]})
+        for name in ("bedrooms", "sd")
+        for i, preset in enumerate(presets)
+    }
+    left, right = plots.rows_figure(made_table(plan, made), f"{data}-w4a4-quest").axes
+    assert sorted(dots(left)) == [3.0, 4.0] and sorted(dots(right)) == [1.0, 2.0]
+    assert left.get_title("left").startswith({"fid": "FID", "clip_score": "CLIP"}[metric])
+
+
 def test_the_ablation_is_sorted_differences():
     plan = make_plan("ablation", Choices(), dry=True)
     values = {"w4a4-quest": 2.0, "w4a4-token": 1.5, "w4a4-nearest": 2.25, "w4a4-minmax": 9.0}

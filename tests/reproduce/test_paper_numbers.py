@@ -243,20 +243,11 @@ def test_independent_numbers():
     assert seen == set(expected)
 
 
-# Later methods, which stand in no table yet.
-WITHOUT_A_TABLE = {
-    f"{method}{finetuned}"
-    for method in ("svdquant", "rotation", "mixdq")
-    for finetuned in ("", "-quest")
-}
-
-
 def test_every_row_has_a_preset_and_known_columns():
     from questlib.presets import PRESETS
 
     presets = {c.preset for t in all_tables().values() for c in t.rows} - {None}
-    assert presets.isdisjoint(WITHOUT_A_TABLE)
-    assert presets | WITHOUT_A_TABLE == set(PRESETS)
+    assert presets == set(PRESETS)
     for table in all_tables().values():
         for row in table.rows:
             assert all(

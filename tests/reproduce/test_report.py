@@ -246,6 +246,20 @@ def test_iterations_and_weights_that_are_trained(tiny_plan):
     assert trained == f"{made.seeds[0].trained_fraction:.0%}" and trained != "0%"
 
 
+def test_a_table_of_our_own_tells_the_clip_score_of_prompts():
+    """A table of the paper tells what its own table has."""
+    names = ("after-paper", "table3", "table4", "table5")
+    tables = {name: made_table(make_plan(name, Choices(), dry=True), {}) for name in names}
+    told = {name: results.told for name, results in tables.items()}
+    assert told == {
+        "after-paper": ("clip_score",),
+        "table3": (),
+        "table4": ("inception_score",),
+        "table5": ("clip_score",),
+    }
+    assert "CLIP score x100" in report.frame(tables["after-paper"])
+
+
 def test_numbers_that_are_not_available():
     results = made_table(make_plan("table7", Choices(), dry=True), {})
     papers = report.side_by_side(results).set_index("method")["FID paper"]

@@ -181,6 +181,7 @@ def test_a_changed_value_is_not_what_was_written(tmp_path):
         (lambda v: v["seeds"].append(v["seeds"][0]), "each once"),
         (lambda v: v["seeds"][0]["metrics"].update(fdi=1.0), "unknown fdi"),
         (lambda v: v["seeds"][0].update(size_bytes=-1), "size_bytes is below zero"),
+        (lambda v: v["seeds"][0].update(layers={"simulated": -1}), "simulated is below zero"),
         (lambda v: v["conditions"].update(samples_per_seed=0), "samples_per_seed"),
     ],
 )

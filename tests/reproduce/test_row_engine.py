@@ -16,7 +16,8 @@ from reproduce.pipeline import is_current, run_row
 from reproduce.reporting import report
 from reproduce.results import Result
 from reproduce.scales import FASTEST, SCALES, SIMULATED
-from reproduce.seed_run import SeedRun
+from reproduce.seed_run import SeedRun, load
+from reproduce.table_results import TableResults
 
 ROW = "bedrooms-w4a4-quest"
 INTEGERS = "cpu" if kernels().library is None else "cpu fused"
@@ -96,6 +97,34 @@ def test_the_table_says_what_drew_its_rows(tiny_plan):
     said = report.conditions(report.finish(plan))
     assert f"Images of quantized rows were drawn: 1 in integers (engine {INTEGERS}), " in said
     assert "1 by simulation (bedrooms-w8a8-minmax)." in said
+
+
+def test_a_row_counts_its_layers_by_how_they_ran(tiny_plan):
+    """The table of later methods tells them; a rotation stands in floating point beside them."""
+    ids = [f"bedrooms-w4a4-{preset}" for preset in ("quest", "rotation", "mixdq")]
+    plan = tiny_plan("after-paper", rows=ids)
+    counts = [run_row(row, plan).layers for row in plan.rows]
+    quest, rotated, mixed = counts
+    assert list(quest) == [row_engine.INTEGERS] and quest == mixed
+    beside = rotated[row_engine.INTEGERS_BESIDE_FLOAT]
+    linears = sum(
+        isinstance(m, torch.nn.Linear)
+        for name, m in load(plan.setting(plan.rows[0]).model)[0].unet.named_modules()
+        if "attentions" in name
+    )
+    assert beside == linears
+    assert sum(rotated.values()) == sum(quest.values())
+    shown = report.frame(TableResults.stored(plan)).set_index(["data", "method"]).loc["bedrooms"]
+    layers = sum(quest.values())
+    head = "of these beside float"
+    assert shown.loc["Hadamard rotation", ["layers in integers", head]].tolist() == [
+        f"{layers} of {layers}",
+        str(beside),
+    ]
+    assert shown.loc["MixDQ", head] == "0"
+    assert shown.loc["SVDQuant", head] == "-"  # not run
+    simulated = tiny_plan("after-paper", engine="fake", rows=ids[:1])
+    assert run_row(simulated.rows[0], simulated).layers == {row_engine.SIMULATED_LAYERS: layers}
 
 
 def test_simulated_rows_stay_current_where_integers_would_be_taken(tiny_plan):

@@ -134,7 +134,7 @@ def test_a_file_that_is_no_notebook(text, tmp_path):
 def test_notebooks_in_reading_order():
     names = [path.stem for path in site.notebook_paths()]
     assert names[0] == "00_tour"
-    assert names[-3:] == ["30_ablation", "31_budget", "40_dit"]
+    assert names[-4:] == ["30_ablation", "31_budget", "40_dit", "41_after_the_paper"]
     assert names.index("table11_cifar10") < names.index("figure02_activations")
 
 

@@ -270,3 +270,30 @@ def test_the_tables_budget_shares_its_products():
         table, name = others.get(row.preset, ("table3", row.id))
         plan = make_plan(table, Choices(scale="mini"), dry=True)
         assert budget.config(row, 0) == plan.config(plan.table.row(name), 0)
+
+
+def test_the_table_of_later_methods_shares_its_products():
+    """Its rows of full precision, Q-Diffusion and QuEST are those of Tables 3 and 5."""
+    later = make_plan("after-paper", Choices(scale="mini"), dry=True)
+    tables = {"bedrooms": "table3", "sd": "table5"}
+    shared = [row for row in later.table.rows if row.preset in (None, "q-diffusion", "quest")]
+    assert len(shared) == 6
+    for row in shared:
+        plan = make_plan(tables[row.dataset], Choices(scale="mini"), dry=True)
+        other = plan.table.row(row.id)
+        assert later.setting(row) == plan.setting(other)
+        if not row.full_precision:
+            assert later.config(row, 0) == plan.config(other, 0)
+
+
+def test_each_later_method_stands_alone_and_with_finetuning():
+    later = make_plan("after-paper", Choices(scale="mini"), dry=True)
+    for row in later.table.rows:
+        if row.preset is None or not row.preset.endswith("-quest"):
+            continue
+        alone = later.table.row(row.id.removesuffix("-quest"))
+        trained, plain = later.config(row, 0), later.config(alone, 0)
+        assert trained.finetuning.cma_iters > 0 and trained.te == "finetune"
+        assert plain.finetuning.cma_layers == "none" and plain.te != "finetune"
+        assert trained.transforms == plain.transforms
+        assert trained.mixed == plain.mixed
