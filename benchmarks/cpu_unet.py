@@ -1,8 +1,9 @@
-"""One UNet step on this CPU: floating point, eager and compiled, OpenVINO, and the integer engine.
+"""One UNet step on this CPU: floating point, OpenVINO, torchao, and the integer engine.
 
     python benchmarks/cpu_unet.py [--models mini-ldm4,sd14] [--variants fp32,bf16,...] [--repeats 3]
 
-Time, memory, and bytes on disk. OpenVINO's variants need `pip install -e '.[benchmarks]'`.
+Time, memory, and bytes on disk. Floating point is eager and compiled. The variants of OpenVINO and
+torchao need `pip install -e '.[benchmarks]'`.
 
 `sd14` is a full-size Stable Diffusion v1.4 UNet with random weights, batch 2 (classifier-free
 guidance), 64x64 latents; speed does not depend on the values. `mini-ldm4` is the embedded model,
@@ -29,6 +30,7 @@ from typing import Any
 import openvino_unet
 import psutil
 import torch
+import torchao_unet
 from common import RESULTS, parser_of, read_models, run_worker, write_json
 from diffusers import UNet2DConditionModel
 
@@ -95,6 +97,11 @@ def load(model: str, variant: str, folder: Path) -> tuple[Callable[[], object], 
         config = float_unet(model).config
         run = openvino_unet.load(variant, folder, torch.get_num_threads())
         inputs = inputs_of(model, config, torch.float32)
+        return (lambda: run(inputs)), {}
+    if variant in torchao_unet.VARIANTS:
+        unet = float_unet(model)
+        inputs = inputs_of(model, unet.config, torch.float32)
+        run = torchao_unet.load(variant, unet, inputs)
         return (lambda: run(inputs)), {}
     if variant in FLOAT:
         dtype = FLOAT[variant]
@@ -165,6 +172,7 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
         written = openvino_unet.write_models(unet, inputs, models, others)
         sizes |= {v: written[openvino_unet.VARIANTS[v][0]] for v in others}
         del unet
+    sizes |= {v: torchao_unet.size_of(float_unet(model)) for v in torchao_unet.VARIANTS}
     gc.collect()
     rows: dict[str, list[dict[str, Any]]] = {v: [] for v in variants}
     for variant in [*variants, *reversed(variants)]:
@@ -199,8 +207,9 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
 def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--models", default=",".join(MODELS))
-    known = [*FLOAT, *openvino_unet.VARIANTS, *INTEGER]
-    missing = () if openvino_unet.is_there() else openvino_unet.VARIANTS
+    others = (openvino_unet, torchao_unet)
+    known = [*FLOAT, *(v for package in others for v in package.VARIANTS), *INTEGER]
+    missing = [v for package in others if not package.is_there() for v in package.VARIANTS]
     parser.add_argument("--variants", default=",".join(v for v in known if v not in missing))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -225,7 +234,8 @@ def main() -> None:
         )
     if absent := sorted(set(variants) & set(missing)):
         parser.error(
-            f"{', '.join(absent)}: expected openvino and nncf; pip install -e '.[benchmarks]'"
+            f"{', '.join(absent)}: expected openvino, nncf and torchao; "
+            "pip install -e '.[benchmarks]'"
         )
     found = read_models(args.out)
     with tempfile.TemporaryDirectory(prefix="quest-") as folder:

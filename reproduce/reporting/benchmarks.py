@@ -88,13 +88,19 @@ def equality(found: dict[str, Any]) -> list[str]:
 
 
 def speed(found: dict[str, Any]) -> list[str]:
-    """How fast the integer engine is."""
+    """How fast the integer engine is on one machine."""
     parts = []
     for model, about in found["models"].items():
         where = f"{model}, batch {about['batch']}, {machine_words(about['provenance']['machine'])}"
         heading = f"`python benchmarks/cpu_unet.py` ({where}):"
         parts += [heading, report.as_markdown(engine.speed_table(found, model))]
     return parts
+
+
+def other_machines(folder: Path) -> list[str]:
+    """Names of the results of benchmarks/cpu_unet.py from other machines, beside the first."""
+    places = (folder.parent / "benchmarks" / "results").glob("cpu_unet_*.json")
+    return sorted(path.stem for path in places)
 
 
 def breakdown(found: dict[str, Any]) -> list[str]:
@@ -115,7 +121,8 @@ def breakdown(found: dict[str, Any]) -> list[str]:
 def engines(folder: Path) -> str:
     """The integer engine: whether it is equal, how fast it is, and where the time goes."""
     parts = []
-    written = (("equality", equality), ("cpu_unet", speed), ("cpu_breakdown", breakdown))
+    others = [(name, speed) for name in other_machines(folder)]
+    written = (("equality", equality), ("cpu_unet", speed), *others, ("cpu_breakdown", breakdown))
     for name, write in written:
         found = _benchmark(folder, name)
         parts += [_not_measured(name)] if found is None else write(found)
