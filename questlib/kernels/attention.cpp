@@ -6,6 +6,8 @@
 
 #include "dot.h"
 
+#include <utility>
+
 #if defined(__AMX_INT8__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -83,6 +85,9 @@ struct Layout {
 struct Room {
   Layout layout;
   int64_t keys, depth, blocks;  // keys and head width, padded; vectors of output channels
+  // How far rows of scores and codes, and vectors of v, lie apart: more than they hold, because
+  // powers of two would put all of them into the same few lines of the cache.
+  int64_t pitch, plane;
   std::unique_ptr<int8_t[], Free> k, v;
   std::unique_ptr<int32_t[], Free> start;
   std::unique_ptr<uint8_t[], Free> q, codes;
@@ -93,24 +98,27 @@ struct Room {
         keys(up(of.keys, layout.keys)),
         depth(up(of.dim, layout.depth)),
         blocks(up(of.dim, LANES) / LANES),
+        pitch(keys + 64),
+        plane(keys * LANES + 64),
         k(aligned<int8_t>(keys * depth)),
-        v(aligned<int8_t>(keys * blocks * LANES)),
+        v(aligned<int8_t>(plane * blocks)),
         start(aligned<int32_t>(keys)),
         q(aligned<uint8_t>(layout.rows * depth)),
-        codes(aligned<uint8_t>(layout.rows * keys)),
-        scores(aligned<float>(layout.rows * keys)),
+        codes(aligned<uint8_t>(layout.rows * pitch)),
+        scores(aligned<float>(layout.rows * pitch)),
         half(aligned<float>(keys)) {
     std::fill(q.get(), q.get() + layout.rows * depth, uint8_t(0));
-    std::fill(codes.get(), codes.get() + layout.rows * keys, uint8_t(0));
+    std::fill(codes.get(), codes.get() + layout.rows * pitch, uint8_t(0));
   }
 
-  // One head's k as [keys / side][depth / 4][side][4], v as [blocks][keys / 4][LANES][4].
+  // One head's k as [keys / side][depth / 4][side][4], v as [blocks][keys / 4][LANES][4], its
+  // blocks `plane` apart.
   void pack(const Problem& of, int64_t b, int64_t h) {
     const int64_t width = of.heads * of.dim, side = layout.side;
     const int8_t* own_k = of.k + b * of.keys * width + h * of.dim;
     const int8_t* own_v = of.v + b * of.keys * width + h * of.dim;
     std::fill(k.get(), k.get() + keys * depth, int8_t(0));
-    std::fill(v.get(), v.get() + keys * blocks * LANES, int8_t(0));
+    std::fill(v.get(), v.get() + plane * blocks, int8_t(0));
     std::fill(start.get(), start.get() + keys, 0);
     for (int64_t m = 0; m < of.keys; ++m) {
       int8_t* to_k = k.get() + m / side * depth * side + m % side * 4;
@@ -120,7 +128,7 @@ struct Room {
         const int8_t key = own_k[m * width + d];
         to_k[d / 4 * side * 4 + d % 4] = key;
         sum += key;
-        to_v[d / LANES * keys * LANES + d % LANES * 4] = own_v[m * width + d];
+        to_v[d / LANES * plane + d % LANES * 4] = own_v[m * width + d];
       }
       start[m] = -of.zero * sum;
     }
@@ -139,6 +147,17 @@ inline void rescale(const Problem& of, const int32_t* sums, int64_t head, int64_
 }
 
 // ---- products by vectors ----
+
+// f(0), ..., f(N - 1), as constants. An array whose indices are constants stays in registers; with
+// loops in place of this, GCC keeps the sums of the innermost loop in memory, at half the speed.
+template <class F, int... I>
+[[gnu::always_inline]] inline void each(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, class F>
+[[gnu::always_inline]] inline void each(F&& f) {
+  each(f, std::make_integer_sequence<int, N>{});
+}
 
 struct Vectors {
   static constexpr int ROWS = Dot::ROWS, WIDTH = Dot::WIDTH;
@@ -163,30 +182,66 @@ struct Vectors {
   }
 
  private:
+  // The sums of two vectors of keys from m on, for R queries.
+  template <int R>
+  [[gnu::always_inline]] static inline void sums_of(const Room& room, int64_t row, int64_t m,
+                                                    Dot* a, Dot* b) {
+    each<R>([&](auto r) {
+      a[r].load(room.start.get() + m);
+      b[r].load(room.start.get() + m + LANES);
+    });
+    const int64_t depth = room.depth;
+    const int8_t* k = room.k.get() + m * depth;
+    const uint8_t* q = room.q.get() + row * depth;
+    for (int64_t d = 0; d < depth; d += 4, k += PAIR * 4)
+      each<R>([&](auto r) {
+        const auto x = Dot::splat(q + r * depth + d);
+        a[r].add(x, k);
+        b[r].add(x, k + LANES * 4);
+      });
+  }
+
+  // A vector of sums as scores, which are written to memory, too.
+  [[gnu::always_inline]] static inline void write(const Dot& sums, float scale, float* to,
+                                                  Floats& scores) {
+    sums.floats(scores);
+    scores *= scale;
+    std::memcpy(to, &scores, sizeof scores);
+  }
+
   template <int R>
   static void score_of(const Problem& of, const Room& room, int64_t row, Largest* top) {
-    for (int64_t m = 0; m < room.keys; m += PAIR) {
+    const int64_t whole = of.keys / PAIR * PAIR, pitch = room.pitch;
+    const float scale = of.scale;
+    float* scores = room.scores.get() + row * pitch;
+    Floats most[R];
+    each<R>([&](auto r) { most[r] = Floats{} - INFINITY; });
+    for (int64_t m = 0; m < whole; m += PAIR) {
       Dot a[R], b[R];
-      for (int r = 0; r < R; ++r) {
-        a[r].load(room.start.get() + m);
-        b[r].load(room.start.get() + m + LANES);
-      }
-      const int8_t* k = room.k.get() + m * room.depth;
-      for (int64_t d = 0; d < room.depth; d += 4, k += PAIR * 4)
-        for (int r = 0; r < R; ++r) {
-          const auto x = Dot::splat(room.q.get() + (row + r) * room.depth + d);
-          a[r].add(x, k);
-          b[r].add(x, k + LANES * 4);
-        }
-      for (int r = 0; r < R; ++r) {
-        int32_t sums[PAIR];
-        a[r].store(sums);
-        b[r].store(sums + LANES);
-        float* to = room.scores.get() + (row + r) * room.keys + m;
-        for (int64_t i = 0; i < PAIR; ++i) to[i] = float(sums[i]) * of.scale;
-        top[row + r].add(to, std::min(PAIR, of.keys - m));
-      }
+      sums_of<R>(room, row, m, a, b);
+      each<R>([&](auto r) {
+        Floats x, y;
+        write(a[r], scale, scores + r * pitch + m, x);
+        write(b[r], scale, scores + r * pitch + m + LANES, y);
+        const Floats larger = x > y ? x : y;
+        most[r] = larger > most[r] ? larger : most[r];
+      });
     }
+    each<R>([&](auto r) {
+      float lanes[LANES];
+      std::memcpy(lanes, &most[r], sizeof lanes);
+      top[row + r].add(lanes, LANES);
+    });
+    if (whole == room.keys) return;
+    Dot a[R], b[R];
+    sums_of<R>(room, row, whole, a, b);
+    each<R>([&](auto r) {
+      Floats x, y;
+      float* to = scores + r * pitch + whole;
+      write(a[r], scale, to, x);
+      write(b[r], scale, to + LANES, y);
+      top[row + r].add(to, of.keys - whole);
+    });
   }
 
   template <int R>
@@ -212,22 +267,24 @@ struct Vectors {
   static void vectors(const Problem& of, const Room& room, int64_t block, int64_t head,
                       const float* code_sum, float* out, int64_t width, int64_t row) {
     const int32_t zeros[LANES] = {0};
-    Dot sum[R][N];
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < N; ++j) sum[r][j].load(zeros);
-    const int8_t* v = room.v.get() + block * room.keys * LANES;
-    const uint8_t* codes = room.codes.get() + row * room.keys;
-    for (int64_t m = 0; m < up(of.keys, 4); m += 4)
-      for (int r = 0; r < R; ++r) {
-        const auto x = Dot::splat(codes + r * room.keys + m);
-        for (int j = 0; j < N; ++j) sum[r][j].add(x, v + (j * room.keys + m) * LANES);
-      }
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < N; ++j) {
+    Dot sum[R * N];
+    each<R * N>([&](auto i) { sum[i].load(zeros); });
+    const int64_t pitch = room.pitch, plane = room.plane;
+    const int8_t* v = room.v.get() + block * plane;
+    const uint8_t* codes = room.codes.get() + row * pitch;
+    const int64_t end = up(of.keys, 4);
+    for (int64_t m = 0; m < end; m += 4)
+      each<R>([&](auto r) {
+        const auto x = Dot::splat(codes + r * pitch + m);
+        each<N>([&](auto j) { sum[r * N + j].add(x, v + j * plane + m * LANES); });
+      });
+    each<R>([&](auto r) {
+      each<N>([&](auto j) {
         int32_t sums[LANES];
-        sum[r][j].store(sums);
+        sum[r * N + j].store(sums);
         rescale(of, sums, head, (block + j) * LANES, code_sum[row + r], out + (row + r) * width);
-      }
+      });
+    });
   }
 };
 
@@ -269,7 +326,7 @@ struct Tiles {
       }
       store(sums);
       for (int64_t r = 0; r < count; ++r) {
-        float* to = room.scores.get() + r * room.keys + m;
+        float* to = room.scores.get() + r * room.pitch + m;
         for (int64_t i = 0; i < WIDE; ++i) to[i] = float(sums[r * WIDE + i]) * of.scale;
         top[r].add(to, std::min<int64_t>(WIDE, of.keys - m));
       }
@@ -286,10 +343,10 @@ struct Tiles {
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      const int64_t next = room.keys * LANES;  // of sixteen channels
+      const int64_t next = room.plane;  // of sixteen channels
       for (int64_t m = 0; m < room.keys; m += WIDE) {
         const int8_t* v = room.v.get() + block * next + m * LANES;
-        _tile_loadd(4, room.codes.get() + m, room.keys);
+        _tile_loadd(4, room.codes.get() + m, room.pitch);
         _tile_loadd(5, v, WIDE);
         _tile_dpbusd(0, 4, 5);
         if (n > 1) {
@@ -370,7 +427,7 @@ bool rows(const Problem& of, Room& room, int64_t b, int64_t h, int64_t n, int64_
   Products::score(of, room, count, top);
   float code_sum[Products::ROWS];
   for (int64_t r = 0; r < count; ++r) {
-    float* scores = room.scores.get() + r * room.keys;
+    float* scores = room.scores.get() + r * room.pitch;
     if (of.mask) {
       const float* mask =
           of.mask + (b * of.heads + h) * of.mask_head + (n + r) * of.mask_query;
@@ -378,7 +435,7 @@ bool rows(const Problem& of, Room& room, int64_t b, int64_t h, int64_t n, int64_
       top[r] = Largest();
       top[r].add(scores, of.keys);
     }
-    uint8_t* codes = room.codes.get() + r * room.keys;
+    uint8_t* codes = room.codes.get() + r * room.pitch;
     if (!softmax(of, top[r].value(), scores, room.half.get(), codes, code_sum + r)) return false;
   }
   float* out = of.out + (b * of.queries + n) * width + h * of.dim;

@@ -1,8 +1,8 @@
 // Sums of products of four bytes, unsigned times signed, into int32, several outputs side by side.
 //
 // `Dot` is one vector of outputs. `splat` gives four unsigned bytes to all of them; `add` takes four
-// signed bytes of each from memory. All forms are exact: the AVX2 one goes through 16-bit halves,
-// because its own instruction for bytes saturates.
+// signed bytes of each from memory; `floats` rounds the sums to float32. All forms are exact: the
+// AVX2 one goes through 16-bit halves, because its own instruction for bytes saturates.
 
 #pragma once
 
@@ -14,6 +14,8 @@
 
 #if defined(__AVX512VNNI__)
 
+using Floats = __m512;
+
 struct Dot {
   using Splat = __m512i;
   static constexpr int LANES = 16, ROWS = 8, WIDTH = 3;
@@ -24,6 +26,7 @@ struct Dot {
     std::memcpy(&x, four, 4);
     return _mm512_set1_epi32(x);
   }
+  void floats(Floats& to) const { to = _mm512_cvtepi32_ps(sum); }
   void load(const int32_t* from) { sum = _mm512_loadu_si512(from); }
   void store(int32_t* to) const { _mm512_storeu_si512(to, sum); }
   void add(const Splat& x, const int8_t* w) {
@@ -32,6 +35,8 @@ struct Dot {
 };
 
 #elif defined(__AVX2__)
+
+using Floats = __m256;
 
 struct Dot {
   static constexpr int LANES = 8, ROWS = 2, WIDTH = 2;
@@ -55,6 +60,7 @@ struct Dot {
     return {_mm256_and_si256(all, _mm256_set1_epi16(255)), _mm256_srli_epi16(all, 8)};
 #endif
   }
+  void floats(Floats& to) const { to = _mm256_cvtepi32_ps(sum); }
   void load(const int32_t* from) { sum = _mm256_loadu_si256((const __m256i*)from); }
   void store(int32_t* to) const { _mm256_storeu_si256((__m256i*)to, sum); }
   void add(const Splat& x, const int8_t* w) {
@@ -73,12 +79,17 @@ struct Dot {
 
 #else
 
+typedef float Floats __attribute__((vector_size(32)));
+
 struct Dot {
   using Splat = const uint8_t*;
   static constexpr int LANES = 8, ROWS = 2, WIDTH = 2;
   int32_t sum[LANES];
 
   static Splat splat(const uint8_t* four) { return four; }
+  void floats(Floats& to) const {
+    for (int i = 0; i < LANES; ++i) to[i] = float(sum[i]);
+  }
   void load(const int32_t* from) { std::copy(from, from + LANES, sum); }
   void store(int32_t* to) const { std::copy(sum, sum + LANES, to); }
   void add(const Splat& x, const int8_t* w) {
