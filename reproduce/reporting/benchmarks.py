@@ -40,23 +40,25 @@ SAVINGS = {
 
 
 def savings(folder: Path) -> str:
-    """One step of Stable Diffusion's UNet: time, memory and disk, with what it was measured on."""
-    found = _benchmark(folder, "cpu_unet")
-    if found is None:
+    """One step of Stable Diffusion's UNet: its time on each machine, memory and disk."""
+    machines = [_benchmark(folder, name) for name in of_machines(folder, "cpu_unet")]
+    found = [known["models"]["sd14"] for known in machines if known is not None]
+    if not found:
         return _not_measured("cpu_unet")
-    about = found["models"]["sd14"]
-    rows = [
-        {
-            "": name,
-            "step": f"{variant['step_s']:.1f} s",
-            "peak memory": f"{variant['peak_bytes'] / 1e9:.1f} GB",
-            "on disk": f"{variant['disk_bytes'] / 1e9:.2f} GB",
-        }
-        for key, name in SAVINGS.items()
-        for variant in [about["variants"][key]]
-    ]
-    heading = f"One step of Stable Diffusion v1.4's UNet, batch {about['batch']}, "
-    heading += f"{machine_words(about['provenance']['machine'])}:"
+    first = found[0]
+    rows = []
+    for key, name in SAVINGS.items():
+        row = {"": name}
+        for about in found:
+            variant = about["variants"].get(key)
+            head = f"step, {about['provenance']['machine']['cpu']}"
+            row[head] = "-" if variant is None else f"{variant['step_s']:.1f} s"
+        variant = first["variants"][key]
+        row["peak memory"] = f"{variant['peak_bytes'] / 1e9:.1f} GB"
+        row["on disk"] = f"{variant['disk_bytes'] / 1e9:.2f} GB"
+        rows.append(row)
+    cores = first["provenance"]["machine"]["cores"]
+    heading = f"One step of Stable Diffusion v1.4's UNet, batch {first['batch']}, on {cores} cores:"
     return f"{heading}\n\n{report.as_markdown(pd.DataFrame(rows))}"
 
 
@@ -97,10 +99,10 @@ def speed(found: dict[str, Any]) -> list[str]:
     return parts
 
 
-def other_machines(folder: Path) -> list[str]:
-    """Names of the results of benchmarks/cpu_unet.py from other machines, beside the first."""
-    places = (folder.parent / "benchmarks" / "results").glob("cpu_unet_*.json")
-    return sorted(path.stem for path in places)
+def of_machines(folder: Path, name: str) -> list[str]:
+    """Names of a benchmark's results: the first machine's, then NAME_MACHINE of each other."""
+    others = (folder.parent / "benchmarks" / "results").glob(f"{name}_*.json")
+    return [name, *sorted(path.stem for path in others)]
 
 
 def breakdown(found: dict[str, Any]) -> list[str]:
@@ -121,8 +123,9 @@ def breakdown(found: dict[str, Any]) -> list[str]:
 def engines(folder: Path) -> str:
     """The integer engine: whether it is equal, how fast it is, and where the time goes."""
     parts = []
-    others = [(name, speed) for name in other_machines(folder)]
-    written = (("equality", equality), ("cpu_unet", speed), *others, ("cpu_breakdown", breakdown))
+    written = [("equality", equality)]
+    for base, write in (("cpu_unet", speed), ("cpu_breakdown", breakdown)):
+        written += [(name, write) for name in of_machines(folder, base)]
     for name, write in written:
         found = _benchmark(folder, name)
         parts += [_not_measured(name)] if found is None else write(found)

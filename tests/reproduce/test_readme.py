@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from made_results import made_result
 
 from questlib.errors import QuestError
-from reproduce.reporting import findings, overview
+from reproduce.reporting import benchmarks, findings, overview
 from reproduce.reporting.readme import AT_BUILD, BLOCKS, fill, pages, rebased, update
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,3 +193,27 @@ def test_the_answers_follow_the_numbers(tmp_path):
             numbers = {"fid": [value, value], "feature_distance_to_fp": [value, value]}
             made_result(numbers, table="ablation", row=row).write(rows / f"{row}.json")
         assert asked + answer in findings.answers(tmp_path / "results")
+
+
+def test_each_machine_that_was_measured_has_a_column(tmp_path):
+    """NAME.json is the first machine's, NAME_MACHINE.json another's."""
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    published = ROOT / "benchmarks" / "results" / "cpu_unet.json"
+    first = json.loads(published.read_text(encoding="utf-8"))
+    (folder / "cpu_unet.json").write_text(json.dumps(first), encoding="utf-8")
+    other = first["models"]["sd14"]
+    other["provenance"]["machine"]["cpu"] = "Another"
+    other["variants"]["w4a4-fused"]["step_s"] = 7.25
+    del other["variants"]["bf16-compiled"]
+    (folder / "cpu_unet_other.json").write_text(json.dumps(first), encoding="utf-8")
+    assert benchmarks.of_machines(tmp_path / "results", "cpu_unet") == [
+        "cpu_unet",
+        "cpu_unet_other",
+    ]
+    lines = benchmarks.savings(tmp_path / "results").splitlines()
+    cells = {c[1].strip(): c[3].strip() for line in lines if len(c := line.split("|")) > 3}
+    assert cells[""] == "step, Another"
+    assert cells["bfloat16, compiled"] == "-"
+    assert cells["**W4A4 in integers, `fuse=True`**"] == "7.2 s"
+    assert "Another, 2 cores" in benchmarks.engines(tmp_path / "results")
