@@ -172,7 +172,8 @@ def run(model: str, variants: list[str], repeats: int, folder: Path) -> dict[str
         written = openvino_unet.write_models(unet, inputs, models, others)
         sizes |= {v: written[openvino_unet.VARIANTS[v][0]] for v in others}
         del unet
-    sizes |= {v: torchao_unet.size_of(float_unet(model)) for v in torchao_unet.VARIANTS}
+    if compiled := [v for v in variants if v in torchao_unet.VARIANTS]:
+        sizes |= dict.fromkeys(compiled, torchao_unet.size_of(float_unet(model)))
     gc.collect()
     rows: dict[str, list[dict[str, Any]]] = {v: [] for v in variants}
     for variant in [*variants, *reversed(variants)]:

@@ -14,7 +14,6 @@ from openvino_unet import Outputs
 
 # precision of what is not quantized
 VARIANTS = {"torchao-int8": torch.float32, "torchao-int8-bf16": torch.bfloat16}
-BYTES_OF_A_WEIGHT = 1
 CALLS = 1  # that ranges are taken from; speed does not depend on the values
 
 
@@ -31,7 +30,7 @@ def size_of(unet: torch.nn.Module) -> int:
     layers = [m for m in unet.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
     codes = sum(layer.weight.numel() for layer in layers)
     others = sum(p.numel() for p in unet.parameters()) - codes
-    return codes * BYTES_OF_A_WEIGHT + 4 * others
+    return codes + 4 * others
 
 
 def without_dtype_checks(program: torch.fx.GraphModule) -> torch.fx.GraphModule:
